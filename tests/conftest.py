@@ -1,0 +1,71 @@
+"""Shared fixtures: fresh memory is poisoned, and `ranks` runs a function on several processes."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "safetensors.torch"])
+
+
+def _poison() -> None:
+    """Fill what `torch.empty` returns with NaN, so that memory a kernel did not write is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    _poison()
+
+
+def _worker(rank: int, size: int, port: int, failures, fn: Callable[..., None], args: tuple):
+    _poison()
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        dist.init_process_group(
+            "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        )
+        fn(*args)
+        dist.destroy_process_group()
+    except BaseException:
+        failures.put((rank, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def _run_on_ranks(size: int, fn: Callable[..., None], *args: object, timeout: float = 120) -> None:
+    """Run `fn(*args)` on `size` gloo ranks, forked from a server that has imported torch."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    failures = _CONTEXT.SimpleQueue()
+    workers = [
+        _CONTEXT.Process(target=_worker, args=(rank, size, port, failures, fn, args), daemon=True)
+        for rank in range(size)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout)
+    hung = [rank for rank, worker in enumerate(workers) if worker.is_alive()]
+    for worker in workers:
+        worker.kill()
+    if not failures.empty():
+        rank, text = failures.get()
+        pytest.fail(f"rank {rank} of {size}:\n{text}", pytrace=False)
+    assert not hung, f"ranks {hung} of {size} did not end within {timeout} s"
+    assert all(worker.exitcode == 0 for worker in workers)
+
+
+@pytest.fixture
+def ranks():
+    """`ranks(size, fn, *args)`: run `fn` on gloo processes; fails with the first rank's trace."""
+    return _run_on_ranks
