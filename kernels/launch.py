@@ -1,0 +1,49 @@
+"""What the hosts of Triton kernels share; imports triton only inside the functions that need it."""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+_INTERPRETED_PROCESSORS = 4  # a grid of a few programs, so that CPU tests cover several a kernel
+
+
+def next_power_of_two(n: int) -> int:
+    """Round `n` up to a power of two: Triton tiles have such sizes.
+
+    Args:
+        n: At least 0; 0 and 1 give 1.
+
+    Returns:
+        The smallest power of two that is at least `n`.
+    """
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def processors(device: torch.device) -> int:
+    """Count the streaming multiprocessors of `device`, to size a persistent grid.
+
+    Args:
+        device: A CUDA device; for the CPU, under Triton's interpreter, a small fixed number.
+
+    Returns:
+        The number of programs that run at the same time, one to a multiprocessor.
+    """
+    if device.type != "cuda":
+        return _INTERPRETED_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Make the device of `tensor` current for a launch: Triton launches on the current one.
+
+    Args:
+        tensor: An argument of the kernel.
+
+    Returns:
+        A context; one that does nothing when the device is current or is the CPU.
+    """
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
