@@ -1,0 +1,219 @@
+"""The mesh: which ranks form a group on which axis.
+
+    axis    ranks that differ on it hold                                     varies
+    tp      slices of each layer (tensor and sequence parallel)              fastest
+    cp      parts of each sequence (context parallel)
+    dp      different sequences, and shards of the optimizer's state (data)
+    rep     different sequences, replicas of everything (data, replicated)
+    pp      different layers (pipeline parallel)                             slowest
+
+    etp, ep, edp re-slice the same tp x cp x dp ranks for experts (etp fastest, then ep, then edp):
+    they add no ranks, and etp x ep x edp = tp x cp x dp.
+
+Two groups are products of axes: `shard` = cp x dp, over which the optimizer's state is sharded
+(these ranks hold the same parameters), and `tokens` = cp x dp x rep, whose ranks see different
+tokens. A group of one rank is `None`, and nothing communicates over it.
+
+A mesh is a frozen value. There is no current mesh: two may live in one process.
+
+Source: Narayanan et al. 2021, https://arxiv.org/abs/2104.04473, section 3 (the order of the axes);
+Liu et al. 2025, https://arxiv.org/abs/2504.14960 (folding the expert axes).
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+
+import torch.distributed as dist
+
+from .collectives import Group
+
+DENSE = ("tp", "cp", "dp", "rep", "pp")  # fastest first
+NAMED = (*DENSE, "ep", "etp")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Degrees:
+    """How many ways each axis splits. `dp=None` stands for what is left of the world."""
+
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    dp: int | None = None
+    rep: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    @staticmethod
+    def parse(text: str) -> "Degrees":
+        """Read degrees such as `tp2,pp2,dp4`; an axis that is absent has degree 1.
+
+        Raises:
+            ValueError: If a part is not an axis and a degree, or an axis is named twice.
+        """
+        found: dict[str, int] = {}
+        for part in filter(None, text.replace(" ", "").split(",")):
+            match = re.fullmatch(r"([a-z]+)([1-9]\d*)", part)
+            if match is None or match[1] not in NAMED:
+                raise ValueError(
+                    f"mesh must list degrees of {', '.join(NAMED)}, such as tp2,dp4; got {part!r}"
+                )
+            if match[1] in found:
+                raise ValueError(f"mesh must name each axis once; {match[1]} is twice in {text!r}")
+            found[match[1]] = int(match[2])
+        return Degrees(**found)
+
+    def resolve(self, world: int) -> "Degrees":
+        """Fill in `dp` for a world of `world` ranks.
+
+        Raises:
+            ValueError: If the degrees do not multiply to `world`, or the expert axes do not fold.
+        """
+        rest = self.tp * self.cp * self.pp * self.rep
+        dp = max(world // rest, 1) if self.dp is None else self.dp
+        if rest * dp != world:
+            named = " x ".join(
+                f"{name}{value}"
+                for name in DENSE
+                if (value := dp if name == "dp" else getattr(self, name)) > 1
+            )
+            raise ValueError(
+                f"mesh ({named or 'dp1'} = {rest * dp} ranks) must multiply to the world size "
+                f"({world}): start {rest * dp} processes, or change the degrees"
+            )
+        inner = self.tp * self.cp * dp
+        if inner % (self.ep * self.etp):
+            raise ValueError(
+                f"ep x etp ({self.ep} x {self.etp}) must divide tp x cp x dp "
+                f"({self.tp} x {self.cp} x {dp} = {inner}): the expert axes fold into them"
+            )
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Degrees(**{**values, "dp": dp})
+
+    @property
+    def world(self) -> int:
+        """Ranks in all; the degrees must be resolved."""
+        return math.prod(getattr(self, name) for name in DENSE)
+
+
+def _line(sizes: Sequence[int], kept: Sequence[int], rank: int) -> list[int]:
+    """List the ranks that differ from `rank` only on the dimensions `kept`, the first fastest."""
+    strides = [math.prod(sizes[:d]) for d in range(len(sizes))]
+    at = [rank // strides[d] % sizes[d] for d in range(len(sizes))]
+    axes = [range(sizes[d]) if d in kept else [at[d]] for d in range(len(sizes))]
+    return sorted(
+        sum(i * s for i, s in zip(index, strides, strict=True)) for index in product(*axes)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Mesh:
+    """The groups that this rank is in; build it with `Mesh.build`.
+
+    Attributes:
+        degrees: Resolved degrees.
+        rank: This process in the world.
+        world: All ranks, as a group.
+        shard: cp x dp: these ranks hold the same parameters and shard the optimizer's state.
+        tokens: cp x dp x rep: these ranks see different tokens.
+        edp: The ranks that hold the same experts.
+    """
+
+    degrees: Degrees
+    rank: int
+    world: Group
+    tp: Group
+    cp: Group
+    dp: Group
+    rep: Group
+    pp: Group
+    ep: Group
+    etp: Group
+    edp: Group
+    shard: Group
+    tokens: Group
+
+    @staticmethod
+    def build(text: str = "", *, world: int | None = None) -> "Mesh":
+        """Build the mesh `text` over all ranks; a collective call.
+
+        Without torch.distributed the world is this one process.
+
+        Args:
+            text: Degrees such as `tp2,dp4`; an absent dp is what is left of the world.
+            world: Expected number of ranks; by default that of torch.distributed.
+
+        Raises:
+            ValueError: If `text` is malformed or does not fit the world.
+        """
+        ready = dist.is_available() and dist.is_initialized()
+        size = dist.get_world_size() if ready else 1
+        if world is not None and world != size:
+            raise ValueError(f"mesh was asked for {world} ranks, torch.distributed has {size}")
+        degrees = Degrees.parse(text).resolve(size)
+        return _build(degrees, dist.get_rank() if ready else 0, _new_group(degrees.world))
+
+    def degree(self, axis: str) -> int:
+        """Return how many ways `axis` (tp, cp, dp, rep, pp, ep, etp, edp) splits."""
+        if axis == "edp":
+            d = self.degrees
+            return d.tp * d.cp * (d.dp or 1) // (d.ep * d.etp)
+        value: int = getattr(self.degrees, axis)
+        return value
+
+    def coordinate(self, axis: str) -> int:
+        """Return this rank's place on `axis`."""
+        group: Group = getattr(self, axis)
+        return 0 if group is None else group.rank()
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.degrees.world
+
+
+def _new_group(world: int) -> Callable[[list[int]], Group]:
+    """Return a maker of groups that gives the same group for the same ranks."""
+    made: dict[tuple[int, ...], Group] = {}
+
+    def new(ranks: list[int]) -> Group:
+        key = tuple(ranks)
+        if key not in made:
+            if len(ranks) == 1:
+                made[key] = None
+            elif len(ranks) == world:
+                made[key] = dist.group.WORLD
+            else:
+                made[key] = dist.new_group(ranks, use_local_synchronization=True)
+        return made[key]
+
+    return new
+
+
+def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Mesh:
+    sizes = [getattr(degrees, name) for name in DENSE]
+    index = {name: d for d, name in enumerate(DENSE)}
+
+    def group(*axes: str) -> Group:
+        return new(_line(sizes, [index[a] for a in axes], rank))
+
+    inner = math.prod(sizes[:3])
+    experts = [degrees.etp, degrees.ep, inner // (degrees.ep * degrees.etp)]
+    base = rank - rank % inner
+
+    def expert_group(d: int) -> Group:
+        return new([base + r for r in _line(experts, [d], rank % inner)])
+
+    return Mesh(
+        degrees=degrees,
+        rank=rank,
+        world=group(*DENSE),
+        **{name: group(name) for name in DENSE},
+        shard=group("cp", "dp"),
+        tokens=group("cp", "dp", "rep"),
+        etp=expert_group(0),
+        ep=expert_group(1),
+        edp=expert_group(2),
+    )
