@@ -115,8 +115,8 @@ def layouts(model: nn.Module, rename: Callable[[str], str] | None = None) -> dic
     """Collect the layout of every parameter of `model`, keyed by its path.
 
     A module of this library declares its own parameters in `declare_layouts()`, by logical names
-    relative to the module; any other parameter is taken to be held in full by every rank. A parameter that is tied appears once, where it is
-    first registered.
+    relative to the module; any other parameter is taken to be held in full by every rank. A
+    parameter that is tied appears once, where it is first registered.
 
     Args:
         model: Any module.

@@ -5,8 +5,9 @@ of the step around them (gradients, optimizer, metrics); `debug` checks what the
 """
 
 from .debug import checked
-from .pairs import Group, copy, gather, reduce, scatter
+from .pairs import copy, gather, join, reduce, scatter, split
 from .plain import (
+    Group,
     all_gather_rows,
     all_reduce_,
     barrier,
@@ -27,7 +28,9 @@ __all__ = [
     "device_of",
     "gather",
     "gather_json",
+    "join",
     "reduce",
     "reduce_scatter_rows",
     "scatter",
+    "split",
 ]

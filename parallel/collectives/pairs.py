@@ -5,6 +5,8 @@
     scatter   reduce-scatter along dim 0    all-gather along dim 0
     copy      nothing                       all-reduce (each rank's gradient is a part of the whole)
     reduce    all-reduce                    nothing
+    join      all-gather along dim 0        own rows
+    split     own rows                      all-gather along dim 0
 
 What the tensor is on the group, before and after (replicated R: equal on all ranks; sharded S:
 each rank has its rows; partial P: the ranks' values must be summed), and its gradient:
@@ -14,6 +16,11 @@ each rank has its rows; partial P: the ranks' values must be summed), and its gr
     scatter   P -> S      S -> R
     copy      R -> R      P -> R
     reduce    P -> R      R -> R
+    join      S -> R      R -> S
+    split     R -> S      S -> R
+
+`gather` and `join` differ in what follows: after `gather` each rank goes on with a part of the work
+(its features), after `join` all do the same work (a loss over gathered logits).
 
 Inside `debug.checked()` every R that a rank brings is compared over the group, so that a missing
 reduction is an error where it happens.
@@ -43,6 +50,11 @@ def _same(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def _all_reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return all_reduce_(x.clone(memory_format=torch.contiguous_format), group)
+
+
+def _own_rows(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    check_replicated(x, group)
+    return x.chunk(group.size())[group.rank()].clone()
 
 
 class _Pair(torch.autograd.Function):
@@ -98,4 +110,28 @@ def reduce(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     y: Tensor = _Pair.apply(x, group, _all_reduce, _same)
+    return y
+
+
+def join(x: Tensor, group: Group) -> Tensor:
+    """All-gather `x` `[n, ...]` into `[n * R, ...]`, equal on all ranks; backward keeps own rows."""
+    if group is None:
+        return x
+    y: Tensor = _Pair.apply(x, group, all_gather_rows, _own_rows)
+    return y
+
+
+def split(x: Tensor, group: Group) -> Tensor:
+    """Keep own rows of `x` `[n * R, ...]`, equal on all ranks; backward all-gathers.
+
+    Raises:
+        ValueError: If the group's size does not divide the rows.
+    """
+    if group is None:
+        return x
+    if x.shape[0] % group.size():
+        raise ValueError(
+            f"rows to split ({x.shape[0]}) must be divisible by the group ({group.size()})"
+        )
+    y: Tensor = _Pair.apply(x, group, _own_rows, all_gather_rows)
     return y

@@ -1,0 +1,126 @@
+"""Embedding and head whose vocabulary is sharded over a tensor-parallel group.
+
+R ranks, T tokens, D width, V vocabulary, W = ceil(V / R) rows a rank; the last ranks' rows beyond V
+are padding: they are zero, have no piece and never take part.
+
+                      weight   input      output     forward         backward
+    VocabEmbedding    [W, D]   [T] ids    [T/R, D]   reduce-scatter  all-gather dy
+      not sequence    [W, D]   [T] ids    [T, D]     all-reduce      nothing
+    VocabHead         [W, D]   [T/R, D]   [T, V]     gather x, join  own rows, reduce-scatter dx
+      not sequence    [W, D]   [T, D]     [T, V]     join            own rows, all-reduce dx
+
+`VocabHead.loss` never forms [T, V]: see `loss.py`.
+
+Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3 (input and output
+embedding).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..collectives import Group, copy, gather, join, reduce, scatter
+from ..initialise import draw_seed, normal_
+from ..sharding import Layout, rows
+from .loss import linear_cross_entropy
+
+
+class _Vocabulary(nn.Module):
+    """The `[W, D]` rows of the vocabulary that this rank holds."""
+
+    def __init__(self, vocabulary: int, width: int, *, group: Group) -> None:
+        super().__init__()
+        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        self.group = group
+        self.vocabulary = vocabulary
+        self.held = -(-vocabulary // size)
+        self.start = min(rank * self.held, vocabulary)
+        self.stop = min(self.start + self.held, vocabulary)
+        self.width = width
+
+    def _rows(self) -> nn.Parameter:
+        weight = nn.Parameter(torch.empty(self.held, self.width))
+        if not weight.is_meta:
+            normal_(weight, self.declare_layouts()["weight"], seed=draw_seed(), std=0.02)
+        return weight
+
+    def declare_layouts(self) -> dict[str, Layout]:
+        """Say which rows of the vocabulary this rank holds."""
+        logical = (self.vocabulary, self.width)
+        piece = rows("weight", logical, self.start, self.stop)
+        pieces = (piece,) if self.stop > self.start else ()
+        return {"weight": Layout((self.held, self.width), pieces)}
+
+
+class VocabEmbedding(_Vocabulary):
+    """Look up token vectors in a sharded vocabulary.
+
+    Args:
+        vocabulary: Vocabulary V, over all ranks; it need not be divisible.
+        width: Width D.
+        group: The tensor-parallel process group; `None` for one rank.
+        sequence_parallel: Whether the output is sharded over its tokens.
+    """
+
+    def __init__(
+        self, vocabulary: int, width: int, *, group: Group, sequence_parallel: bool = True
+    ) -> None:
+        super().__init__(vocabulary, width, group=group)
+        self.leave = scatter if sequence_parallel else reduce
+        self.weight = self._rows()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map ids `[T]` (int64) to `[T/R, D]` (or `[T, D]`)."""
+        if self.group is None:
+            return F.embedding(tokens, self.weight)
+        outside = (tokens < self.start) | (tokens >= self.stop)
+        local = F.embedding((tokens - self.start).masked_fill(outside, 0), self.weight)
+        return self.leave(local.masked_fill(outside[..., None], 0.0), self.group)
+
+
+class VocabHead(_Vocabulary):
+    """Map hidden states to logits, or to a loss without the logits.
+
+    Args:
+        vocabulary: Vocabulary V, over all ranks; it need not be divisible.
+        width: Width D.
+        group: The tensor-parallel process group; `None` for one rank.
+        sequence_parallel: Whether the input is sharded over its tokens.
+        tied: The embedding whose weight this head uses; `None` for a weight of its own.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        width: int,
+        *,
+        group: Group,
+        sequence_parallel: bool = True,
+        tied: VocabEmbedding | None = None,
+    ) -> None:
+        super().__init__(vocabulary, width, group=group)
+        self.enter = gather if sequence_parallel else copy
+        self.weight = tied.weight if tied is not None else self._rows()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[T/R, D]` (or `[T, D]`) to logits `[T, V]`, equal on all ranks."""
+        local = F.linear(self.enter(x, self.group), self.weight)
+        if self.group is None:
+            return local
+        return join(local.t().contiguous(), self.group).t()[:, : self.vocabulary]
+
+    def loss(
+        self, x: Tensor, targets: Tensor, *, z_loss: bool = False
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the `(sum, count)` of the cross-entropy, and with `z_loss` that of lse^2.
+
+        Args:
+            x: Hidden states `[T/R, D]` (or `[T, D]`).
+            targets: Ids `[T]` int64, equal on all ranks; -100 is not trained.
+            z_loss: Whether the second pair is wanted.
+        """
+        hidden = self.enter(x, self.group)
+        weight = self.weight[: self.stop - self.start]
+        return linear_cross_entropy(
+            hidden, weight, targets, group=self.group, start=self.start, z_loss=z_loss
+        )
