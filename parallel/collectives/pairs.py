@@ -114,7 +114,7 @@ def reduce(x: Tensor, group: Group) -> Tensor:
 
 
 def join(x: Tensor, group: Group) -> Tensor:
-    """All-gather `x` `[n, ...]` into `[n * R, ...]`, equal on all ranks; backward keeps own rows."""
+    """All-gather `x` `[n, ...]` into `[n * R, ...]` for all ranks; backward keeps own rows."""
     if group is None:
         return x
     y: Tensor = _Pair.apply(x, group, all_gather_rows, _own_rows)
