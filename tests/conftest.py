@@ -12,7 +12,10 @@ import torch
 import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "numpy", "safetensors.torch"])
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch.optim", "numpy", "safetensors.torch", "pytest"]
+    + ["hypothesis", "torch._inductor.config", "warploom.parallel.mesh", "warploom.kernels.backends"]
+)
 
 
 def _poison() -> None:
