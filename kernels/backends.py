@@ -56,7 +56,7 @@ class _Operator:
 _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
     {
         "rms_norm": _Operator(stem="norm/rms"),
-        "rotary": _Operator(stem="rope/rotary"),
+        "rotary": _Operator(stem="rope/rotate"),
         "swiglu": _Operator(stem="activation/glu"),
         "linear_cross_entropy": _Operator(stem="loss/cross_entropy"),
         "linear_log_probs": _Operator(stem="loss/cross_entropy"),
@@ -144,7 +144,7 @@ def record_proof(
     """
     if device.type != "cuda":
         raise RuntimeError(f"{op}: a proof needs a CUDA device, got {device}")
-    import triton
+    import triton  # type: ignore[import-untyped]
 
     entry = {
         "device": torch.cuda.get_device_name(device),
