@@ -1,0 +1,107 @@
+"""Causal self-attention with grouped queries and rotary positions, sharded by heads.
+
+    qkv -> (norms of q and k) -> rotary -> flash attention -> out
+
+Queries, keys and values come from one column-parallel matrix product and go on as views of its
+output. Each rank has H/R query heads and G/R key/value heads, so that a query head always finds
+its key head on its own rank.
+
+Shapes: T tokens of the flattened batch, D model width, H query heads, G key/value heads, K head
+dimension, J = K/2, R tensor-parallel ranks.
+
+Source: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245 (grouped queries); Su et al. 2021,
+https://arxiv.org/abs/2104.09864 (rotary positions); Yang et al. 2025,
+https://arxiv.org/abs/2505.09388, section 2 (the norms of queries and keys).
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from warploom.kernels.attention import flash_attention, flash_attention_varlen
+from warploom.kernels.rope import rotary
+from warploom.parallel.collectives import Group
+from warploom.parallel.tensor import ColumnLinear, RowLinear
+
+from .norm import RMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """How the flat tokens of one forward pass fall into sequences.
+
+    Attributes:
+        batch: Number B of rows of equal length; read where `cu_seqlens` is `None`.
+        cos_TJ: Cosines of the rotary angles, float32 at least.
+        sin_TJ: Sines of the rotary angles, float32 at least.
+        cu_seqlens: Boundaries `[N + 1]` of N documents in the flat tokens, int32; `None` when each
+            row is one document.
+        max_seqlen: Length of the longest document.
+    """
+
+    batch: int
+    cos_TJ: Tensor
+    sin_TJ: Tensor
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over tokens that are sharded on entry and exit.
+
+    Args:
+        width: Model width D.
+        heads: Query heads H, over all ranks.
+        kv_heads: Key/value heads G, over all ranks.
+        head_dim: Head dimension K.
+        group: The tensor-parallel process group; `None` for one rank.
+        qk_norm: Whether each query and key head is normalised before its rotation.
+        norm_eps: Epsilon of these norms.
+
+    Raises:
+        ValueError: If the group's size does not divide `heads` or `kv_heads`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        group: Group,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        size = 1 if group is None else group.size()
+        for name, count in (("heads", heads), ("kv_heads", kv_heads)):
+            if count % size:
+                raise ValueError(
+                    f"{name} ({count}) must be divisible by the tensor-parallel size ({size}): "
+                    f"choose a tp that divides both heads ({heads}) and kv_heads ({kv_heads})"
+                )
+        self.head_dim = head_dim
+        self.widths = [n // size * head_dim for n in (heads, kv_heads, kv_heads)]
+        parts = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+        self.qkv = ColumnLinear(width, sum(parts.values()), group=group, parts=parts)
+        self.q_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
+        self.out = RowLinear(heads * head_dim, width, group=group)
+
+    def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """Map `[T/R, D]` to `[T/R, D]`."""
+        parts = self.qkv(x).split(self.widths, dim=-1)
+        q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
+        q_THK, k_TGK = rotary(q_THK, k_TGK, sequences.cos_TJ, sequences.sin_TJ)
+        if sequences.cu_seqlens is None:
+            rows = (x.unflatten(0, (sequences.batch, -1)) for x in (q_THK, k_TGK, v_TGK))
+            mixed = flash_attention(*rows).flatten(0, 1)
+        else:
+            mixed = flash_attention_varlen(
+                q_THK, k_TGK, v_TGK, sequences.cu_seqlens, max_seqlen=sequences.max_seqlen
+            )
+        y: Tensor = self.out(mixed.flatten(1))
+        return y

@@ -1,0 +1,27 @@
+"""Families of models: sizes, names at Hugging Face, and the reading and writing of config.json.
+
+Each family is a module with `MODEL_TYPE`, `CLASS_NAME`, `rename`, `unsupported`, `read`, `write`,
+and one function a size.
+"""
+
+from types import ModuleType
+
+from ..decoder import Architecture
+from . import llama, qwen3
+
+
+def of_model_type(model_type: str) -> ModuleType:
+    """Return the family whose config.json says `model_type`.
+
+    Raises:
+        ValueError: If no family here has that type.
+    """
+    known = {family.MODEL_TYPE: family for family in (llama, qwen3)}
+    if model_type not in known:
+        raise ValueError(f"model_type must be one of {', '.join(known)}; got {model_type!r}")
+    return known[model_type]
+
+
+def of_architecture(architecture: Architecture) -> ModuleType:
+    """Return the family under whose name a model of this architecture is saved."""
+    return qwen3 if architecture.qk_norm else llama

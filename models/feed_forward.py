@@ -1,0 +1,43 @@
+"""Gated feed-forward block, sharded over the tensor-parallel group.
+
+    down(silu(gate(x)) * up(x))
+
+Gate and up are one column-parallel matrix product; each rank holds F/R features of both.
+
+Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6.
+"""
+
+from torch import Tensor, nn
+
+from warploom.kernels.activation import swiglu
+from warploom.parallel.collectives import Group
+from warploom.parallel.tensor import ColumnLinear, RowLinear
+
+
+class FeedForward(nn.Module):
+    """SwiGLU feed-forward over tokens that are sharded on entry and exit.
+
+    Args:
+        width: Model width D.
+        hidden: Feed-forward width F, over all ranks.
+        group: The tensor-parallel process group; `None` for one rank.
+
+    Raises:
+        ValueError: If the group's size does not divide `hidden`.
+    """
+
+    def __init__(self, width: int, hidden: int, *, group: Group) -> None:
+        super().__init__()
+        size = 1 if group is None else group.size()
+        if hidden % size:
+            raise ValueError(
+                f"hidden ({hidden}) must be divisible by the tensor-parallel size ({size})"
+            )
+        parts = {"gate": hidden, "up": hidden}
+        self.gate_up = ColumnLinear(width, 2 * hidden, group=group, parts=parts)
+        self.down = RowLinear(hidden, width, group=group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[T/R, D]` to `[T/R, D]`."""
+        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        return y
