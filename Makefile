@@ -1,0 +1,84 @@
+# `make` lists the targets. The first one that needs Python builds .venv from constraints.txt; later ones find it there.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?=                          # the interpreter; without it, the first of python3, python3.14 ... that is 3.11 or newer
+JOBS ?= 2                          # test processes; 0 runs them all in one
+FLAGS ?=                           # more words for pytest, torchrun's script or a benchmark
+RUN ?= stdlib                      # what `make train` trains, a name in recipes/pretrain.py
+RANKS ?= 2                         # processes of `make train`
+RESULTS ?= benchmarks/results/h200 # where `make gpu` writes
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
+INPUTS := pyproject.toml constraints.txt setup.py
+
+# Sets $$python to the interpreter, or stops with one sentence.
+define choose_python
+python=; \
+for name in $(or $(strip $(PYTHON)),python3 python3.14 python3.13 python3.12 python3.11); do \
+  if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then python=$$name; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "warploom needs Python 3.11 or newer; found $$($(or $(strip $(PYTHON)),python3) --version 2>&1 | head -n 1 || true): install one, or name it, as in make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3.11" >&2; exit 1; \
+fi
+endef
+
+.PHONY: help setup train test test-all check format bench gpu docs clean distclean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+# The stamp holds a checksum of what was installed and of the interpreter, so that a second call installs nothing.
+setup: ## build .venv, where it is not there yet or its inputs have changed
+	@$(choose_python); \
+	version=$$("$$python" -c 'import sys; print(sys.version)'); \
+	stamp=$$({ echo "$$version"; cat $(INPUTS); } | cksum | tr ' ' -); \
+	if [ "$$(cat .venv/stamp 2>/dev/null || true)" = "$$stamp" ]; then exit 0; fi; \
+	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+	  echo "$$python cannot make a virtual environment: install its venv module (on Debian and Ubuntu, apt-get install python3-venv)" >&2; exit 1; \
+	fi; \
+	echo "setting up .venv with $$python ($${version%% *}); once, some minutes"; \
+	rm -f .venv/stamp; \
+	if [ "$$($(BIN)/python -c 'import sys; print(sys.version)' 2>/dev/null || true)" != "$$version" ]; then "$$python" -m venv --clear .venv; fi; \
+	$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools; \
+	$(PIP) --no-build-isolation --editable '.[dev,plot]' tensorboard build; \
+	echo "$$stamp" > .venv/stamp
+
+train: setup ## train a small Llama on Python's standard library sources, on two processes
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(strip $(RANKS)) recipes/pretrain.py $(strip $(RUN)) $(FLAGS)
+
+test: setup ## run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) $(FLAGS)
+
+test-all: setup ## run the tests, and the slow ones too
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) -m "not gpu" $(FLAGS)
+
+check: setup ## ruff, mypy and the rules of the house
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_house.py
+
+format: setup ## lay the sources out as `make check` wants them
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: setup ## time a training step against transformers on this machine
+	@$(BIN)/warploom bench train $(FLAGS)
+
+gpu: ## GPU tests and a training step, with the Python that is there (PYTHON=python3), results as JSON
+	@PYTHONPATH=src $(or $(strip $(PYTHON)),python3) benchmarks/gpu.py --results $(strip $(RESULTS)) $(FLAGS)
+
+docs: setup ## build the documentation into site/
+	@$(PIP) 'mkdocs-material'
+	@$(BIN)/mkdocs build --quiet --strict
+
+clean: ## remove what was built, but not .venv and not runs/
+	@rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info src/*.egg-info
+	@find . -name __pycache__ -not -path './.venv/*' -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv as well
+	@rm -rf .venv
