@@ -59,10 +59,10 @@ def record(subject: Subject, mesh: Mesh, *, steps: int = 3, learning_rate: float
     seen: dict[str, Tensor] = {}
     inner = subject.optimizer.step
 
-    def watch(gradients: Mapping[str, Tensor], rate: float) -> None:
+    def watch(gradients: Mapping[str, Tensor], learning_rate: float) -> None:
         if not seen:
             seen.update({path: gradient.clone() for path, gradient in gradients.items()})
-        inner(gradients, rate)
+        inner(gradients, learning_rate)
 
     subject.optimizer.step = watch  # type: ignore[method-assign]
     results = [step(subject.batches(n), learning_rate=learning_rate) for n in range(steps)]

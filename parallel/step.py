@@ -188,7 +188,7 @@ class Step:
             total = torch.stack(torch._foreach_norm(parts)).double().square().sum()
         if not all(map(math.isfinite, losses.values())):
             total = total * math.nan
-        return float(all_reduce_(total, self.mesh.world)) ** 0.5
+        return math.sqrt(float(all_reduce_(total, self.mesh.world)))
 
 
 def _counted(gradient: Tensor, layout: Layout, own: tuple[Piece, ...]) -> list[Tensor]:

@@ -13,6 +13,10 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
+# Renamed in torch 2.13; the old names warn there, the new ones are missing before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 
 
@@ -35,7 +39,7 @@ def all_gather_rows(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     full = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    dist.all_gather_into_tensor(full, x.contiguous(), group=group)
+    _all_gather(full, x.contiguous(), group=group)
     return full
 
 
@@ -44,7 +48,7 @@ def reduce_scatter_rows(x: Tensor, group: Group) -> Tensor:
     if group is None:
         return x
     part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    _reduce_scatter(part, x.contiguous(), group=group)
     return part
 
 
