@@ -220,7 +220,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
         # Multiplied in the wide dtype: a bfloat16 upstream scalar would scale every gradient wrong.
         dx = (dhidden.to(g.dtype) * g).to(dhidden.dtype) if ctx.needs[0] else None
@@ -312,7 +312,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
         ignore_index, chunk, backend = ctx.options
         gradients = _LOG_PROBS_BACKWARD(
             *g, *ctx.saved_tensors, ignore_index, chunk, *ctx.needs, backend

@@ -1,0 +1,5 @@
+"""Softmax attention whose memory grows with the sequence, not with its square."""
+
+from .flash import flash_attention, flash_attention_varlen
+
+__all__ = ["flash_attention", "flash_attention_varlen"]
