@@ -1,0 +1,129 @@
+"""One divisor: the gradient of a global batch does not depend on how it is split."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.parallel.toy import ToyModel, global_batch, split, subject
+
+from warploom.parallel.mesh import Mesh
+from warploom.parallel.optimizer import AdamW
+from warploom.parallel.sharding import layouts
+from warploom.parallel.step import NonFiniteError, Step, Term
+
+
+def _plain_gradient():
+    """Return loss and gradients of the whole global batch at once, by autograd alone."""
+    model = ToyModel()
+    ids, targets = (x.flatten() for x in global_batch(0))
+    (lm, z) = model.loss((ids, targets))
+    loss = lm.sum / lm.count + 0.01 * z.sum / z.count
+    loss.backward()
+    return float((lm.sum / lm.count).detach()), {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("micro", [1, 2, 8])
+def test_micro_batches_do_not_change_the_gradient(micro):
+    loss, want = _plain_gradient()
+    mesh = Mesh.build()
+    made = subject(mesh, micro=micro, clip=None)
+    step = Step(made.model, made.layouts, made.optimizer, mesh, clip=None)
+    result = step(made.batches(0), learning_rate=0.0)
+    assert math.isclose(result.losses["language_model"], loss, abs_tol=1e-12)
+    for name, gradient in want.items():
+        torch.testing.assert_close(step.gradients.local(name), gradient, atol=1e-12, rtol=0)
+    norm = math.sqrt(sum(float(g.square().sum()) for g in want.values()))
+    assert math.isclose(result.grad_norm, norm, abs_tol=1e-12)
+
+
+def _ranks_with_unequal_counts():
+    loss, want = _plain_gradient()
+    mesh = Mesh.build("dp2,rep2")
+    made = subject(mesh, micro=1, clip=None)
+    step = Step(made.model, made.layouts, made.optimizer, mesh, clip=None)
+    result = step(made.batches(0), learning_rate=0.0)
+    assert abs(result.losses["language_model"] - loss) < 1e-12
+    assert result.counts["language_model"] == float((global_batch(0)[1] != -100).sum())
+    norm = math.sqrt(sum(float(g.square().sum()) for g in want.values()))
+    assert abs(result.grad_norm - norm) < 1e-12
+
+
+def test_ranks_with_unequal_counts(ranks):
+    ranks(4, _ranks_with_unequal_counts)
+
+
+class _Bare(torch.nn.Module):
+    """A model of one weight whose loss and counts are what a test says."""
+
+    def __init__(self, value=1.0, count=2, promised=2, dtype=torch.float32):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+        self.value, self.count, self.promised = value, count, promised
+
+    def counts(self, batch):
+        return {"loss": self.promised}
+
+    def loss(self, batch):
+        return (Term("loss", (self.weight * self.value * batch).sum(), self.count),)
+
+
+def _step(model, mesh, **kwargs):
+    made = layouts(model)
+    optimizer = AdamW(dict(model.named_parameters()), made, mesh, weight_decay=0.0)
+    return Step(model, made, optimizer, mesh, **kwargs)
+
+
+def test_a_batch_that_trains_nothing_is_refused():
+    step = _step(_Bare(count=0, promised=0), Mesh.build())
+    with pytest.raises(ValueError, match="must hold at least one position that trains; loss"):
+        step([1.0], learning_rate=0.1)
+
+
+def test_counts_that_differ_from_the_loss_are_refused():
+    with pytest.raises(RuntimeError, match="counts.. must equal what loss.. reports"):
+        _step(_Bare(count=3), Mesh.build())([1.0], learning_rate=0.1)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    model = _Bare()
+    with pytest.raises(NonFiniteError, match="the step is not finite: loss loss (nan|inf)"):
+        _step(model, Mesh.build())([1.0, bad], learning_rate=0.1)
+    assert torch.equal(model.weight, torch.ones(4))
+
+
+def _all_ranks_stop_together():
+    mesh = Mesh.build()
+    model = _Bare()
+    with pytest.raises(NonFiniteError):
+        _step(model, mesh)([math.nan if dist.get_rank() == 1 else 1.0], learning_rate=0.1)
+    assert torch.equal(model.weight, torch.ones(4))
+
+
+def test_all_ranks_stop_together(ranks):
+    ranks(2, _all_ranks_stop_together)
+
+
+def test_clip_scales_to_the_limit():
+    model = _Bare(value=100.0)
+    step = _step(model, Mesh.build(), clip=0.5)
+    result = step([1.0], learning_rate=0.0)
+    assert result.grad_norm == pytest.approx(100.0)  # 4 elements of 100 / 2
+    shards = step.gradients.local("weight")
+    assert float(shards.norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_16_bit_gradients_accumulate_in_float32():
+    model = _Bare(dtype=torch.bfloat16, count=1, promised=1)
+    step = _step(model, Mesh.build(), clip=None)
+    by = {"loss": 1.0}
+    step.accumulate([torch.tensor(1.0, dtype=torch.bfloat16)] * 300, by)
+    assert step.gradients.local("weight").dtype == torch.float32
+    assert torch.equal(step.gradients.local("weight"), torch.full((4,), 300.0))  # bf16 stops at 256
+
+
+def test_split_covers_the_global_batch():
+    mesh = Mesh.build()
+    parts = split(global_batch(0), mesh, 2)
+    assert torch.equal(torch.cat([p[0] for p in parts]), global_batch(0)[0].flatten())
