@@ -1,0 +1,127 @@
+"""The command line, above all layers: `warploom COMMAND ...`.
+
+A command is one row of `COMMANDS`: its words, one line of help, and a function that imports what
+it needs when it is called, so that `warploom --help` answers at once. The function parses the
+words after its own with tyro and returns the exit code. A user's mistake, `UserError`, is printed
+as its one sentence, with exit code 2; any other exception keeps its traceback.
+"""
+
+import difflib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from warploom import __version__
+from warploom.recipes.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command."""
+
+    words: str
+    """What follows its name, as the help shows it."""
+    summary: str
+    """What it does, in one line."""
+    run: Callable[[list[str]], int]
+    """Takes the words after its name and returns the exit code."""
+
+
+def _doctor(argv: list[str]) -> int:
+    from warploom.recipes import doctor
+
+    return doctor.main(argv)
+
+
+def _train(argv: list[str]) -> int:
+    if not argv or argv[0].startswith("-"):
+        recipes = ", ".join(RECIPES)
+        raise UserError(
+            f"train needs the run first, as recipe/name, with recipe one of {recipes}; "
+            f"got {argv[0] if argv else 'nothing'}: try warploom train pretrain/stdlib --help"
+        )
+    recipe, slash, name = argv[0].partition("/")
+    if not (slash and name):
+        raise UserError(f"a run is recipe/name, such as pretrain/stdlib; got {argv[0]!r}")
+    if recipe not in RECIPES:
+        raise UserError(f"recipe must be one of {', '.join(RECIPES)}{_near(recipe, RECIPES)}")
+    return RECIPES[recipe]([name, *argv[1:]])
+
+
+def _pretrain(argv: list[str]) -> int:
+    from warploom.recipes import pretrain
+
+    return pretrain.main(argv)
+
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {
+        "doctor": Command("[--json]", "what this machine has, and what is missing", _doctor),
+        "train": Command("RUN [--FIELD VALUE ...]", "train a run, such as pretrain/stdlib", _train),
+    }
+)
+"""Every command by its name, of one word or two."""
+
+RECIPES: Mapping[str, Callable[[list[str]], int]] = MappingProxyType({"pretrain": _pretrain})
+"""What `warploom train` reaches: a function that takes the name of a run and its overrides."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after `warploom`; those of the process when None.
+
+    Returns:
+        The command's exit code; 2 for a user's mistake.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"warploom {__version__}")
+        return 0
+    try:
+        command, rest = _find(words)
+        return command.run(rest)
+    except UserError as error:
+        print(f"warploom: {error}", file=sys.stderr)
+        return 2
+
+
+def usage() -> str:
+    """Describe every command, one line each.
+
+    Returns:
+        The text that `warploom --help` prints.
+    """
+    rows = [(f"{name} {command.words}", command.summary) for name, command in COMMANDS.items()]
+    width = max(len(left) for left, _ in rows)
+    lines = [f"  {left:<{width}}  {summary}" for left, summary in rows]
+    return "\n".join(
+        ["usage: warploom COMMAND ...", "", *lines, "", "warploom COMMAND --help says more."]
+    )
+
+
+def _find(words: list[str]) -> tuple[Command, list[str]]:
+    """Split the words into the command, whose name has one word or two, and what follows it."""
+    for length in (2, 1):
+        name = " ".join(words[:length])
+        if name in COMMANDS:
+            return COMMANDS[name], words[length:]
+    seconds = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
+    if seconds:
+        raise UserError(f"{words[0]} must be followed by its second word: {', '.join(seconds)}")
+    raise UserError(f"command must be one of {', '.join(COMMANDS)}{_near(words[0], COMMANDS)}")
+
+
+def _near(word: str, names: Mapping[str, object]) -> str:
+    """Close a sentence with what was typed, and the name that was probably meant."""
+    close = difflib.get_close_matches(word, names, n=1)
+    return f", got {word!r}" + (f": did you mean {close[0]}?" if close else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
