@@ -13,7 +13,7 @@ class RMSNorm(nn.Module):
 
     Every rank holds the whole scale but sees only its part of the tokens (or, for the norms of
     queries and keys, of the heads): the gradient is partial over the group, and is declared so in
-    `layouts`. Nothing is reduced in the backward pass.
+    `declare_layouts`. Nothing is reduced in the backward pass.
 
     Args:
         width: Size D of the last dimension.
@@ -26,7 +26,7 @@ class RMSNorm(nn.Module):
         self.eps, self.group = eps, group
         self.weight = nn.Parameter(torch.ones(width))
 
-    def layouts(self) -> dict[str, Layout]:
+    def declare_layouts(self) -> dict[str, Layout]:
         """Declare the scale: whole on each rank, its gradient partial over the group."""
         return {"weight": whole("weight", self.weight.shape, partial=(self.group,))}
 

@@ -148,10 +148,11 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: recomputation unpacks them a single time
         if dout is None:
-            dout = torch.zeros_like(ctx.saved_tensors[3])
-        gradients = ctx.op(dout, dlse, *ctx.saved_tensors, *ctx.options)
-        return *gradients, *(None for _ in (*ctx.saved_tensors[5:], *ctx.options))
+            dout = torch.zeros_like(saved[3])
+        gradients = ctx.op(dout, dlse, *saved, *ctx.options)
+        return *gradients, *(None for _ in (*saved[5:], *ctx.options))
 
 
 _DENSE = register(
