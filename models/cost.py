@@ -1,0 +1,283 @@
+"""What a decoder costs: exact parameters, floating-point operations a token, bytes.
+
+FLOPs are of the model, not of the machine: two a multiply-add of each matrix product, three times
+the forward for a training step (the backward differentiates both factors), nothing for norms,
+activations and softmax, nothing for what is computed twice. Causal attention counts half of the
+square of a document's length; an embedding is a look-up and counts nothing; a head counts, tied or
+not.
+
+    forward a token = 2 x (matrix parameters) + 4 x L x H x K x context,   context = S / 2
+
+Shapes: T tokens, S sequence, D width, F feed-forward width, H query heads, G key/value heads, K
+head dimension, V vocabulary, L layers, R tensor-parallel ranks.
+
+Source: Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1; Chowdhery et al. 2022,
+https://arxiv.org/abs/2204.02311, appendix B (MFU).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from .decoder import RECOMPUTE, Architecture
+
+
+def parameters(architecture: Architecture) -> dict[str, int]:
+    """Return the number of parameters by kind of block; their sum is that of the model.
+
+    Args:
+        architecture: Sizes.
+
+    Returns:
+        `embedding`, `attention`, `feed_forward`, `norm` and `head`, over all layers and ranks,
+        without padding; a tied head has none of its own.
+    """
+    a = architecture
+    attention = a.width * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
+    qk_norm = 2 * a.head_dim if a.qk_norm else 0
+    return {
+        "embedding": a.vocabulary * a.width,
+        "attention": a.layers * attention,
+        "feed_forward": a.layers * 3 * a.width * a.hidden,
+        "norm": a.layers * (2 * a.width + qk_norm) + a.width,
+        "head": 0 if a.tied else a.vocabulary * a.width,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations a token.
+
+    Attributes:
+        forward: Of the forward pass.
+        training: Of forward and backward.
+    """
+
+    forward: float
+    training: float
+
+
+def flops_per_token(
+    architecture: Architecture,
+    sequence: int,
+    *,
+    document_lengths: Sequence[int] | None = None,
+    halve: bool = True,
+) -> Flops:
+    """Return the model's floating-point operations a token, averaged over the sequence.
+
+    Args:
+        architecture: Sizes.
+        sequence: Tokens S of a row.
+        document_lengths: Lengths of packed documents, in tokens; attention stays within each.
+        halve: Whether causal attention counts half of the square; `False` counts what a kernel
+            does that computes the masked half too.
+
+    Raises:
+        ValueError: If a length is not positive.
+    """
+    a = architecture
+    lengths = [sequence] if document_lengths is None else list(document_lengths)
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"sequence and document_lengths must be at least 1; got {lengths[:8]}")
+    count = parameters(a)
+    matrices = count["attention"] + count["feed_forward"] + a.vocabulary * a.width
+    context = sum(n * n for n in lengths) / sum(lengths) * (0.5 if halve else 1.0)
+    forward = 2.0 * matrices + 4.0 * a.layers * a.heads * a.head_dim * context
+    return Flops(forward, 3 * forward)
+
+
+def mfu(tokens_per_s: float, training_flops_per_token: float, peak_flops: float) -> float:
+    """Return the model-FLOPs utilisation: tokens/s x FLOPs a token / peak, dimensionless.
+
+    Args:
+        tokens_per_s: Of all devices together.
+        training_flops_per_token: `flops_per_token(...).training`.
+        peak_flops: FLOP/s of all devices together; say which peak beside the result.
+    """
+    return tokens_per_s * training_flops_per_token / peak_flops
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one rank.
+
+    Attributes:
+        parameters: In the model's dtype.
+        gradients: In float32 at least, where they are accumulated.
+        optimizer: AdamW's two moments, and float32 masters where the model's dtype is narrower.
+        activations: Saved by a micro-batch's forward for its backward.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+
+def memory(
+    architecture: Architecture,
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tp: int = 1,
+    shards: int = 1,
+    recompute: str = "none",
+) -> Memory:
+    """Return the bytes on one rank of training with AdamW, without what is alive for a moment.
+
+    Args:
+        architecture: Sizes.
+        tokens: Tokens T of a micro-batch.
+        dtype: Of parameters and activations.
+        tp: Tensor-parallel size R.
+        shards: Ranks over which the optimizer's state is sharded.
+        recompute: As in `Decoder`.
+    """
+    a = architecture
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    count = parameters(a)
+    rows = -(-a.vocabulary // tp)
+    held = count["norm"] + (count["attention"] + count["feed_forward"]) // tp
+    held += rows * a.width * (1 if a.tied else 2)
+    state = 2 * wide + (wide if dtype.itemsize < wide else 0)
+    return Memory(
+        parameters=held * dtype.itemsize,
+        gradients=held * wide,
+        optimizer=-(-held // shards) * state,
+        activations=activations(a, tokens, dtype=dtype, tp=tp, recompute=recompute),
+    )
+
+
+def activations(
+    architecture: Architecture,
+    tokens: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tp: int = 1,
+    recompute: str = "none",
+) -> int:
+    """Return the bytes that `Decoder.loss` (without z-loss) saves for its backward on one rank.
+
+    Counted once however many operators save them; parameters are not counted.
+
+    Args:
+        architecture: Sizes.
+        tokens: Tokens T of a micro-batch, a multiple of `tp`; rows without packed documents.
+        dtype: Of the activations.
+        tp: Tensor-parallel size R.
+        recompute: As in `Decoder`.
+
+    Raises:
+        ValueError: If `recompute` is unknown.
+    """
+    a = architecture
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}; got {recompute!r}")
+    narrow = dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    own = tokens // tp
+    stream = own * a.width * narrow
+    layer = stream if recompute == "full" else _layer(a, tokens, dtype, tp)
+    rows = -(-a.vocabulary // tp)
+    loss = tokens * a.width * narrow + rows * a.width * wide  # the gradients of hidden and head
+    final_norm = stream + own * wide
+    tables = 2 * tokens * a.head_dim // 2 * 4
+    ids = tokens * 8
+    return a.layers * layer + final_norm + loss + tables + ids
+
+
+def _layer(a: Architecture, tokens: int, dtype: torch.dtype, tp: int) -> int:
+    """Count what one block saves: for each operator, its tensors that no other has saved."""
+    narrow = dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32).itemsize
+    own = tokens // tp
+    queries, keys = a.heads // tp * a.head_dim, a.kv_heads // tp * a.head_dim
+    hidden = a.hidden // tp
+    norms = 2 * own * (a.width * narrow + wide)  # each: the sum, and a statistic a token
+    projections = 2 * tokens * a.width * narrow  # inputs of qkv and gate_up, gathered
+    attention = tokens * (queries + 2 * keys) * narrow  # qkv, which v is a view of
+    attention += tokens * (2 * queries + keys) * narrow  # rotated q and k, the output
+    attention += tokens * a.heads // tp * wide  # log-sum-exp
+    if a.qk_norm:
+        attention += tokens * (a.heads + a.kv_heads) // tp * wide
+    feed_forward = tokens * 3 * hidden * narrow  # gate, up, and their product
+    return norms + projections + attention + feed_forward
+
+
+def measured_flops(run: Callable[[], Any]) -> int:
+    """Count the floating-point operations of the matrix products that `run` really does.
+
+    Counts what kernels compute, so more than `flops_per_token`: five products of attention in the
+    backward, one of which computes the scores again; four of the head with z-loss; whatever a
+    recomputed block repeats. Causal attention counts half of the square, as everywhere here. The
+    loss counts the positions that train where the others are left out, which is on the CPU.
+    """
+    with FlopCounterMode(display=False, custom_mapping=_formulas()) as counter:
+        run()
+    total: int = counter.get_total_flops()
+    return total
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """Return what each operator of this library computes, from its arguments."""
+    ops = torch.ops.warploom
+    found: dict[Any, Callable[..., int]] = {
+        ops.flash_attention_forward: partial(_dense, first=0, products=2),
+        ops.flash_attention_backward: partial(_dense, first=2, products=5),
+        ops.flash_attention_varlen_forward: partial(_varlen, first=0, products=2),
+        ops.flash_attention_varlen_backward: partial(_varlen, first=2, products=5),
+        ops.linear_cross_entropy_forward: _cross_entropy,
+        ops.linear_log_probs_forward: partial(_log_probs, first=0, products=1),
+        ops.linear_log_probs_backward: partial(_log_probs, first=2, products=3),
+    }
+    for formula in found.values():
+        vars(formula)["_get_raw"] = True  # pass tensors, not their shapes: lengths are values
+    return found
+
+
+def _pairs(queries: int, keys: int, causal: bool) -> float:
+    return queries * keys / (2 if causal else 1)
+
+
+def _dense(*args: Any, first: int, products: int, out_val: Any = None) -> int:
+    q_BSHK, k_BUGK = args[first], args[first + 1]
+    causal = args[-3]
+    batch, queries, heads, head_dim = q_BSHK.shape
+    each = 2 * batch * heads * head_dim * _pairs(queries, k_BUGK.shape[1], causal)
+    return int(products * each)
+
+
+def _varlen(*args: Any, first: int, products: int, out_val: Any = None) -> int:
+    _, heads, head_dim = args[first].shape
+    cu_seqlens, causal = args[-5], args[-3]
+    pairs = sum(_pairs(n, n, causal) for n in cu_seqlens.diff().tolist())
+    return int(products * 2 * heads * head_dim * pairs)
+
+
+def _trained(targets_T: Tensor, ignore_index: int) -> int:
+    if targets_T.device.type == "cpu":
+        return int((targets_T != ignore_index).sum())
+    return targets_T.numel()
+
+
+def _cross_entropy(*args: Any, out_val: Any = None) -> int:
+    _, weight_VD, targets_T, ignore_index, _, hidden_grad, weight_grad, _ = args
+    products = 1 + hidden_grad + weight_grad
+    return int(2 * products * weight_VD.numel() * _trained(targets_T, ignore_index))
+
+
+def _log_probs(*args: Any, first: int, products: int, out_val: Any = None) -> int:
+    weight_VD, targets_T = args[first + 1], args[first + 2]
+    ignore_index = args[first + 3 if first == 0 else first + 4]  # the backward takes lse before it
+    return 2 * products * weight_VD.numel() * _trained(targets_T, ignore_index)
