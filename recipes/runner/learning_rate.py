@@ -5,9 +5,9 @@
     WSD       W <= t < S - D  1
               t >= S - D      f + (1 - f) shape(p)                     p = (t - (S - D)) / D
 
-Steps t count from 0, S is how many there are, and each value is a factor on the peak. The warm-up's
-first step is 1/W and its last the peak; the decay's first step is still the peak and its last is one
-step short of the final fraction f. So no step trains at a rate of 0.
+Steps t count from 0, S is how many there are, and each value is a factor on the peak. The first
+step of the warm-up is 1/W and its last the peak; the first step of the decay is still the peak and
+its last is one step short of the final fraction f. So no step trains at a rate of 0.
 
 Source: Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5 (cosine); Hu et al.
 2024, https://arxiv.org/abs/2404.06395, section 4 (WSD); Hagele et al. 2024,

@@ -1,0 +1,315 @@
+"""What a run is made of. Frozen: a changed run is another one, made by `dataclasses.replace`.
+
+`Run` refuses what it can judge alone; `check` refuses, before anything is allocated, what needs the
+number of ranks or the machine. Each refusal is one sentence: what must hold, what was found, what
+to do.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from warploom.models.cost import memory
+from warploom.models.decoder import Architecture
+from warploom.parallel.mesh import Degrees
+
+from ..errors import UserError
+from .learning_rate import WSD, Schedule
+
+_GIB = 2**30
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+_COUNTS = (
+    "batch_tokens",
+    "micro_batch",
+    "sequence",
+    "steps",
+    "checkpoint_every",
+    "keep",
+    "evaluate_every",
+    "evaluate_tokens",
+    "log_every",
+    "sample_tokens",
+)
+
+# What a run may change when it goes on: nothing of the trace (of the mesh and of the way a batch is
+# cut into micro-batches only its rounding).
+FREE = ("folder", "log_every", "checkpoint_every", "keep", "prompts", "sample_tokens")
+LAYOUT = ("mesh", "micro_batch", "recompute")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """The text, how it is split, and how it becomes tokens."""
+
+    path: str = "stdlib"
+    """`stdlib` (the sources of Python's standard library), a folder of text files, or a .jsonl(.gz)
+    file or a folder of them."""
+    suffixes: tuple[str, ...] = (".py",)
+    """Endings of the files that are read in a folder; none means every file."""
+    held_out: float = 0.05
+    """Share of the documents that are never trained on, chosen by hash."""
+    tokenizer: str | None = None
+    """A folder with a tokenizer.json; without one, a byte-level BPE as large as the architecture's
+    vocabulary is trained on the training documents."""
+    digits: Literal["three", "one"] = "three"
+    """How the BPE splits numbers: groups of up to three digits, or one by one."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise UserError(
+                f"corpus.held_out must be a share between 0 and 1 of the documents, got "
+                f"{self.held_out}: 0.05 holds one in twenty"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdamW:
+    """AdamW with decoupled weight decay; norms do not decay."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Each step takes learning rate x this of the weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Muon:
+    """Muon for the matrices of the blocks; AdamW for embedding, head and norms."""
+
+    momentum: float = 0.95
+    """Of Muon's one moment."""
+    rest_rate: float = 1.0
+    """AdamW's learning rate as a factor on Muon's."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.1
+    """Each step takes learning rate x this of the weight, for both."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """One training run, from text to weights and a report."""
+
+    architecture: Architecture
+    """Sizes of the model."""
+    corpus: Corpus = Corpus()
+    """The text."""
+    mesh: str = ""
+    """Degrees of parallelism such as `tp2,dp4`; an absent dp is what is left of the ranks."""
+    optimizer: AdamW | Muon = AdamW()
+    """The optimizer."""
+    learning_rate: float = 3e-4
+    """Peak of the learning rate."""
+    schedule: Schedule = WSD()
+    """The learning rate over the steps."""
+    clip: float | None = 1.0
+    """Largest norm of the global gradient; None leaves it as it is."""
+    batch_tokens: int = 524_288
+    """Tokens of one optimizer step, over all ranks and micro-batches."""
+    micro_batch: int = 1
+    """Sequences that a rank runs at a time; more are accumulated."""
+    sequence: int = 2048
+    """Tokens of a sequence."""
+    steps: int = 1000
+    """Optimizer steps."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: weights and activations in bf16, master weights and gradient sums in float32."""
+    recompute: Literal["none", "full"] = "none"
+    """full: keep the input of each block and run it again in the backward pass."""
+    z_loss: float = 0.0
+    """Weight of the mean squared log-partition; 0 leaves the term out."""
+    seed: int = 0
+    """Of the weights, of the order of the documents and of the samples."""
+    folder: str = "runs/unnamed"
+    """Where everything is kept; the same command goes on from what it finds there."""
+    checkpoint_every: int = 100
+    """Steps from one checkpoint to the next; there is one at the end too."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    evaluate_every: int = 100
+    """Steps from one evaluation on held-out text to the next; there is one at the end too."""
+    evaluate_tokens: int = 1_000_000
+    """At most this many held-out tokens are evaluated, the same ones each time."""
+    log_every: int = 10
+    """Steps from one printed line to the next, where the output is no terminal."""
+    prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    """Beginnings that the trained model continues in the report."""
+    sample_tokens: int = 64
+    """Tokens of each sample in the report."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        _check_mesh(self)
+        a = self.architecture
+        if self.sequence > a.max_positions:
+            raise UserError(
+                f"sequence ({self.sequence}) must be at most architecture.max_positions "
+                f"({a.max_positions}): shorten the sequence, or give the model more positions"
+            )
+        if self.batch_tokens % self.sequence:
+            raise UserError(
+                f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence "
+                f"({self.sequence}): {nearest(self.batch_tokens, self.sequence)} fits"
+            )
+        if self.schedule.warmup >= self.steps:
+            raise UserError(
+                f"schedule.warmup ({self.schedule.warmup}) must be less than steps ({self.steps}): "
+                f"--schedule.warmup {self.steps // 10} is a tenth of them"
+            )
+
+
+def nearest(value: int, unit: int) -> str:
+    """Name the multiples of `unit` on both sides of `value`, for a sentence."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+def _check_numbers(run: Run) -> None:
+    for name in _COUNTS:
+        if (value := getattr(run, name)) < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    for name in ("learning_rate", "clip"):
+        value = getattr(run, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"{name} must be above 0 and finite, got {value}")
+    if not 0 <= run.z_loss < float("inf"):
+        raise UserError(f"z_loss must be at least 0 and finite, got {run.z_loss}")
+    if not 0 <= run.seed < 2**63:
+        raise UserError(f"seed must be from 0 to 2^63 - 1, got {run.seed}")
+    if not run.folder:
+        raise UserError(f"folder must name where the run is kept, got {run.folder!r}")
+
+
+def _check_mesh(run: Run) -> None:
+    try:
+        degrees = Degrees.parse(run.mesh)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    for axis in ("cp", "pp", "ep", "etp"):
+        if (degree := getattr(degrees, axis)) > 1:
+            raise UserError(
+                f"mesh must have {axis}1 in this version, which has no layers for that axis yet; "
+                f"got {axis}{degree} in {run.mesh!r}: use tp, dp and rep"
+            )
+    a = run.architecture
+    for name in ("heads", "kv_heads", "hidden"):
+        if (size := getattr(a, name)) % degrees.tp:
+            raise UserError(
+                f"architecture.{name} ({size}) must be divisible by the tensor-parallel size "
+                f"({degrees.tp}): change tp in the mesh {run.mesh!r}"
+            )
+    if degrees.tp > 1 and isinstance(run.optimizer, Muon):
+        raise UserError(
+            f"Muon needs whole matrices, but the mesh {run.mesh!r} splits them over tp"
+            f"{degrees.tp}: use tp1, or a run with AdamW"
+        )
+
+
+def check(run: Run, world: int, device: torch.device, *, local_ranks: int = 1) -> Degrees:
+    """Refuse what does not fit the ranks or the machine, before anything is allocated.
+
+    Args:
+        run: The run.
+        world: Ranks in all.
+        device: This rank's.
+        local_ranks: Ranks that share this machine.
+
+    Returns:
+        The mesh's degrees, with dp filled in.
+
+    Raises:
+        UserError: If the mesh does not multiply to `world`, the batch does not divide over data
+            ranks and micro-batches, or the memory is less than the run needs.
+    """
+    try:
+        degrees = Degrees.parse(run.mesh).resolve(world)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    ranks = (degrees.dp or 1) * degrees.rep
+    unit = run.sequence * run.micro_batch * ranks
+    if run.batch_tokens % unit:
+        raise UserError(
+            f"batch_tokens ({run.batch_tokens}) must be a multiple of sequence x micro_batch x "
+            f"data ranks ({run.sequence} x {run.micro_batch} x {ranks} = {unit}): "
+            f"{nearest(run.batch_tokens, unit)} fits"
+        )
+    _check_memory(run, degrees, device, local_ranks)
+    return degrees
+
+
+def needed_bytes(run: Run, degrees: Degrees) -> int:
+    """Return the bytes that training takes on one rank, without what is alive for a moment."""
+    return memory(
+        run.architecture,
+        -(-run.micro_batch * run.sequence // degrees.tp) * degrees.tp,
+        dtype=DTYPES[run.precision],
+        tp=degrees.tp,
+        shards=degrees.dp or 1,
+        recompute=run.recompute,
+    ).total
+
+
+def _check_memory(run: Run, degrees: Degrees, device: torch.device, local_ranks: int) -> None:
+    needed = needed_bytes(run, degrees)
+    if device.type == "cuda":
+        there, what = torch.cuda.get_device_properties(device).total_memory, "a GPU"
+    else:
+        there, what = _machine_bytes() // local_ranks, "a rank"
+    if needed <= there:
+        return
+    others = {
+        "--recompute full": dataclasses.replace(run, recompute="full"),
+        "--micro-batch 1": dataclasses.replace(run, micro_batch=1),
+        "both": dataclasses.replace(run, recompute="full", micro_batch=1),
+    }
+    sizes = {name: needed_bytes(other, degrees) for name, other in others.items()}
+    fit = [f"{name} ({size / _GIB:.1f} GiB)" for name, size in sizes.items() if size <= there]
+    advice = f"nearest that fit are {', '.join(fit)}" if fit else "use more ranks, or a larger tp"
+    raise UserError(
+        f"run needs {needed / _GIB:.1f} GiB {what}, there are {there / _GIB:.1f}: {advice}"
+    )
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """Return the run as JSON values; a choice between classes has its name as `kind`."""
+
+    def value(x: Any) -> Any:
+        if dataclasses.is_dataclass(x):
+            fields = {f.name: value(getattr(x, f.name)) for f in dataclasses.fields(x)}
+            kinds = (AdamW, Muon, *Schedule.__args__)
+            return {"kind": type(x).__name__, **fields} if isinstance(x, kinds) else fields
+        return list(x) if isinstance(x, tuple) else x
+
+    described: dict[str, Any] = value(run)
+    return described
+
+
+def flatten(described: dict[str, Any]) -> dict[str, Any]:
+    """Flatten a described run into dotted names, as they are on the command line."""
+    flat = {}
+    for name, value in described.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def fingerprint(described: dict[str, Any]) -> str:
+    """Hash what decides the loss trace: 16 hexadecimal digits, the same for the same trace."""
+    kept = {k: v for k, v in described.items() if k not in FREE + LAYOUT}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

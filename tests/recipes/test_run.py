@@ -1,0 +1,100 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from warploom.models.families import llama
+from warploom.recipes.errors import UserError
+from warploom.recipes.runner import run as module
+from warploom.recipes.runner.learning_rate import Cosine
+from warploom.recipes.runner.run import Muon, Run, check, describe, fingerprint, flatten
+
+CPU = torch.device("cpu")
+
+
+def tiny(**changes):
+    given = {"sequence": 64, "batch_tokens": 1024, "micro_batch": 2, "steps": 10}
+    return Run(architecture=llama.tiny(), **{**given, "schedule": Cosine(warmup=2), **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mesh": "tp2,zz4"}, "degrees of tp.*'zz4'"),
+        ({"mesh": "cp2"}, "cp1 in this version.*cp2.*use tp, dp and rep"),
+        ({"mesh": "pp2"}, "pp1 in this version"),
+        ({"mesh": "ep2"}, "ep1 in this version"),
+        ({"mesh": "tp3"}, r"architecture.heads \(4\) must be divisible.*\(3\)"),
+        ({"mesh": "tp4"}, r"architecture.kv_heads \(2\) must be divisible.*\(4\)"),
+        ({"mesh": "tp2", "optimizer": Muon()}, "Muon needs whole matrices.*tp2"),
+        ({"sequence": 1024}, r"sequence \(1024\).*max_positions \(512\)"),
+        ({"batch_tokens": 1000}, r"batch_tokens \(1000\).*sequence \(64\): 960 or 1024 fits"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": 2}, r"schedule.warmup \(2\) must be less than steps \(2\)"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"clip": -1.0}, "clip must be above 0"),
+        ({"folder": ""}, "folder must name"),
+        ({"z_loss": -1e-4}, "z_loss must be at least 0"),
+        ({"seed": -1}, "seed must be from 0"),
+    ],
+)
+def test_a_run_refuses_alone(changes, words):
+    with pytest.raises(UserError, match=words) as caught:
+        tiny(**changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_clip_may_be_none():
+    assert tiny(clip=None).clip is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "world", "words"),
+    [
+        ({"mesh": "tp2,dp2"}, 2, r"4 ranks.*world size \(2\)"),
+        ({"mesh": "dp3"}, 2, r"3 ranks.*world size \(2\): start 3 processes"),
+        ({"micro_batch": 3}, 1, r"64 x 3 x 1 = 192\): 960 or 1152 fits"),
+        ({}, 16, r"64 x 2 x 16 = 2048\): 2048 fits"),
+    ],
+)
+def test_check_refuses_with_the_world(changes, world, words):
+    with pytest.raises(UserError, match=words):
+        check(tiny(**changes), world, CPU)
+
+
+def test_check_fills_in_dp():
+    assert check(tiny(mesh="tp2"), 8, CPU).dp == 4
+    assert check(tiny(), 1, CPU).dp == 1
+
+
+def test_check_refuses_what_memory_does_not_hold(monkeypatch):
+    run = tiny(sequence=512, batch_tokens=512 * 64, micro_batch=64)
+    needed = module.needed_bytes(run, check(run, 1, CPU))
+    monkeypatch.setattr(module, "_machine_bytes", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"run needs .* GiB a rank.*--recompute full") as caught:
+        check(run, 1, CPU)
+    assert "--micro-batch 1" in str(caught.value)
+    monkeypatch.setattr(module, "_machine_bytes", lambda: needed)
+    check(run, 1, CPU)
+    with pytest.raises(UserError):  # two ranks share the machine
+        check(run, 1, CPU, local_ranks=2)
+
+
+def test_describe_is_json_and_names_kinds():
+    described = describe(tiny(optimizer=Muon()))
+    assert json.loads(json.dumps(described)) == described
+    flat = flatten(described)
+    assert flat["optimizer.kind"] == "Muon"
+    assert flat["schedule.kind"] == "Cosine"
+    assert flat["architecture.width"] == 64
+    assert flat["corpus.path"] == "stdlib"
+
+
+def test_fingerprint_follows_the_trace():
+    run = tiny()
+    same = dataclasses.replace(run, folder="elsewhere", log_every=1, keep=9, mesh="dp1")
+    other = dataclasses.replace(run, learning_rate=1e-3)
+    prints = [fingerprint(describe(r)) for r in (run, same, other)]
+    assert prints[0] == prints[1] != prints[2]
