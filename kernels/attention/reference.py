@@ -19,8 +19,8 @@ from ..library import wide
 
 def _grouped(x_BSHK: Tensor, heads: int) -> Tensor:
     """Widen, and split the heads by the key/value head that they share: [B, G, Q, S, K]."""
-    batch, length, _, width = x_BSHK.shape
-    x_BSGQK = x_BSHK.to(wide(x_BSHK.dtype)).reshape(batch, length, heads, -1, width)
+    batch, length, all_heads, width = x_BSHK.shape
+    x_BSGQK = x_BSHK.to(wide(x_BSHK.dtype)).reshape(batch, length, heads, all_heads // heads, width)
     return x_BSGQK.permute(0, 2, 3, 1, 4)
 
 
