@@ -75,4 +75,5 @@ def uncovered(box: Box, parts: Sequence[Box]) -> int:
     for index in inside:
         lines = [at[(i.start, i.stop, i.step)] for at, i in zip(places, index, strict=True)]
         free[np.ix_(*lines)] = False
-    return int((reduce(np.multiply.outer, counts) * free).sum())
+    elements = reduce(np.multiply.outer, counts, np.ones((), np.int64))
+    return int((elements * free).sum())

@@ -45,6 +45,7 @@ class Job:
         keep: How many checkpoints stay.
         patience_s: Seconds without a sign of life after which waiting ends.
         read_back: Whether the file is read again.
+        block_bytes: About how many bytes share a hash.
         pieces: Pieces that this rank writes, by key.
         tensors: Their values, dense in host memory.
         error: Why it failed.
@@ -58,6 +59,7 @@ class Job:
     keep: int | None
     patience_s: float
     read_back: bool
+    block_bytes: int
     pieces: dict[str, Piece] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     error: Exception | None = None
@@ -86,9 +88,10 @@ class _Elsewhere(RuntimeError):
 
 def write_part(job: Job) -> None:
     """Write, check and announce this rank's file."""
-    record = Index(job.world, {}, {}, {})
+    record = Index(job.world, {}, {}, {}, job.block_bytes)
     if job.tensors:
-        written, hashes = write_file(job.temporary / job.file, job.tensors, job.alive)
+        path = job.temporary / job.file
+        written, hashes = write_file(path, job.tensors, job.alive, job.block_bytes)
         record.files[job.file] = written
         for key, piece in job.pieces.items():
             chunk = Chunk(job.file, key, piece.slices, hashes[key])
@@ -122,7 +125,7 @@ def commit(job: Job) -> None:
 
 
 def _merge(job: Job) -> Index:
-    merged = Index(job.world, job.state, {}, {})
+    merged = Index(job.world, job.state, {}, {}, job.block_bytes)
     for rank in range(job.world):
         part = json.loads((job.temporary / f"rank-{rank:05d}.json").read_bytes())
         for file, told in part["files"].items():

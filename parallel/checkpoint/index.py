@@ -200,7 +200,9 @@ def row_blocks(shape: Sequence[int], itemsize: int, block_bytes: int) -> list[tu
 
 def raw(tensor: Tensor) -> memoryview:
     """View the bytes of a dense tensor in host memory."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # strides of dimensions of size 1 may be anything, and view(uint8) would mind them
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return flat.view(torch.uint8).numpy().data
 
 
 def blocks(tensor: Tensor, block_bytes: int) -> Iterator[memoryview]:

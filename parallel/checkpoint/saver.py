@@ -17,7 +17,6 @@ another name, which the next save removes.
 import json
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from ..sharding import Layout, Piece, owned
 from .agreement import agree
 from .commit import Job, commit, give_up, write_part
 from .folders import new_temporary, step_name
-from .index import Entry, chunk_key
+from .index import BLOCK_BYTES, Entry, chunk_key
 
 
 class AsyncSaver:
@@ -44,16 +43,26 @@ class AsyncSaver:
             seconds.
         read_back: Whether each rank reads its file again and compares the hashes before the
             checkpoint counts as complete.
+        block_bytes: About how many bytes share a hash. Smaller blocks make the index longer, and
+            let a rank that needs a few rows read little more than these.
 
     Raises:
-        ValueError: If `keep` is below 1.
+        ValueError: If `keep` or `block_bytes` is below 1.
     """
 
     def __init__(
-        self, *, keep: int | None = None, patience_s: float = 120.0, read_back: bool = True
+        self,
+        *,
+        keep: int | None = None,
+        patience_s: float = 120.0,
+        read_back: bool = True,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, or None for all; got {keep}")
+        if block_bytes < 1:
+            raise ValueError(f"block_bytes must be at least 1; got {block_bytes}")
+        self.block_bytes = block_bytes
         self.keep = keep
         self.patience_s = patience_s
         self.read_back = read_back
@@ -134,6 +143,7 @@ class AsyncSaver:
             keep=self.keep,
             patience_s=self.patience_s,
             read_back=self.read_back,
+            block_bytes=self.block_bytes,
         )
         try:
             mine = _owned_pieces(entries, mesh)
@@ -195,13 +205,16 @@ def save(
     keep: int | None = None,
     patience_s: float = 120.0,
     read_back: bool = True,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Path:
     """Write a checkpoint and return when it is complete on every rank; a collective call.
 
     As `AsyncSaver.start` and `finish`, with their arguments and errors; dense tensors in host
     memory are written from where they are.
     """
-    saver = AsyncSaver(keep=keep, patience_s=patience_s, read_back=read_back)
+    saver = AsyncSaver(
+        keep=keep, patience_s=patience_s, read_back=read_back, block_bytes=block_bytes
+    )
     final = saver._start(Path(folder), entries, state, mesh, copy=False)
     saver.finish()
     return final

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .index import BLOCK_BYTES, DTYPES, FileRecord, blocks
+from .index import DTYPES, FileRecord, blocks
 
 _SYNC_BYTES = 1 << 28  # dirty pages stay few, and the time between two signs of life short
 
@@ -43,7 +43,7 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 
 def write_file(
-    path: Path, tensors: Mapping[str, Tensor], alive: Callable[[], None]
+    path: Path, tensors: Mapping[str, Tensor], alive: Callable[[], None], block_bytes: int
 ) -> tuple[FileRecord, dict[str, tuple[str, ...]]]:
     """Write dense tensors in host memory to the new file `path`, and force them to the disk.
 
@@ -51,6 +51,7 @@ def write_file(
         path: File, which must not exist.
         tensors: Tensors by key.
         alive: Called after each block; what it raises ends the writing.
+        block_bytes: About how many bytes share a hash.
 
     Returns:
         What the index says of the file, and the hashes of each tensor's blocks.
@@ -67,7 +68,7 @@ def write_file(
         pending = 0
         for key, tensor in ordered.items():
             found = []
-            for block in blocks(tensor, BLOCK_BYTES):
+            for block in blocks(tensor, block_bytes):
                 found.append(hashlib.sha256(block).hexdigest())
                 _put(handle, block)
                 pending += len(block)
