@@ -57,8 +57,8 @@ class Corpus:
     tokenizer: str | None = None
     """A folder with a tokenizer.json; without one, a byte-level BPE as large as the architecture's
     vocabulary is trained on the training documents."""
-    digits: Literal["three", "one"] = "three"
-    """How the BPE splits numbers: groups of up to three digits, or one by one."""
+    digits: Literal["three", "one", "triples-from-the-right"] = "three"
+    """How the BPE cuts numbers: up to three digits from the left, one by one, or 1|234|567."""
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 1:
@@ -300,7 +300,7 @@ def describe(run: Run) -> dict[str, Any]:
 
 def flatten(described: dict[str, Any]) -> dict[str, Any]:
     """Flatten a described run into dotted names, as they are on the command line."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in described.items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": v for inner, v in flatten(value).items()}
