@@ -149,7 +149,8 @@ def save(
         OSError: If a file cannot be written; nothing is left under `folder`.
     """
     final, tokenizer = Path(folder), Path(tokenizer_folder) if tokenizer_folder else None
-    if final.exists():
+    world = None if model.mesh is None else model.mesh.world
+    if any(gather_json(final.exists(), world)):
         raise FileExistsError(f"{final} exists: weights are never overwritten, name a new folder")
     if tokenizer is not None and not _tokenizer_files(tokenizer):
         raise FileNotFoundError(f"{tokenizer} must hold a tokenizer (tokenizer.json, ...)")
@@ -178,7 +179,7 @@ def save(
         except OSError as failed:
             error = failed
         shutil.rmtree(partial, ignore_errors=True)
-    texts = gather_json(str(error or ""), None if model.mesh is None else model.mesh.world)
+    texts = gather_json(str(error or ""), world)
     if error is not None:
         raise error
     if any(texts):
