@@ -241,12 +241,12 @@ def _sentence(job: Job, error: Exception) -> str:
     if not job.temporary.is_dir():
         return _ABANDONED
     free = shutil.disk_usage(job.final.parent).free
-    needed = file_bytes(job.tensors)
     advice = ": free some space, or keep fewer checkpoints" if error.errno in _FULL else ""
-    return (
-        f"{job.file} needs {needed:,} bytes, {free:,} are free in {job.final.parent} "
-        f"({error.strerror}){advice}"
-    )
+    if error.filename is None or Path(error.filename).name == job.file:
+        what = f"{job.file} needs {file_bytes(job.tensors):,} bytes"
+    else:
+        what = f"{Path(error.filename).name} could not be written"
+    return f"{what}, {free:,} are free in {job.final.parent} ({error.strerror}){advice}"
 
 
 def _tell(job: Job, error: Exception, text: str) -> None:

@@ -89,7 +89,8 @@ class AsyncSaver:
 
         Raises:
             ValueError: If a checkpoint of this step or a newer one exists, `state` is not JSON or
-                has no step, or two entries lay different slices at the same place.
+                has no step or not the same on all ranks, or two entries lay different slices at
+                the same place.
             RuntimeError: If the previous save failed, or the folder cannot be written.
         """
         return self._start(Path(folder), entries, state, mesh, copy=True)
@@ -124,11 +125,13 @@ class AsyncSaver:
             text = _state_text(state)
         except (RuntimeError, ValueError, TypeError) as caught:
             error = caught
-        agree(mesh, error)
+        steps = set(agree(mesh, error, state.get("step")))
+        if len(steps) > 1:
+            raise ValueError(f"all ranks must save the same step; they are at {sorted(steps)}")
         name = ""
         if mesh.rank == 0:
             try:
-                name = new_temporary(folder, json.loads(text)["step"]).name
+                name = new_temporary(folder, state["step"]).name
             except ValueError as caught:
                 error = caught
             except OSError as caught:
@@ -136,7 +139,7 @@ class AsyncSaver:
         temporary = folder / agree(mesh, error, name)[0]
         job = Job(
             temporary=temporary,
-            final=folder / step_name(json.loads(text)["step"]),
+            final=folder / step_name(state["step"]),
             rank=mesh.rank,
             world=mesh.size,
             state=json.loads(text),

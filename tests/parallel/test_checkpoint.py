@@ -413,6 +413,8 @@ def load_what_one_rank_lacks(folder):
         save(folder, mine, {"step": 2} if mesh.rank else {}, mesh)
     with pytest.raises(ValueError, match="must be the newest"):
         save(folder, mine, {"step": 1}, mesh)
+    with pytest.raises(ValueError, match=r"the same step; they are at \[2, 3\]"):
+        save(folder, mine, {"step": 2 + mesh.rank}, mesh)
     # what no rank asks for is unexpected; what one asks for is not
     with pytest.raises(ValueError, match="holds 1 that are not: master/b$"):
         load(latest(folder), [one("a")][: mesh.rank], mesh)
@@ -422,3 +424,20 @@ def test_an_error_of_one_rank_is_an_error_of_all(ranks, tmp_path):
     save(tmp_path, [one("a"), one("b")], {"step": 1}, Mesh.build(""))
     ranks(2, load_what_one_rank_lacks, str(tmp_path))
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.gpu
+def test_tensors_on_a_gpu_go_through_pinned_memory(tmp_path):
+    mesh, saver = Mesh.build(""), AsyncSaver()
+    expected = entries_of(mesh)
+    for step in (1, 2):
+        there = [Entry(e.prefix, e.tensor.cuda(), e.layout) for e in expected]
+        saver.start(tmp_path, there, {"step": step}, mesh)
+        for entry in there:
+            entry.tensor.fill_(0)
+        saver.finish()
+        found = [replace(e, tensor=torch.zeros_like(e.tensor, device="cuda")) for e in expected]
+        load(latest(tmp_path), found, mesh)
+        for want, got in zip(expected, found, strict=True):
+            for piece in want.layout.pieces:
+                assert torch.equal(piece.of_local(got.tensor).cpu(), piece.of_local(want.tensor))
