@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import Library
 
 _LIBRARY = Library("warploom", "FRAGMENT")
-_BLOCK = 1 << 21  # elements a block: 8 MiB in float32, so that a block's passes stay in cache
+_BLOCK = 1 << 18  # elements: 1 MiB in float32, so that a block and its temporaries stay in cache
 
 
 def register(
@@ -58,19 +58,20 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
-def row_blocks(rows: int, width: int) -> Iterator[slice]:
+def row_blocks(rows: int, width: int, block: int = _BLOCK) -> Iterator[slice]:
     """Cut `rows` of `width` elements into equal blocks whose temporaries fit the CPU's caches.
 
     Args:
         rows: At least 0.
         width: Elements a row.
+        block: Elements a block, about; a block has at least one row.
 
     Yields:
         Slices that cover `range(rows)` in order; nothing for 0 rows.
     """
     if not rows:
         return
-    count = -(-rows * width // _BLOCK) or 1
+    count = -(-rows * width // block) or 1
     step = -(-rows // count)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

@@ -24,6 +24,7 @@ from ..backends import choose
 from ..library import below_autograd, register, row_blocks, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK = 1 << 21  # elements a block of rows: the passes are few, so that calls cost more than cache
 
 
 def rms_norm_reference(
@@ -52,7 +53,7 @@ def _forward_cpu(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Te
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
     rstd_T = torch.empty(x_TD.shape[0], dtype=accumulate, device=x_TD.device)
     weight = weight_D.to(accumulate)
-    for rows in row_blocks(*x_TD.shape):
+    for rows in row_blocks(x_TD.shape[0], x_TD.shape[1], _BLOCK):
         h, rstd = x_TD[rows].to(accumulate), rstd_T[rows].unsqueeze(1)
         torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=rstd)
         rstd.square_().div_(x_TD.shape[1]).add_(eps).rsqrt_()
@@ -71,7 +72,7 @@ def _backward_cpu(
     dx_TD = torch.empty_like(h_TD, memory_format=torch.contiguous_format)
     weight = weight_D.to(accumulate)
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
-    for rows in row_blocks(*h_TD.shape):
+    for rows in row_blocks(h_TD.shape[0], h_TD.shape[1], _BLOCK):
         h, dy, rstd = h_TD[rows].to(accumulate), dy_TD[rows].to(accumulate), rstd_T[rows]
         product = h * dy
         dweight.addmv_(product.t(), rstd)
