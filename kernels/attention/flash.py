@@ -216,6 +216,13 @@ def _choose(op: str, q: Tensor, backend: str | None) -> str:
     return "reference" if missing else chosen
 
 
+def _scale(q: Tensor, scale: float | None) -> float:
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):  # masks are -inf before it multiplies them
+        raise ValueError(f"scale must be positive and finite, got {scale}")
+    return scale
+
+
 def flash_attention(
     q_BSHK: Tensor,
     k_BUGK: Tensor,
@@ -233,7 +240,7 @@ def flash_attention(
         k_BUGK: `[B, U, G, K]`; H is a multiple of G, query head h reads head h * G // H.
         v_BUGK: `[B, U, G, K]`.
         causal: Whether query i sees keys 0 to i only; then U must be S.
-        scale: Multiplies the scores; None is 1 / sqrt(K).
+        scale: Multiplies the scores, positive; None is 1 / sqrt(K).
         return_lse: Whether to return the log-sum-exp of the scores too.
         backend: `reference` (all scores in memory) or `torch` (PyTorch's fused operators; on CUDA
             float16 and bfloat16 only); None takes `torch` where it can serve.
@@ -252,8 +259,7 @@ def flash_attention(
             f"flash_attention: q and k must have one batch size, and where causal one length, "
             f"got q {[*q_BSHK.shape]} and k {[*k_BUGK.shape]}, causal={causal}"
         )
-    chosen = _choose("flash_attention", q_BSHK, backend)
-    scale = q_BSHK.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen, scale = _choose("flash_attention", q_BSHK, backend), _scale(q_BSHK, scale)
     out, lse = _DENSE(q_BSHK, k_BUGK, v_BUGK, causal, scale, chosen)
     return (out, lse) if return_lse else out
 
@@ -282,7 +288,7 @@ def flash_attention_varlen(
         max_seqlen: Tokens of the longest document, or more; None finds it out, which waits for
             the device where there is one.
         causal: Whether a query sees the keys up to its own position only.
-        scale: Multiplies the scores; None is 1 / sqrt(K).
+        scale: Multiplies the scores, positive; None is 1 / sqrt(K).
         return_lse: Whether to return the log-sum-exp of the scores too.
         backend: As in `flash_attention`.
 
@@ -309,7 +315,6 @@ def flash_attention_varlen(
         raise ValueError(
             f"{op}: cu_seqlens must be on the device of q ({q_THK.device}), got {cu_seqlens.device}"
         )
-    chosen = _choose(op, q_THK, backend)
-    scale = q_THK.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen, scale = _choose(op, q_THK, backend), _scale(q_THK, scale)
     out, lse = _VARLEN(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal, scale, chosen)
     return (out, lse) if return_lse else out

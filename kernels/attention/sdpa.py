@@ -111,7 +111,10 @@ def backward(
     """
     if not q_BSHK.numel() or not k_BUGK.numel():
         return torch.zeros_like(q_BSHK), torch.zeros_like(k_BUGK), torch.zeros_like(v_BUGK)
-    tensors = dout_BSHK, q_BSHK, k_BUGK, v_BUGK, out_BSHK
+    tensors: tuple[Tensor, ...] = dout_BSHK, q_BSHK, k_BUGK, v_BUGK, out_BSHK
+    if not q_BSHK.is_cuda:  # in bfloat16 this operator sums dk and dv over blocks and heads in it
+        dtype = wide(q_BSHK.dtype)
+        tensors = tuple(x.to(dtype) for x in tensors)
     if dlse_BHS is not None:
         tensors = _with_lse(dlse_BHS.transpose(1, 2), *tensors)
     dout, q, k, v, out = (_rows(x) for x in tensors)
@@ -128,7 +131,8 @@ def backward(
                 scale=scale,
             )
         )
-    dq, dk, dv = (d[..., : q_BSHK.shape[-1]].contiguous() for d in gradients)
+    width, dtype = q_BSHK.shape[-1], q_BSHK.dtype
+    dq, dk, dv = (d[..., :width].to(dtype).contiguous() for d in gradients)
     return dq, dk, dv
 
 
