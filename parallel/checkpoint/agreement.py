@@ -20,14 +20,18 @@ def agree(mesh: Mesh | None, error: Exception | None, value: Any = None) -> list
         value: What to tell where nothing did.
 
     Raises:
-        Exception: `error` where there is one; elsewhere the same kind, with the rank's name.
+        Exception: Of the kind that the lowest rank with an error has, so that all ranks go the
+            same way on; the rank's own where that is of this kind, else the lowest's, by rank.
     """
-    kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")
-    mine = {"value": value} if error is None else {"kind": kind, "text": str(error)}
+    mine = {"value": value} if error is None else {"kind": _kind(error), "text": str(error)}
     told = gather_json(mine, None if mesh is None else mesh.world)
-    if error is not None:
-        raise error
     for rank, item in enumerate(told):
         if "kind" in item:
+            if error is not None and _kind(error) == item["kind"]:
+                raise error
             raise _KINDS[item["kind"]](f"rank {rank}: {item['text']}")
     return [item["value"] for item in told]
+
+
+def _kind(error: Exception) -> str:
+    return next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError")

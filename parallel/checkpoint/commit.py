@@ -120,8 +120,21 @@ def commit(job: Job) -> None:
     sync_folder(job.temporary)
     job.temporary.rename(job.final)
     sync_folder(job.final.parent)
-    if job.keep is not None:
-        prune(job.final.parent, job.keep)
+
+
+def clean(job: Job) -> None:
+    """Delete on rank 0 the checkpoints that are older than the newest `keep`.
+
+    Raises:
+        RuntimeError: If one cannot be deleted.
+    """
+    if job.rank == 0 and job.keep is not None:
+        try:
+            prune(job.final.parent, job.keep)
+        except OSError as error:
+            raise RuntimeError(
+                f"{job.final} is complete, but an older checkpoint could not be deleted: {error}"
+            ) from error
 
 
 def _merge(job: Job) -> Index:
@@ -159,8 +172,8 @@ def _signs(folder: Path) -> frozenset[tuple[str, int, int]]:
         for item in os.scandir(folder):
             stat = item.stat()
             found.add((item.name, stat.st_size, stat.st_mtime_ns))
-    except FileNotFoundError:
-        pass  # a file or the folder went away between the listing and the look: that is a sign too
+    except FileNotFoundError:  # one went away between the listing and the look: a sign of life too
+        return frozenset(found)
     return frozenset(found)
 
 

@@ -26,14 +26,20 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """Return the step that a path names, or `None` if it is not a checkpoint's."""
+    match = _COMPLETE.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
 def complete(folder: Path) -> dict[int, Path]:
     """Return the complete checkpoints in `folder` by step, ascending."""
     if not folder.is_dir():
         return {}
     found = {
-        int(match[1]): path
+        step: path
         for path in folder.iterdir()
-        if (match := _COMPLETE.fullmatch(path.name)) and (path / INDEX).is_file()
+        if (step := step_of(path)) is not None and (path / INDEX).is_file()
     }
     return dict(sorted(found.items()))
 
@@ -67,11 +73,11 @@ def new_temporary(folder: Path, step: int) -> Path:
         ValueError: If a checkpoint of this step or a newer one exists.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    there = latest(folder)
-    if there is not None and there.name >= step_name(step):
+    newest = max(complete(folder), default=-1)
+    if newest >= step:
         raise ValueError(
             f"a checkpoint of step {step} must be the newest of {folder}, which holds "
-            f"{there.name}: resume from that, or call set_aside(folder, after={max(step - 1, 0)})"
+            f"{step_name(newest)}: resume from that, or call set_aside(folder, after={step - 1})"
         )
     for path in folder.iterdir():
         if _LEFT_OVER.fullmatch(path.name):

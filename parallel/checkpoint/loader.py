@@ -8,6 +8,7 @@ Cost: a rank reads and hashes the blocks of rows that meet its pieces, about 1.8
 the processor has SHA instructions. A rank that needs columns of a chunk reads all its rows.
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,11 @@ from ..mesh import Mesh
 from ..sharding import Piece
 from .agreement import agree
 from .boxes import Box, meet, sizes, uncovered, within
-from .folders import CheckpointError, complete
+from .folders import CheckpointError, complete, step_of
 from .index import Chunk, Entry, Index, dtype_name, read_index
 from .reader import Reader, check_file, shown
+
+_LOG = logging.getLogger(__name__)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -67,15 +70,15 @@ def latest_good(
         mesh: The ranks that share the work, a collective call; `None` for this process alone.
         before: Look only at checkpoints older than this one.
     """
-    found = [str(path) for path in reversed(complete(Path(folder)).values())]
-    for path in agree(mesh, None, found)[0]:
-        if before is not None and Path(path).name >= Path(before).name:
-            continue
+    limit = None if before is None else step_of(Path(before))
+    found = {s: p for s, p in complete(Path(folder)).items() if limit is None or s < limit}
+    for path in agree(mesh, None, [str(path) for path in reversed(found.values())])[0]:
         try:
             verify(path, mesh)
-        except CheckpointError:
-            continue
-        return Path(path)
+        except CheckpointError as error:
+            _LOG.warning("%s", error)
+        else:
+            return Path(path)
     return None
 
 

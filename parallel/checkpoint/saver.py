@@ -26,7 +26,7 @@ from torch import Tensor
 from ..mesh import Mesh
 from ..sharding import Layout, Piece, owned
 from .agreement import agree
-from .commit import Job, commit, give_up, write_part
+from .commit import Job, clean, commit, give_up, write_part
 from .folders import new_temporary, step_name
 from .index import BLOCK_BYTES, Entry, chunk_key
 
@@ -230,6 +230,11 @@ def _run(job: Job) -> None:
         commit(job)
     except Exception as error:
         job.error = give_up(job, error)
+        return
+    try:
+        clean(job)
+    except RuntimeError as error:
+        job.error = error
 
 
 def _state_text(state: Mapping[str, Any]) -> str:

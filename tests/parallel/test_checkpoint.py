@@ -18,6 +18,7 @@ from warploom.parallel.checkpoint import (
     AsyncSaver,
     CheckpointError,
     Entry,
+    commit,
     latest,
     load,
     read_state,
@@ -26,6 +27,7 @@ from warploom.parallel.checkpoint import (
     verify,
 )
 from warploom.parallel.checkpoint import saver as saver_module
+from warploom.parallel.checkpoint.agreement import agree
 from warploom.parallel.checkpoint.boxes import meet, sizes, uncovered, within
 from warploom.parallel.checkpoint.index import DTYPES, Index, read_index
 from warploom.parallel.mesh import Mesh
@@ -288,13 +290,31 @@ def test_the_next_start_waits_and_buffers_are_not_shared(tmp_path):
 
 def test_keep_deletes_the_oldest(tmp_path):
     saver = AsyncSaver(keep=2)
-    for step in (1, 5, 9, 100_000_000):
+    for step in (1, 5, 99_999_999, 100_000_000):
         saver.start(tmp_path, [one()], {"step": step}, Mesh.build(""))
     saver.finish()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000009", "step-100000000"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-100000000", "step-99999999"]
     assert latest(tmp_path).name == "step-100000000"
+    with pytest.raises(ValueError, match="step 99999998 must be the newest"):
+        save(tmp_path, [one()], {"step": 99_999_998}, Mesh.build(""))
     with pytest.raises(ValueError, match="keep must be at least 1"):
         AsyncSaver(keep=0)
+
+
+def test_an_old_one_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    saver = AsyncSaver(keep=1)
+    saver.start(tmp_path, [one()], {"step": 1}, Mesh.build(""))
+    saver.finish()
+
+    def refuse(folder, keep):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(commit, "prune", refuse)
+    saver.start(tmp_path, [one()], {"step": 2}, Mesh.build(""))
+    with pytest.raises(RuntimeError, match="step-00000002 is complete, but .* Permission denied"):
+        saver.finish()
+    verify(latest(tmp_path))
+    assert latest(tmp_path).name == "step-00000002"
 
 
 def test_a_checkpoint_is_never_overwritten(tmp_path):
@@ -415,6 +435,11 @@ def load_what_one_rank_lacks(folder):
         save(folder, mine, {"step": 1}, mesh)
     with pytest.raises(ValueError, match=r"the same step; they are at \[2, 3\]"):
         save(folder, mine, {"step": 2 + mesh.rank}, mesh)
+    # a damaged checkpoint of one, a wrong name of the other: all go on the same way
+    with pytest.raises(CheckpointError if mesh.rank == 0 else ValueError):
+        agree(None, CheckpointError("x") if mesh.rank == 0 else ValueError("y"))
+    with pytest.raises(CheckpointError, match="^x$" if mesh.rank == 0 else "^rank 0: x$"):
+        agree(mesh, CheckpointError("x") if mesh.rank == 0 else ValueError("y"))
     # what no rank asks for is unexpected; what one asks for is not
     with pytest.raises(ValueError, match="holds 1 that are not: master/b$"):
         load(latest(folder), [one("a")][: mesh.rank], mesh)
