@@ -7,7 +7,7 @@ from warploom.benchmarks import end_to_end
 
 def test_both_sides_see_the_same_losses(tmp_path, capsys):
     file = tmp_path / "result.json"
-    words = "--model tiny --batch 2 --sequence 16 --rounds 2 --threads 1".split()
+    words = ["--model", "tiny", "--batch", "2", "--sequence", "16", "--rounds", "2"]
     assert end_to_end.main([*words, "--json", str(file)]) == 0
     result = json.loads(file.read_text())
     assert result["largest_loss_difference"] < 1e-4
