@@ -55,10 +55,24 @@ def _pretrain(argv: list[str]) -> int:
     return pretrain.main(argv)
 
 
+def _tokens(argv: list[str]) -> int:
+    from warploom.recipes import tokenise
+
+    return tokenise.main(argv)
+
+
+def _bench_train(argv: list[str]) -> int:
+    from warploom.benchmarks import end_to_end
+
+    return end_to_end.main(argv)
+
+
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "doctor": Command("[--json]", "what this machine has, and what is missing", _doctor),
         "train": Command("RUN [--FIELD VALUE ...]", "train a run, such as pretrain/stdlib", _train),
+        "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
+        "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
     }
 )
 """Every command by its name, of one word or two."""
