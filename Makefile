@@ -31,21 +31,22 @@ endef
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
-# The stamp holds a checksum of what was installed and of the interpreter, so that a second call installs nothing.
+# The stamp says where .venv was made, by which interpreter, and a checksum of what was installed: while it holds, nothing is.
+# It is written last, so that a set-up that was broken off starts afresh.
 setup: ## build .venv, where it is not there yet or its inputs have changed
 	@$(choose_python); \
-	version=$$("$$python" -c 'import sys; print(sys.version)'); \
-	stamp=$$({ echo "$$version"; cat $(INPUTS); } | cksum | tr ' ' -); \
-	if [ "$$(cat .venv/stamp 2>/dev/null || true)" = "$$stamp" ]; then exit 0; fi; \
+	version=$$("$$python" -c 'import sys; print(sys.version.replace("\n", " "))'); \
+	place="$(CURDIR) $$version"; sum=$$(cat $(INPUTS) | cksum); \
+	if [ "$$(cat .venv/stamp 2>/dev/null || true)" = "$$place"$$'\n'"$$sum" ]; then exit 0; fi; \
 	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 	  echo "$$python cannot make a virtual environment: install its venv module (on Debian and Ubuntu, apt-get install python3-venv)" >&2; exit 1; \
 	fi; \
 	echo "setting up .venv with $$python ($${version%% *}); once, some minutes"; \
+	if [ "$$(head -n 1 .venv/stamp 2>/dev/null || true)" != "$$place" ]; then "$$python" -m venv --clear .venv; fi; \
 	rm -f .venv/stamp; \
-	if [ "$$($(BIN)/python -c 'import sys; print(sys.version)' 2>/dev/null || true)" != "$$version" ]; then "$$python" -m venv --clear .venv; fi; \
 	$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools; \
 	$(PIP) --no-build-isolation --editable '.[dev,plot]' tensorboard build; \
-	echo "$$stamp" > .venv/stamp
+	printf '%s\n' "$$place" "$$sum" > .venv/stamp
 
 train: setup ## train a small Llama on Python's standard library sources, on two processes
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(strip $(RANKS)) recipes/pretrain.py $(strip $(RUN)) $(FLAGS)
