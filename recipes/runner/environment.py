@@ -236,9 +236,8 @@ def _version(optional: Optional) -> str | None:
     """Give the version of an installed package, "unknown" without metadata, None when absent."""
     if importlib.util.find_spec(optional.module.partition(".")[0]) is None:
         return None
-    names = importlib.metadata.packages_distributions().get(optional.module.partition(".")[0], [])
     try:
-        return importlib.metadata.version(names[0] if names else optional.package)
+        return importlib.metadata.version(optional.package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
 
