@@ -15,6 +15,7 @@ https://arxiv.org/abs/2505.09388, section 2 (the norms of queries and keys).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -96,12 +97,13 @@ class Attention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
         q_THK, k_TGK = rotary(q_THK, k_TGK, sequences.cos_TJ, sequences.sin_TJ)
+        mixed: Any  # without return_lse a tensor
         if sequences.cu_seqlens is None:
             rows = (x.unflatten(0, (sequences.batch, -1)) for x in (q_THK, k_TGK, v_TGK))
-            mixed = flash_attention(*rows).flatten(0, 1)
+            mixed = flash_attention(*rows)
         else:
             mixed = flash_attention_varlen(
                 q_THK, k_TGK, v_TGK, sequences.cu_seqlens, max_seqlen=sequences.max_seqlen
             )
-        y: Tensor = self.out(mixed.flatten(1))
+        y: Tensor = self.out(mixed.view(len(q_THK), -1))
         return y

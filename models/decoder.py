@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from warploom.kernels.rope import rotary_tables
 from warploom.parallel import sharding
+from warploom.parallel.collectives import Group
 from warploom.parallel.initialise import normal_
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.step import Term
@@ -96,7 +97,7 @@ class Block(nn.Module):
         group: The tensor-parallel process group; `None` for one rank.
     """
 
-    def __init__(self, architecture: Architecture, *, group: sharding.Group) -> None:
+    def __init__(self, architecture: Architecture, *, group: Group) -> None:
         super().__init__()
         a = architecture
         self.attention_norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
@@ -128,7 +129,7 @@ class Block(nn.Module):
 
     def whole(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Map the stream `[T/R, D]` to the stream: one tensor to keep where a block recomputes."""
-        added, stream = self(x, None, sequences)
+        added, stream = self.forward(x, None, sequences)
         return added + stream
 
 
@@ -253,8 +254,8 @@ class Decoder(nn.Module):
             ValueError: If S is longer than the positions, or the documents do not fit the rows.
         """
         hidden, _ = self._hidden(tokens, document_lengths)
-        logits: Tensor = self.head(hidden)
-        return logits[: tokens.numel()].unflatten(0, tokens.shape)
+        logits: Tensor = self.head(hidden)[: tokens.numel()]
+        return logits.view(*tokens.shape, -1)
 
     def loss(self, batch: Batch) -> tuple[Term, ...]:
         """Return the summed cross-entropy of the trained positions, and z-loss when it is asked.

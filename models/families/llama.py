@@ -117,8 +117,8 @@ def write(architecture: Architecture) -> dict[str, Any]:
 def _llama(
     layers: int, width: int, heads: int, kv_heads: int, hidden: int, **outer: Any
 ) -> Architecture:
-    sizes = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
-    return Architecture(head_dim=width // heads, hidden=hidden, **sizes, **outer)
+    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
+    return Architecture(**sizes, **outer, head_dim=width // heads, hidden=hidden)
 
 
 def tiny() -> Architecture:
