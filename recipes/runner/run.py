@@ -47,11 +47,13 @@ LAYOUT = ("mesh", "micro_batch", "recompute")
 class Corpus:
     """The text, how it is split, and how it becomes tokens."""
 
-    path: str = "stdlib"
-    """`stdlib` (the sources of Python's standard library), a folder of text files, or a .jsonl(.gz)
-    file or a folder of them."""
-    suffixes: tuple[str, ...] = (".py",)
+    paths: tuple[str, ...] = ("stdlib",)
+    """`stdlib` (the sources of Python's standard library), or folders and files: each .jsonl(.gz)
+    holds one JSON object a line, every other file is one document."""
+    suffixes: tuple[str, ...] = ()
     """Endings of the files that are read in a folder; none means every file."""
+    text_field: str = "text"
+    """The field of a JSON object that holds the text."""
     held_out: float = 0.05
     """Share of the documents that are never trained on, chosen by hash."""
     tokenizer: str | None = None
@@ -59,8 +61,15 @@ class Corpus:
     vocabulary is trained on the training documents."""
     digits: Literal["three", "one", "triples-from-the-right"] = "three"
     """How the BPE cuts numbers: up to three digits from the left, one by one, or 1|234|567."""
+    store: str | None = None
+    """Folder of the token store, which runs may share; by default tokens/ in the run folder."""
 
     def __post_init__(self) -> None:
+        if not self.paths or ("stdlib" in self.paths and len(self.paths) > 1):
+            raise UserError(
+                f"corpus.paths must be `stdlib` alone, or folders and files; got "
+                f"{' '.join(self.paths) or 'none'}"
+            )
         if not 0 < self.held_out < 1:
             raise UserError(
                 f"corpus.held_out must be a share between 0 and 1 of the documents, got "

@@ -89,7 +89,7 @@ def test_describe_is_json_and_names_kinds():
     assert flat["optimizer.kind"] == "Muon"
     assert flat["schedule.kind"] == "Cosine"
     assert flat["architecture.width"] == 64
-    assert flat["corpus.path"] == "stdlib"
+    assert flat["corpus.paths"] == ["stdlib"]
 
 
 def test_fingerprint_follows_the_trace():

@@ -1,0 +1,144 @@
+"""The run folder: whose it is, what lies where, and that one process group at a time writes in it.
+
+config.json           the run, resolved, and the fingerprint of what decides its loss trace
+environment.json      machine and versions of the newest start
+starts.jsonl          one line a start: when, from which step, on how many ranks, at which commit
+metrics.jsonl         one line a step
+tokens/               the token store and its tokenizer
+checkpoints/          the newest few
+model/                weights, config and tokenizer as Hugging Face has them, and a model card
+report.html .json     the report, with loss.png; their presence says that the run is finished
+"""
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import UserError
+from .run import FREE, LAYOUT, Run, describe, fingerprint, flatten
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved run."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The exported weights."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The report as data; the last file to be written."""
+        return self.path / "report.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the report of a finished run, `None` before."""
+        return read_json(self.report) if self.report.exists() else None
+
+    def check(self, run: Run) -> None:
+        """Refuse a folder that belongs to another run; reads only.
+
+        Raises:
+            UserError: If the folder's run differs in what decides the trace.
+        """
+        if not self.config.exists():
+            return
+        found = read_json(self.config).get("run", {})
+        wanted = describe(run)
+        if fingerprint(found) == fingerprint(wanted):
+            return
+        old, new = flatten(found), flatten(wanted)
+        names = [
+            name
+            for name in {**old, **new}
+            if name.partition(".")[0] not in FREE + LAYOUT and old.get(name) != new.get(name)
+        ]
+        shown = ", ".join(f"{n} is {old.get(n)!r} there, {new.get(n)!r} here" for n in names[:3])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"run folder {self.path} must belong to this run, but {shown}{more}: choose another "
+            f"--folder, or remove that one"
+        )
+
+    def claim(self, run: Run) -> IO[str]:
+        """Make the folder this run's, on rank 0; returns the lock, which the process's end frees.
+
+        Raises:
+            UserError: If it belongs to another run, holds something else, cannot be written in, or
+                another process trains in it.
+        """
+        self.check(run)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.config.exists() and any(
+                p.name not in (".lock", "config.json.part") for p in self.path.iterdir()
+            ):
+                raise UserError(
+                    f"run folder {self.path} must be empty or hold a run's config.json; it holds "
+                    f"other files: choose another --folder"
+                )
+            lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path} must be a folder to write in ({error.strerror}): choose "
+                f"another --folder"
+            ) from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run folder {self.path} is in use by another process that trains in it: wait for "
+                f"it, or choose another --folder"
+            ) from None
+        described = describe(run)
+        write_json(self.config, {"fingerprint": fingerprint(described), "run": described})
+        return lock
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        UserError: If the file is not JSON.
+    """
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} must be JSON: {error}; remove it") from None
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file so that it is whole whenever it is there."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is whole whenever it is there."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

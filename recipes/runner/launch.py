@@ -1,0 +1,111 @@
+"""From the words of a command line to a run that trains, and from its end to an exit code.
+
+0 when it is done, 2 for a user's mistake, 1 for everything else. What is known to go wrong is told
+in one sentence by one rank; the rest keeps its traceback.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from warploom.parallel.checkpoint import CheckpointError
+
+from ..errors import UserError
+from .run import Run
+from .spike import SpikeError
+from .world import LostError
+
+Runs = Mapping[str, Callable[[], Run]]
+
+
+class StoppedError(RuntimeError):
+    """Training stopped for a reason outside the code, such as a full disk; one sentence."""
+
+
+def main(argv: Sequence[str] | None, runs: Runs, description: str, *, prog: str) -> int:
+    """Parse the name of a run and its overrides, train it, and return the exit code.
+
+    Args:
+        argv: Words after the program's name; `None` for those of this process.
+        runs: Functions that make the runs, by name; their docstrings are the help.
+        description: What the help says first.
+        prog: The program's name in the help.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    _log(rank)
+    try:
+        run = parse(sys.argv[1:] if argv is None else argv, runs, description, prog=prog, rank=rank)
+        from .train import train
+
+        train(run)
+    except UserError as error:
+        return _tell(str(error), rank, 2)
+    except (SpikeError, StoppedError, CheckpointError) as error:
+        return _tell(str(error), rank, 1)
+    except LostError as error:
+        _last_words(f"warploom: {error}: start the same command again, it goes on")
+        return 1
+    except KeyboardInterrupt:
+        return _tell("interrupted: the same command goes on from the last checkpoint", rank, 1)
+    return 0
+
+
+def parse(argv: Sequence[str], runs: Runs, description: str, *, prog: str, rank: int = 0) -> Run:
+    """Choose a run and override its fields.
+
+    Raises:
+        SystemExit: For `--help` (0) and for words that cannot be understood (2).
+        UserError: If the run that comes out is refused.
+    """
+    import tyro
+
+    choices = {}
+    for name, make in runs.items():
+        choices[name] = (" ".join((make.__doc__ or "").split()), make())
+    quiet = contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext()
+    with quiet:
+        try:
+            return tyro.extras.overridable_config_cli(
+                choices,
+                prog=prog,
+                description=description,
+                args=list(argv),
+                console_outputs=rank == 0,
+            )
+        except SystemExit:
+            if rank:
+                _wait_for_rank_0()
+            raise
+
+
+def _log(rank: int) -> None:
+    """Warnings of the library go to standard error, each once: from rank 0."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.CRITICAL,
+        format="%(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("torch").setLevel(logging.WARNING if rank == 0 else logging.CRITICAL)
+
+
+def _tell(sentence: str, rank: int, code: int) -> int:
+    """Print a sentence that all ranks know from rank 0, and return the code."""
+    if rank == 0:
+        _last_words(f"warploom: {sentence}")
+    else:
+        _wait_for_rank_0()
+    return code
+
+
+def _last_words(text: str) -> None:
+    sys.stdout.flush()
+    print(text, file=sys.stderr, flush=True)
+
+
+def _wait_for_rank_0() -> None:
+    """Let rank 0 speak: a launcher kills every rank as soon as the first one has left."""
+    time.sleep(3)
