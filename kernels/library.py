@@ -58,6 +58,19 @@ def below_autograd(op: Callable[..., Any], *args: Any) -> Any:
         return op(*args)
 
 
+def first_derivative_only(op: str) -> None:
+    """Refuse a backward that is to be differentiated again: its graph would silently lack terms.
+
+    Args:
+        op: Operator, for the message.
+
+    Raises:
+        RuntimeError: If the backward runs with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{op}: there is no second derivative; create_graph must be False")
+
+
 def row_blocks(rows: int, width: int, block: int = _BLOCK) -> Iterator[slice]:
     """Cut `rows` of `width` elements into equal blocks whose temporaries fit the CPU's caches.
 

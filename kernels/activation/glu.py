@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from ..library import below_autograd, register, row_blocks, wide
+from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -109,8 +108,8 @@ class _Swiglu(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        first_derivative_only("swiglu")
         return _BACKWARD(dy, *ctx.saved_tensors, ctx.backend), None
 
 

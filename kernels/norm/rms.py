@@ -18,10 +18,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from ..library import below_autograd, register, row_blocks, wide
+from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 1 << 21  # elements a block of rows: the passes are few, so that calls cost more than cache
@@ -160,10 +159,10 @@ class _RmsNorm(torch.autograd.Function):
         return y, h, rstd
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dy: Tensor | None, dh: Tensor | None, _drstd: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        first_derivative_only("rms_norm")
         if dy is None:
             return dh, None, dh, None, None
         h, weight_D, rstd = ctx.saved_tensors

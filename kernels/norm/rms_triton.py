@@ -3,7 +3,8 @@
 Forward: a program normalises a tile of rows that it holds in registers. Backward: a persistent
 grid of two programs a multiprocessor strides over the tiles and keeps its share of dweight in
 float32 registers; a second kernel adds the shares in a fixed order, so that the same inputs give
-the same bits. Row offsets are 64-bit.
+the same bits. Rows wider than KEEP leave no registers for a share: a column kernel reads dy and h
+once more for dweight. Row offsets are 64-bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
@@ -16,10 +17,12 @@ from torch import Tensor
 
 from ..launch import next_power_of_two, on_device, processors
 
-MAX_WIDTH = 32768
+MAX_WIDTH = 16384
+KEEP = 8192  # widest row whose share of dweight stays in registers without a spill
 _TILE = 2048  # elements a tile of narrow rows
 _COLUMNS = 32  # columns of dweight a program of the second kernel adds up
 _SHARES = 64  # shares it adds at a time
+COLUMN_TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 
 
 def configuration(width: int) -> dict[str, int]:
@@ -96,13 +99,15 @@ def backward_kernel(
     dh_stride,
     h_stride,
     FUSED: tl.constexpr,
+    KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Stride over tiles of rows: write dx, and keep this program's share of dweight."""
+    """Stride over tiles of rows: write dx; with KEPT keep this program's share of dweight."""
     column = tl.arange(0, BLOCK)
     gain = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
-    share = tl.zeros([ROWS, BLOCK], tl.float32)
+    if KEPT:
+        share = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
@@ -111,7 +116,8 @@ def backward_kernel(
         above = tl.load(dy + at * dy_stride + column[None, :], inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, row < tokens, other=0.0)
         normal = value * scale[:, None]
-        share += above * normal
+        if KEPT:
+            share += above * normal
         above = above * gain[None, :]
         slope = tl.sum(above * normal, 1) / width
         result = (above - normal * slope[:, None]) * scale[:, None]
@@ -120,7 +126,36 @@ def backward_kernel(
                 tl.float32
             )
         tl.store(dx + at * width + column[None, :], result.to(dx.dtype.element_ty), inside)
-    out = tl.program_id(0).to(tl.int64) * width + column
+    if KEPT:
+        out = tl.program_id(0).to(tl.int64) * width + column
+        tl.store(shares + out, tl.sum(share, 0), column < width)
+
+
+@triton.jit
+def column_kernel(
+    dy,
+    h,
+    rstd,
+    shares,
+    tokens,
+    width,
+    dy_stride,
+    h_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Add up dweight of COLUMNS columns over every num_programs(1)-th tile of rows."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    share = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(tokens, ROWS), tl.num_programs(1)):
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        inside = (row < tokens)[:, None] & (column < width)[None, :]
+        at = row[:, None]
+        value = tl.load(h + at * h_stride + column[None, :], inside, other=0.0).to(tl.float32)
+        above = tl.load(dy + at * dy_stride + column[None, :], inside, other=0.0).to(tl.float32)
+        scale = tl.load(rstd + row, row < tokens, other=0.0)
+        share += above * value * scale[:, None]
+    out = tl.program_id(1).to(tl.int64) * width + column
     tl.store(shares + out, tl.sum(share, 0), column < width)
 
 
@@ -205,8 +240,13 @@ def backward(
         return dx_TD, torch.zeros_like(weight_D)
     dy_TD, h_TD = _rows(dy_TD), _rows(h_TD)
     dh = dy_TD if dh_TD is None else _rows(dh_TD)
-    programs = min(2 * processors(h_TD.device), triton.cdiv(tokens, chosen["ROWS"]))
-    shares = h_TD.new_empty(programs, width, dtype=torch.float32)
+    kept, persistent = width <= KEEP, 2 * processors(h_TD.device)
+    programs = min(persistent, triton.cdiv(tokens, chosen["ROWS"]))
+    columns = triton.cdiv(width, COLUMN_TILE["COLUMNS"])
+    tiles = triton.cdiv(tokens, COLUMN_TILE["ROWS"])
+    parts = programs if kept else min(triton.cdiv(4 * persistent, columns), tiles)
+    rstd_T = rstd_T.contiguous()
+    shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     dweight_D = weight_D.new_empty(width)
     with on_device(h_TD):
         backward_kernel[(programs,)](
@@ -214,7 +254,7 @@ def backward(
             dh,
             h_TD,
             weight_D.contiguous(),
-            rstd_T.contiguous(),
+            rstd_T,
             dx_TD,
             shares,
             tokens,
@@ -223,9 +263,22 @@ def backward(
             dh.stride(0),
             h_TD.stride(0),
             FUSED=dh_TD is not None,
+            KEPT=kept,
             **chosen,
         )
+        if not kept:
+            column_kernel[(columns, parts)](
+                dy_TD,
+                h_TD,
+                rstd_T,
+                shares,
+                tokens,
+                width,
+                dy_TD.stride(0),
+                h_TD.stride(0),
+                **COLUMN_TILE,
+            )
         shares_kernel[(triton.cdiv(width, _COLUMNS),)](
-            shares, dweight_D, programs, width, SHARES=_SHARES, COLUMNS=_COLUMNS, num_warps=4
+            shares, dweight_D, parts, width, SHARES=_SHARES, COLUMNS=_COLUMNS, num_warps=4
         )
     return dx_TD, dweight_D

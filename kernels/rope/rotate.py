@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from ..library import below_autograd, register, row_blocks, wide
+from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -134,8 +133,8 @@ class _Rotary(torch.autograd.Function):
         return turned
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dq_THK: Tensor, dk_TGK: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("rotary")
         return *_BACKWARD(dq_THK, dk_TGK, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
@@ -173,6 +172,8 @@ def rotary(
         ValueError: If shapes or dtypes do not match, or a table asks for a gradient.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    if q_THK.dim() != 3:
+        raise ValueError(f"rotary: q must be [T, H, K], got {[*q_THK.shape]}")
     tokens, _, head_dim = q_THK.shape
     if k_TGK.dim() != 3 or (k_TGK.shape[0], k_TGK.shape[2]) != (tokens, head_dim) or head_dim % 2:
         raise ValueError(
