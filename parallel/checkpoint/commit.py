@@ -28,7 +28,7 @@ from .reader import check_file, shown
 from .writer import file_bytes, write_file
 
 _GRACE_S = 10.0  # for the others to see a failure
-_ABANDONED = "rank 0 gave up and removed the temporary folder"
+_ABANDONED = "another rank failed and removed the temporary folder before it could be asked why"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -199,6 +199,8 @@ def _await_parts(job: Job) -> None:
         here = _ranks({name for name, _, _ in seen}, r"rank-(\d+)\.json")
         if len(here) == job.world:
             return
+        if not job.temporary.is_dir():
+            raise _Elsewhere(_ABANDONED)
         if seen != signs:
             signs, since = seen, time.monotonic()
         elif time.monotonic() - since > job.patience_s:

@@ -27,6 +27,7 @@ from warploom.parallel.checkpoint import (
     verify,
 )
 from warploom.parallel.checkpoint import saver as saver_module
+from warploom.parallel.collectives import barrier
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import Layout, rows, whole
 
@@ -75,7 +76,7 @@ def save_for_ever(folder):
         saver.start(folder, entries(step), {"step": step}, mesh)
 
 
-@pytest.mark.parametrize("times", [12, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [8, pytest.param(150, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_last_good_one_is_there(tmp_path, times):
     chance = random.Random(0)
     steps, kinds = [0], set()
@@ -314,6 +315,33 @@ def test_a_full_disk_leaves_the_last_good_one(small_disk):
         save(small_disk, [], {"step": 3}, mesh)
     assert latest_good(small_disk).name == "step-00000002"
     assert not list(small_disk.glob("*.tmp*"))
+
+
+def fill_the_disk_together(folder, can_say):
+    mesh = Mesh.build("dp2")
+    save(folder, shares(mesh), {"step": 1}, mesh)
+    big = Layout((1 << 15, 8), (rows("big", (1 << 15, 8), 0, 1 << 15),))
+    mine = [Entry("master", torch.zeros(big.shape), big)] if mesh.rank else shares(mesh)
+    if mesh.rank and not can_say:
+
+        def refuse(path, text):
+            raise OSError(28, "No space left on device", str(path))
+
+        commit.write_text = refuse
+    match = FULL.format("" if mesh.rank else "rank 1: ", 1)
+    if mesh.rank == 0 and not can_say:
+        match = "step-00000002 was not saved: another rank failed and removed"
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=match):
+        save(folder, mine, {"step": 2}, mesh)
+    assert time.monotonic() - began < 8
+    barrier(mesh.world)  # rank 0 removes the folder
+    assert [p.name for p in Path(folder).iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("can_say", [True, False])
+def test_a_disk_that_one_rank_fills_stops_all(ranks, small_disk, can_say):
+    ranks(2, fill_the_disk_together, str(small_disk), can_say)
 
 
 def die_while_saving(rank, port, folder, victim, answers):
