@@ -10,15 +10,24 @@ model/                weights, config and tokenizer as Hugging Face has them, an
 report.html .json     the report, with loss.png; their presence says that the run is finished
 """
 
+import errno
 import fcntl
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UserError
 from .run import FREE, LAYOUT, Run, describe, fingerprint, flatten
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+_CLAIM_S = 60.0
+
+
+class StoppedError(RuntimeError):
+    """Training stopped for a reason outside the code, such as a full disk; one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +101,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not self.config.exists() and any(
-                p.name not in (".lock", "config.json.part") for p in self.path.iterdir()
+                p.name != "config.json.part" and p.name != ".lock" for p in self.path.iterdir()
             ):
                 raise UserError(
                     f"run folder {self.path} must be empty or hold a run's config.json; it holds "
@@ -114,6 +123,23 @@ class RunFolder:
         described = describe(run)
         write_json(self.config, {"fingerprint": fingerprint(described), "run": described})
         return lock
+
+    def wait_for_claim(self, run: Run) -> None:
+        """Wait on another rank until rank 0 has claimed the folder for this run.
+
+        Raises:
+            StoppedError: If it has not within a minute.
+            UserError: If the folder belongs to another run.
+        """
+        end = time.monotonic() + _CLAIM_S
+        while not self.config.exists():
+            if time.monotonic() > end:
+                raise StoppedError(
+                    f"{self.config} must have been written by rank 0 within {_CLAIM_S:.0f} s: all "
+                    f"ranks need the run folder on a file system that they share"
+                )
+            time.sleep(0.05)
+        self.check(run)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,15 +15,12 @@ from collections.abc import Callable, Mapping, Sequence
 from warploom.parallel.checkpoint import CheckpointError
 
 from ..errors import UserError
+from .folder import StoppedError
 from .run import Run
 from .spike import SpikeError
 from .world import LostError
 
 Runs = Mapping[str, Callable[[], Run]]
-
-
-class StoppedError(RuntimeError):
-    """Training stopped for a reason outside the code, such as a full disk; one sentence."""
 
 
 def main(argv: Sequence[str] | None, runs: Runs, description: str, *, prog: str) -> int:

@@ -46,8 +46,8 @@ def peak(mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Peak:
                 words = f"published dense bf16 peak of {mesh.size} x {name}"
                 return Peak(flops * mesh.size, words)
     barrier(mesh.world)
-    total = torch.tensor(matmul_ceiling(device, dtype), dtype=torch.float64)
-    all_reduce_(total := total.to(device_of(mesh.world)), mesh.world)
+    own = torch.tensor(matmul_ceiling(device, dtype), dtype=torch.float64)
+    total = all_reduce_(own.to(device_of(mesh.world)), mesh.world)
     kind = str(dtype).removeprefix("torch.")
     words = f"{name}'s measured {kind} matrix products, {mesh.size} ranks at once"
     return Peak(float(total), words)

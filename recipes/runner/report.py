@@ -25,11 +25,10 @@ def write(folder: RunFolder, facts: Facts, lines: Sequence[Facts]) -> None:
         facts: What `finish` collected, JSON values.
         lines: The metrics, one mapping a step.
     """
-    held = facts["held_out"]
     missing = save_png(folder.path / "loss.png", "Loss", "nats a token", _loss_curves(lines, facts))
-    notes = [missing] if missing else []
+    notes = [*facts["notes"], *([missing] if missing else [])]
     write_text(folder.path / "report.html", page({**facts, "notes": notes}, lines))
-    write_json(folder.report, {**facts, "notes": notes, "held_out": held})
+    write_json(folder.report, {**facts, "notes": notes})
 
 
 def rows(facts: Facts) -> list[tuple[str, str, str]]:
@@ -39,7 +38,7 @@ def rows(facts: Facts) -> list[tuple[str, str, str]]:
         (
             "tokens/s",
             f"{speed['tokens_per_s']:,.0f}",
-            f"{speed['tokens_per_s_per_rank']:,.0f} a rank, median step {speed['step_time_s']:.3f} s",
+            f"{speed['tokens_per_s_per_rank']:,.0f} a rank; a step is {speed['step_time_s']:.3f} s",
         ),
         (
             "MFU",

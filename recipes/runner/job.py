@@ -1,0 +1,150 @@
+"""Everything that a run builds on one rank, and how it is brought back from a checkpoint."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from warploom.models.decoder import Decoder
+from warploom.parallel import optimizer as optimizers
+from warploom.parallel.checkpoint import AsyncSaver, CheckpointError, latest, load
+from warploom.parallel.collectives import gather_json
+from warploom.parallel.mesh import Mesh
+from warploom.parallel.optimizer import ShardedOptimizer
+from warploom.parallel.step import Step
+
+from ..errors import UserError
+from ..tokens.store import TokenStore
+from .data import Data
+from .environment import environment
+from .folder import RunFolder, write_json
+from .peak import Peak, peak
+from .run import DTYPES, AdamW, Run
+from .world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that a run has built on one rank."""
+
+    run: Run
+    world: World
+    mesh: Mesh
+    folder: RunFolder
+    data: Data
+    model: Decoder
+    optimizer: ShardedOptimizer
+    step: Step
+    saver: AsyncSaver
+    peak: Peak
+    byte_counts: Tensor
+
+
+def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
+    """Build mesh, model, optimizer and step."""
+    mesh = Mesh.build(run.mesh)
+    dtype = DTYPES[run.precision]
+    device_peak = peak(mesh, world.device, dtype)
+    model = Decoder.create(
+        run.architecture,
+        seed=run.seed,
+        mesh=mesh,
+        recompute=run.recompute,
+        z_loss=run.z_loss,
+        dtype=dtype,
+        device=world.device,
+    )
+    layouts = model.layouts()
+    optimizer = make_optimizer(run, model, mesh)
+    return Job(
+        run=run,
+        world=world,
+        mesh=mesh,
+        folder=folder,
+        data=Data(run=run, store=store, mesh=mesh, device=world.device),
+        model=model,
+        optimizer=optimizer,
+        step=Step(model, layouts, optimizer, mesh, clip=run.clip),
+        saver=AsyncSaver(keep=run.keep, patience_s=45.0),
+        peak=device_peak,
+        byte_counts=torch.from_numpy(store.tokenizer.byte_counts()),
+    )
+
+
+def make_optimizer(run: Run, model: Decoder, mesh: Mesh) -> ShardedOptimizer:
+    """Build the optimizer that the run names."""
+    parameters, layouts, chosen = dict(model.named_parameters()), model.layouts(), run.optimizer
+    if isinstance(chosen, AdamW):
+        return optimizers.AdamW(
+            parameters,
+            layouts,
+            mesh,
+            betas=chosen.betas,
+            eps=chosen.eps,
+            weight_decay=chosen.weight_decay,
+        )
+    return optimizers.Muon(
+        parameters,
+        layouts,
+        mesh,
+        hidden=lambda path, parameter: path.startswith("blocks.") and parameter.dim() == 2,
+        momentum=chosen.momentum,
+        betas=chosen.betas,
+        eps=chosen.eps,
+        weight_decay=chosen.weight_decay,
+        rest_rate=chosen.rest_rate,
+    )
+
+
+def resume(job: Job) -> int:
+    """Load the newest checkpoint of the run folder, and return how many steps are done.
+
+    Raises:
+        CheckpointError: If it is damaged; names what, and the last good one.
+        UserError: If it was made from other tokens.
+    """
+    newest = latest(job.folder.checkpoints)
+    chosen = gather_json(None if newest is None else str(newest), job.mesh.world)[0]
+    done = 0
+    if chosen is not None:
+        try:
+            state = load(chosen, job.optimizer.entries(), job.mesh)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error}; remove {chosen} and start the same command again to go on without it"
+            ) from error
+        _check_store(job, state, chosen)
+        done = job.optimizer.steps = state["step"]
+        job.optimizer.publish()
+    if job.world.rank == 0:
+        _record_start(job, done)
+    return done
+
+
+def _check_store(job: Job, state: Mapping[str, Any], path: str) -> None:
+    store = job.data.store
+    if state["store"] != store.fingerprint:
+        raise UserError(
+            f"checkpoint {path} must have been trained on the tokens of {store.folder}, but those "
+            f"were built again since ({state['store'][:12]} then, {store.fingerprint[:12]} now): "
+            f"put the old token store back, or choose another --folder"
+        )
+
+
+def _record_start(job: Job, done: int) -> None:
+    facts = environment()
+    write_json(job.folder.path / "environment.json", facts)
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": done,
+        "ranks": job.world.size,
+        "mesh": job.run.mesh,
+        "commit": facts["warploom"]["commit"],
+        "peak_flops": job.peak.flops,
+    }
+    with (job.folder.path / "starts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
