@@ -151,8 +151,9 @@ def test_a_fine_upstream_scalar_is_not_rounded_to_the_input_dtype():
     hidden, weight, targets = _inputs(6, 4, 9, dtype=torch.bfloat16, ignored=0)
     total, _ = linear_cross_entropy(hidden, weight, targets)
     (unit,) = torch.autograd.grad(total, hidden, retain_graph=True)
-    (scaled,) = torch.autograd.grad(total, hidden, torch.tensor(1.00390625 * 1.9921875))
-    assert torch.equal(scaled, (unit.float() * 1.00390625 * 1.9921875).bfloat16())
+    (scaled,) = torch.autograd.grad(total, hidden, torch.tensor(1.00390625))  # 1 + 2^-8
+    assert torch.equal(scaled, (unit.float() * 1.00390625).bfloat16())
+    assert not torch.equal(scaled, unit)  # what an upstream of 1, rounded, would give
 
 
 def test_backward_twice_gives_the_same_gradients():
