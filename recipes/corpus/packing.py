@@ -111,7 +111,10 @@ def heldout_batches(
         UserError: If there is no held-out token, or a number is not positive.
     """
     if not rows.padded:
-        raise UserError("evaluation needs held-out tokens; the store holds out none: held_out > 0")
+        raise UserError(
+            f"evaluation needs held-out tokens, the store holds out {len(rows.split.ids)}: build "
+            "it with held_out above 0"
+        )
     if min(sequences, ranks, rows.padded if limit is None else limit) < 1:
         raise UserError(f"sequences ({sequences}), ranks ({ranks}), limit ({limit}) must be >= 1")
     count = rows.padded if limit is None else min(limit, rows.padded)

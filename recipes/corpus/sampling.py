@@ -25,7 +25,8 @@ _MASK = (1 << 64) - 1
 def _mix(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def permute(indices: np.ndarray, size: int, *, key: tuple[int, int]) -> np.ndarray:
@@ -74,7 +75,10 @@ class Sampler:
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise UserError("the corpus must fill at least one sequence: shorten it, or add text")
+            raise UserError(
+                f"the corpus must fill at least one sequence, it fills {self.rows}: shorten the "
+                "sequence, or add text"
+            )
         if self.sequences < 1:
             raise UserError(f"sequences a step ({self.sequences}) must be at least 1")
 
@@ -113,7 +117,8 @@ class Sampler:
             )
         if not 0 <= rank < ranks:
             raise ValueError(f"rank ({rank}) must lie in 0 .. {ranks - 1}")
-        return self.rows_at(step).reshape(ranks, -1, micro)[rank]
+        rows: np.ndarray = self.rows_at(step).reshape(ranks, -1, micro)[rank]
+        return rows
 
     def epoch(self, step: int) -> float:
         """Return how often the rows have been gone through before a step."""

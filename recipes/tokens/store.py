@@ -34,12 +34,12 @@ class TokenSplit:
         ids: All tokens `[T]`, uint16 or uint32, memory-mapped; every document as
             `Tokenizer.document` frames it.
         offsets: Where each document begins and the last one ends: `[documents + 1]` int64.
-        bytes: Size of the text, UTF-8.
+        text_bytes: Size of the text in UTF-8.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
-    bytes: int
+    text_bytes: int
 
     @property
     def documents(self) -> int:
