@@ -76,28 +76,39 @@ def prepare_store(
         listing, size = source.listing()
         if folder.exists():
             try:
-                store = open_store(folder, verify=verify)
-                difference = _difference(store, source, tokenizer, held_out, listing)
-                if difference is None:
-                    return store
-                raise UserError(
-                    f"{what} was built from {difference}; choose another folder, remove the store, "
-                    'or build it anew with changed="rebuild" (a run that resumes from it will not)'
-                )
+                return _reuse(folder, source, tokenizer, held_out, listing, verify)
             except UserError as error:
                 if changed == "refuse":
                     raise
-                logger.warning("%s; building it anew", error)
+                logger.warning("%s: building it anew", error)
         try:
             _build(folder, source, tokenizer, held_out, listing, size)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise RuntimeError(
-                    f"{what}: the disk is full ({error.strerror}); free about {size} bytes and "
-                    "start again, nothing was left behind"
+                    f"{what} cannot be written ({error.strerror}): it needs about {size} bytes; "
+                    "free them and start again, nothing was left behind"
                 ) from error
             raise
         return open_store(folder, verify=False)
+
+
+def _reuse(
+    folder: Path,
+    source: TextSource,
+    tokenizer: Tokenizer | BPE,
+    held_out: float,
+    listing: str,
+    verify: bool,
+) -> TokenStore:
+    store = open_store(folder, verify=verify)
+    difference = _difference(store, source, tokenizer, held_out, listing)
+    if difference is not None:
+        raise UserError(
+            f"token store {folder} was built from {difference}; choose another folder, remove the "
+            'store, or build it anew (changed="rebuild"; a run that resumes would read other text)'
+        )
+    return store
 
 
 def _difference(

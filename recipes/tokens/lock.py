@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,7 @@ def one_at_a_time(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         start = time.monotonic()
         told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                pass
+        while not _taken(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
             if time.monotonic() - start > wait_s:
@@ -49,3 +45,11 @@ def one_at_a_time(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
         file.flush()
         yield
         file.truncate(0)
+
+
+def _taken(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

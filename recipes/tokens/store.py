@@ -6,6 +6,7 @@ A folder: `manifest.json`, `tokenizer/`, and for each split (`train`, `heldout`)
 and renamed when it is whole, so what has the right name is complete.
 """
 
+import builtins
 import hashlib
 import json
 import os
@@ -34,19 +35,19 @@ class TokenSplit:
         ids: All tokens `[T]`, uint16 or uint32, memory-mapped; every document as
             `Tokenizer.document` frames it.
         offsets: Where each document begins and the last one ends: `[documents + 1]` int64.
-        text_bytes: Size of the text in UTF-8.
+        bytes: Size of the text in UTF-8.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
-    text_bytes: int
+    bytes: int
 
     @property
     def documents(self) -> int:
         """Number of documents."""
         return len(self.offsets) - 1
 
-    def text(self, tokenizer: Tokenizer) -> bytes:
+    def text(self, tokenizer: Tokenizer) -> builtins.bytes:
         """Return the text of all documents end to end."""
         return tokenizer.decode_bytes(self.ids.tolist())
 
