@@ -1,64 +1,38 @@
 """Attention within documents by an operator for whole batches: which documents go into one call.
 
-Neighbours of one length are a batch as they lie, without a copy. For causal attention short
-documents of other lengths are copied into one batch, filled up with zeros behind their ends: no
-token sees a key behind itself, so that the filling needs no mask, and its own gradient is 0.
+Neighbours of one length are a batch as they lie; every other document is a call of its own. Nothing
+is copied on the way in. To fill up short documents into one batch was tried and is slower: 68
+documents of 32 tokens on average, 9 heads of 64, one core: 89 ms forward and backward, against 35.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 
-import torch
 from torch import Tensor
-
-_SHORT = 64  # tokens; a call costs as much as attention within such a document
-_COPIED = 1 << 15  # tokens of a batch with its filling: bounds the memory
 
 Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Documents that are attended to in one call.
+    """Neighbouring documents of one length, attended to in one call.
 
     Attributes:
-        starts: First token of each.
-        lengths: Tokens of each.
+        start: First token of the first.
+        count: Documents.
+        length: Tokens of each, at least 1.
     """
 
-    starts: tuple[int, ...]
-    lengths: tuple[int, ...]
+    start: int
+    count: int
+    length: int
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest."""
-        return max(self.lengths)
-
-    @property
-    def view(self) -> slice | None:
-        """The tokens, when the documents are neighbours of one length."""
-        stop = self.starts[0] + len(self.starts) * self.longest
-        if self.starts != tuple(range(self.starts[0], stop, self.longest)):
-            return None
-        return slice(self.starts[0], stop) if min(self.lengths) == self.longest else None
-
-    def slots(self) -> Tensor:
-        """Find the place of each token in the filled batch, flattened: `[tokens]`, int64."""
-        places = [
-            torch.arange(row * self.longest, row * self.longest + length)
-            for row, length in enumerate(self.lengths)
-        ]
-        return torch.cat(places)
-
-    def tokens(self) -> Tensor:
-        """Find each token of the documents in the call: `[tokens]`, int64."""
-        places = [
-            torch.arange(start, start + length)
-            for start, length in zip(self.starts, self.lengths, strict=True)
-        ]
-        return torch.cat(places)
+    def view(self, x_T: Tensor) -> Tensor:
+        """View the documents' part of a packed tensor, `[T, ...]`, as `[count, length, ...]`."""
+        part = x_T[self.start : self.start + self.count * self.length]
+        return part.unflatten(0, (self.count, self.length))  # type: ignore[no-any-return]
 
 
 def check(op: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> list[int]:
@@ -97,56 +71,21 @@ def check(op: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> l
     return bounds
 
 
-def _short(documents: list[tuple[int, int]]) -> Iterable[Batch]:
-    """Batch documents by length, so that little is filled."""
-    batch: list[tuple[int, int]] = []
-    for start, length in sorted(documents, key=lambda d: (d[1], d[0])):
-        if batch and (len(batch) + 1) * length > _COPIED:
-            yield Batch(*zip(*batch, strict=True))
-            batch = []
-        batch.append((start, length))
-    if batch:
-        yield Batch(*zip(*batch, strict=True))
-
-
-def plan(bounds: list[int], causal: bool) -> list[Batch]:
+def plan(bounds: list[int]) -> list[Batch]:
     """Decide which documents go into one call.
 
     Args:
         bounds: `cu_seqlens`, checked.
-        causal: Whether documents may be filled up.
 
     Returns:
-        Batches that hold each document with a token once.
+        Batches that hold each token once, in order.
     """
     documents = [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
-    batches, short = [], []
-    for length, run in groupby(documents, key=lambda d: d[1]):
-        starts = tuple(start for start, _ in run)
-        if causal and length <= _SHORT and len(starts) == 1:
-            short.append((starts[0], length))
-        else:
-            batches.append(Batch(starts, (length,) * len(starts)))
-    return [*batches, *_short(short)]
-
-
-def _take(x_T: Tensor, batch: Batch) -> Tensor:
-    """Take a batch's documents, `[N, longest, ...]`; filled with zeros where they were copied."""
-    count, rows = len(batch.starts), batch.view
-    shape = count, batch.longest, *x_T.shape[1:]
-    if rows is not None:
-        return x_T[rows].reshape(shape)  # a view: the first dimension always splits
-    filled = x_T.new_zeros(count * batch.longest, *x_T.shape[1:])
-    filled[batch.slots()] = x_T[batch.tokens()]
-    return filled.view(shape)
-
-
-def _put(x_T: Tensor, batch: Batch, value: Tensor) -> None:
-    rows = batch.view
-    if rows is not None:
-        x_T[rows].unflatten(0, (len(batch.starts), -1)).copy_(value)
-    else:
-        x_T[batch.tokens()] = value.flatten(0, 1)[batch.slots()]
+    batches = []
+    for length, neighbours in groupby(documents, key=lambda document: document[1]):
+        starts = [start for start, _ in neighbours]
+        batches.append(Batch(start=starts[0], count=len(starts), length=length))
+    return batches
 
 
 def forward(
@@ -175,13 +114,13 @@ def forward(
         `[T, H, K]`.
     """
     out_THK = q_THK.new_empty(q_THK.shape)
-    for batch in plan(bounds, causal):
-        out, lse = dense(*(_take(x, batch) for x in (q_THK, k_TGK, v_TGK)), causal, scale)
-        if len(out) * out.shape[1] == len(out_THK) and batch.view is not None:
-            out_THK = out.flatten(0, 1)  # the one call: nothing to copy
-        else:
-            _put(out_THK, batch, out)
-        _put(lse_TH, batch, lse.mT)
+    batches = plan(bounds)
+    for batch in batches:
+        out, lse = dense(*(batch.view(x) for x in (q_THK, k_TGK, v_TGK)), causal, scale)
+        batch.view(lse_TH).copy_(lse.mT)
+        if len(batches) == 1:
+            return out.flatten(0, 1)  # all tokens: nothing to copy
+        batch.view(out_THK).copy_(out)
     return out_THK
 
 
@@ -217,14 +156,14 @@ def backward(
         The gradients of q, k and v.
     """
     dq, dk, dv = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-    for batch in plan(bounds, causal):
-        dout, q, k, v, out = (_take(x, batch) for x in (dout_THK, q_THK, k_TGK, v_TGK, out_THK))
-        dlse = None if dlse_TH is None else _take(dlse_TH, batch).mT
-        lse = _take(lse_TH, batch).mT
-        gradients = dense(dout, dlse, q, k, v, out, lse, causal, scale)
-        if q.shape[0] * q.shape[1] == len(q_THK) and batch.view is not None:
-            dq, dk, dv = (d.flatten(0, 1) for d in gradients)  # the one call: nothing to copy
-        else:
-            for whole, part in zip((dq, dk, dv), gradients, strict=True):
-                _put(whole, batch, part)
+    batches = plan(bounds)
+    for batch in batches:
+        dout, q, k, v, out = (batch.view(x) for x in (dout_THK, q_THK, k_TGK, v_TGK, out_THK))
+        dlse = None if dlse_TH is None else batch.view(dlse_TH).mT
+        gradients = dense(dout, dlse, q, k, v, out, batch.view(lse_TH).mT, causal, scale)
+        if len(batches) == 1:
+            dq, dk, dv = (d.flatten(0, 1) for d in gradients)  # all tokens: nothing to copy
+            break
+        for whole, part in zip((dq, dk, dv), gradients, strict=True):
+            batch.view(whole).copy_(part)
     return dq, dk, dv
