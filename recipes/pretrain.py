@@ -57,7 +57,7 @@ def stdlib_smoke() -> Run:
             vocabulary=512,
             max_positions=128,
         ),
-        corpus=Corpus(paths=("stdlib",), held_out=0.02),
+        corpus=Corpus(paths=("stdlib",), held_out=0.05),
         learning_rate=3e-3,
         schedule=Cosine(warmup=2),
         batch_tokens=2048,

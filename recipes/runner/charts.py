@@ -12,6 +12,7 @@ Points = Sequence[tuple[float, float]]
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 36
 _MOST_POINTS = 600
+_MOST_DOTS = 30  # a curve of so few points shows each
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,11 @@ def svg(title: str, unit: str, series: Sequence[Series]) -> str:
             line = " ".join(f"{x:.1f},{y:.1f}" for x, y in inside)
             dash = ' stroke-dasharray="5 4"' if one.dashed else ""
             parts.append(f'<polyline class="s{number % 8}"{dash} points="{line}"/>')
+        if len(inside) <= _MOST_DOTS and not one.dashed:
+            parts += [
+                f'<circle class="s{number % 8}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>'
+                for x, y in inside
+            ]
     legend = "".join(
         f'<span class="s{number % 8}">{"╌" if one.dashed else "━"}</span> {html.escape(one.name)} '
         for number, one in enumerate(series)
@@ -144,7 +150,9 @@ def save_png(path: Path, title: str, unit: str, series: Sequence[Series]) -> str
     axes = figure.subplots()
     for one in series:
         xs, ys = zip(*one.points, strict=True) if one.points else ((), ())
-        axes.plot(xs, ys, "--" if one.dashed else "-", label=one.name, linewidth=1.4)
+        dots = "o" if len(xs) <= _MOST_DOTS and not one.dashed else None
+        style = "--" if one.dashed else "-"
+        axes.plot(xs, ys, style, label=one.name, linewidth=1.4, marker=dots, markersize=3)
     finite = _finite(series)[1]
     if finite:
         low, high = _robust(finite)

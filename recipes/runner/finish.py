@@ -18,6 +18,7 @@ from warploom.parallel.step import divisors
 from ..evaluation.baselines import ngram_baselines, xz_baseline
 from .environment import environment
 from .evaluate import HeldOut
+from .folder import StoppedError
 from .job import Job
 from .metrics import read
 from .model_card import card
@@ -180,8 +181,13 @@ def _export(job: Job, facts: dict[str, Any]) -> None:
     if job.world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     barrier(job.mesh.world)
-    text = card(facts)
-    hf.save(job.model, folder, job.data.store.folder / "tokenizer", text)
+    try:
+        hf.save(job.model, folder, job.data.store.folder / "tokenizer", card(facts))
+    except OSError as error:
+        raise StoppedError(
+            f"{error}; the steps are done and kept in {job.folder.checkpoints}: start the same "
+            f"command again when the folder can be written"
+        ) from error
 
 
 def _baselines(job: Job) -> tuple[list[dict[str, Any]], list[str]]:

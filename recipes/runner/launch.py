@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from warploom.parallel.checkpoint import CheckpointError
 
-from ..errors import UserError
+from ..errors import UserError, unboxed
 from .folder import StoppedError
 from .run import Run
 from .spike import SpikeError
@@ -63,9 +63,8 @@ def parse(argv: Sequence[str], runs: Runs, description: str, *, prog: str, rank:
     choices = {}
     for name, make in runs.items():
         choices[name] = (" ".join((make.__doc__ or "").split()), make())
-    quiet = contextlib.redirect_stderr(io.StringIO()) if rank else contextlib.nullcontext()
-    with quiet:
-        try:
+    try:
+        with contextlib.redirect_stderr(io.StringIO() if rank else sys.stderr), unboxed():
             return tyro.extras.overridable_config_cli(
                 choices,
                 prog=prog,
@@ -73,20 +72,20 @@ def parse(argv: Sequence[str], runs: Runs, description: str, *, prog: str, rank:
                 args=list(argv),
                 console_outputs=rank == 0,
             )
-        except SystemExit:
-            if rank:
-                _wait_for_rank_0()
-            raise
+    except SystemExit:
+        if rank:
+            _wait_for_rank_0()
+        raise
 
 
 def _log(rank: int) -> None:
-    """Warnings of the library go to standard error, each once: from rank 0."""
+    """What the library has to say goes to standard error, once: from rank 0."""
     logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.CRITICAL,
+        level=logging.WARNING if rank == 0 else logging.CRITICAL,
         format="%(message)s",
         stream=sys.stderr,
     )
-    logging.getLogger("torch").setLevel(logging.WARNING if rank == 0 else logging.CRITICAL)
+    logging.getLogger("warploom").setLevel(logging.INFO if rank == 0 else logging.CRITICAL)
 
 
 def _tell(sentence: str, rank: int, code: int) -> int:

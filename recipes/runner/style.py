@@ -22,6 +22,7 @@ td:first-child { white-space: pre }
 figure { margin: 0 } figcaption { font-weight: 600 }
 svg { width: 100% } svg text { fill: var(--soft); font-size: 11px } svg .grid { stroke:
   var(--line) }
+svg circle { stroke: none; fill: currentColor }
 svg polyline { fill: none; stroke-width: 1.5 } .legend { margin: 0; color: var(--soft); font-
   size: 13px }
 pre { white-space: pre-wrap; background: color-mix(in srgb, var(--line) 30%, transparent);

@@ -195,7 +195,7 @@ def _finish_saving(job: Job) -> None:
 def _stop(error: RuntimeError) -> None:
     if is_broken(error):
         raise error
-    raise StoppedError(f"a checkpoint cannot be written: {error}") from error
+    raise StoppedError(str(error)) from error
 
 
 def _sinks(job: Job, start: int) -> list[Sink]:
