@@ -142,6 +142,17 @@ def test_gradients_equal_finite_differences(lengths):
         torch.testing.assert_close(slope, want, rtol=1e-6, atol=1e-5, msg=path)
 
 
+def test_positions_start_again_with_each_document():
+    # attention sees differences of positions only, so that the logits alone would not tell
+    model, lengths = Decoder.create(SMALL), [10, 14, 5, 19]
+    tables = model._sequences(torch.zeros(2, 24), torch.tensor(lengths), 0)
+    first = [0, 10, 24, 29]
+    assert (tables.cos_TJ[first] == 1).all()
+    assert (tables.sin_TJ[first] == 0).all()
+    assert (tables.sin_TJ[:, 0] == 0).sum() == len(first)
+    assert torch.equal(tables.cos_TJ[29:], model._sequences(torch.zeros(1, 19), None, 0).cos_TJ)
+
+
 def test_recomputation_changes_no_bit():
     batch = _batch(SMALL, lengths=[10, 14, 24])
     seen = []
@@ -220,7 +231,7 @@ def test_a_start_has_the_stated_deviations():
             continue
         narrow = path.endswith(("attention.out.weight", "feed_forward.down.weight"))
         want = 0.02 / 4 if narrow else 0.02
-        assert abs(float(p.std()) / want - 1) < 0.05, path
+        assert abs(p.std().item() / want - 1) < 0.05, path
     again, other = Decoder.create(made, seed=5, names=str.upper), Decoder.create(made, seed=6)
     assert torch.equal(model.blocks[3].attention.qkv.weight, again.blocks[3].attention.qkv.weight)
     assert not torch.equal(model.head.weight, other.head.weight)
