@@ -23,6 +23,7 @@ _TILE = 2048  # elements a tile of narrow rows
 _COLUMNS = 32  # columns of dweight a program of the second kernel adds up
 _SHARES = 64  # shares it adds at a time
 COLUMN_TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
+_COLUMN_PARTS = 16  # programs that share the rows of a column tile
 
 
 def configuration(width: int) -> dict[str, int]:
@@ -218,6 +219,22 @@ def forward(
     return y_TD, h_TD, rstd_T
 
 
+def _column_shares(dy_TD: Tensor, h_TD: Tensor, rstd_T: Tensor, shares: Tensor) -> None:
+    """Fill `shares`, `[parts, D]`, whose rows add up to dweight."""
+    tokens, width = h_TD.shape
+    column_kernel[(triton.cdiv(width, COLUMN_TILE["COLUMNS"]), shares.shape[0])](
+        dy_TD,
+        h_TD,
+        rstd_T,
+        shares,
+        tokens,
+        width,
+        dy_TD.stride(0),
+        h_TD.stride(0),
+        **COLUMN_TILE,
+    )
+
+
 def backward(
     dy_TD: Tensor, dh_TD: Tensor | None, h_TD: Tensor, weight_D: Tensor, rstd_T: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -240,11 +257,10 @@ def backward(
         return dx_TD, torch.zeros_like(weight_D)
     dy_TD, h_TD = _rows(dy_TD), _rows(h_TD)
     dh = dy_TD if dh_TD is None else _rows(dh_TD)
-    kept, persistent = width <= KEEP, 2 * processors(h_TD.device)
-    programs = min(persistent, triton.cdiv(tokens, chosen["ROWS"]))
-    columns = triton.cdiv(width, COLUMN_TILE["COLUMNS"])
+    kept = width <= KEEP
+    programs = min(2 * processors(h_TD.device), triton.cdiv(tokens, chosen["ROWS"]))
     tiles = triton.cdiv(tokens, COLUMN_TILE["ROWS"])
-    parts = programs if kept else min(triton.cdiv(4 * persistent, columns), tiles)
+    parts = programs if kept else min(tiles, _COLUMN_PARTS)
     rstd_T = rstd_T.contiguous()
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     dweight_D = weight_D.new_empty(width)
@@ -267,17 +283,7 @@ def backward(
             **chosen,
         )
         if not kept:
-            column_kernel[(columns, parts)](
-                dy_TD,
-                h_TD,
-                rstd_T,
-                shares,
-                tokens,
-                width,
-                dy_TD.stride(0),
-                h_TD.stride(0),
-                **COLUMN_TILE,
-            )
+            _column_shares(dy_TD, h_TD, rstd_T, shares)
         shares_kernel[(triton.cdiv(width, _COLUMNS),)](
             shares, dweight_D, parts, width, SHARES=_SHARES, COLUMNS=_COLUMNS, num_warps=4
         )

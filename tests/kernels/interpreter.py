@@ -25,6 +25,13 @@ def _strides():
         pair = [fn(backend) for backend in ("reference", "triton")]
         _same(*pair)
         _same(*(torch.autograd.grad(y.sum(), x)[0] for y in pair))
+    residual = torch.randn(3, 9, 12)[..., :6].requires_grad_()  # rows 12 apart
+    dy, dh = torch.randn(3, 9, 6), torch.randn(3, 9, 10)[..., :6]
+    pair = []
+    for backend in ("reference", "triton"):
+        out = rms_norm(x, weight, residual=residual, backend=backend)
+        pair.append([*out, *torch.autograd.grad(out, (x, residual), (dy, dh))])
+    _same(*pair)
     fused = torch.randn(9, 7 * 8, requires_grad=True)
     q, k, _ = fused.view(9, 7, 8).split([4, 2, 1], 1)
     tables = rotary_tables(torch.arange(9), 8, base=100.0)
