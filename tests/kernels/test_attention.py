@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from warploom.kernels.attention import documents, flash_attention, flash_attention_varlen
+from warploom.kernels.attention import documents, flash_attention, flash_attention_varlen, sdpa
 
 OPS = torch.ops.warploom
 BACKENDS = ["reference", "torch"]
@@ -249,6 +249,16 @@ def test_lse_gradient_in_low_precision_keeps_its_remainder(backend):
     wanted = (k.float() * (1 + 2**-9)).bfloat16()
     assert torch.equal(gradient[:, :, :1], wanted)
     assert torch.equal(gradient[:, :, 2:], torch.zeros_like(v))
+
+
+def test_the_columns_that_carry_the_lse_gradient_keep_its_remainder():
+    """CUDA multiplies them in bfloat16; on the CPU the backward runs in float32."""
+    dout, q, k, v, out = torch.randn(5, 1, 7, 2, 16).bfloat16()
+    dlse = torch.randn(1, 7, 2)
+    dout_, _, _, v_, out_ = (x.double() for x in sdpa._with_lse(dlse, dout, q, k, v, out))
+    dp = (dout_ * v_).sum(-1) - (dout.double() * v.double()).sum(-1)
+    torch.testing.assert_close(dp, dlse.double(), rtol=2**-15, atol=0)
+    torch.testing.assert_close((dout_ * out_).sum(-1), (dout.double() * out.double()).sum(-1))
 
 
 @each_backend
