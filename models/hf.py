@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from warploom.parallel.collectives import gather_json
+from warploom.parallel.collectives import Group, gather_json
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import Layout, Piece, assemble
 
@@ -150,16 +150,7 @@ def save(
     """
     final, tokenizer = Path(folder), Path(tokenizer_folder) if tokenizer_folder else None
     world = None if model.mesh is None else model.mesh.world
-    if any(gather_json(final.exists(), world)):
-        raise FileExistsError(f"{final} exists: weights are never overwritten, name a new folder")
-    if tokenizer is not None and not _tokenizer_files(tokenizer):
-        raise FileNotFoundError(f"{tokenizer} must hold a tokenizer (tokenizer.json, ...)")
-    a = model.architecture
-    if not a.qk_norm and a.width % a.heads:
-        raise ValueError(
-            f"width ({a.width}) must be divisible by heads ({a.heads}): transformers refuses other "
-            "Llama models"
-        )
+    _refuse(model, final, tokenizer, world)
     rank = 0 if model.mesh is None else model.mesh.rank
     partial = final.with_name(f".{final.name}.partial")
     error: OSError | None = None
@@ -184,6 +175,20 @@ def save(
         raise error
     if any(texts):
         raise OSError(f"{final} was not written by rank 0: {''.join(texts)}")
+
+
+def _refuse(model: Decoder, final: Path, tokenizer: Path | None, world: Group) -> None:
+    """Raise on every rank what `save` must not begin with."""
+    if any(gather_json(final.exists(), world)):
+        raise FileExistsError(f"{final} exists: weights are never overwritten, name a new folder")
+    if tokenizer is not None and not _tokenizer_files(tokenizer):
+        raise FileNotFoundError(f"{tokenizer} must hold a tokenizer (tokenizer.json, ...)")
+    a = model.architecture
+    if not a.qk_norm and a.width % a.heads:
+        raise ValueError(
+            f"width ({a.width}) must be divisible by heads ({a.heads}): transformers refuses other "
+            "Llama models"
+        )
 
 
 def locate(folder: str | Path) -> dict[str, Path]:
