@@ -261,6 +261,13 @@ def test_the_columns_that_carry_the_lse_gradient_keep_its_remainder():
     torch.testing.assert_close((dout_ * out_).sum(-1), (dout.double() * out.double()).sum(-1))
 
 
+def test_an_unused_lse_costs_nothing(monkeypatch):
+    qkv, (q, k, v) = _qkv(1, 70)
+    monkeypatch.setattr(sdpa, "_with_lse", None)  # must not be met
+    flash_attention(q, k, v, return_lse=True, backend="torch")[0].sum().backward()
+    assert qkv.grad.isfinite().all()
+
+
 @each_backend
 def test_huge_scores(backend):
     """Rows of the causal mask begin with one score, of either sign: lse far below -88 occurs."""
