@@ -182,9 +182,11 @@ def _ranks(names: set[str], pattern: str) -> set[int]:
 
 
 def _raise_failure(job: Job) -> None:
-    for path in sorted(job.temporary.glob("failed-*.json")):
+    # not by glob: the folder may be renamed, complete, at any moment
+    names = {name for name, _, _ in _signs(job.temporary)}
+    for rank in sorted(_ranks(names, r"failed-(\d+)\.json")):
         try:
-            told = json.loads(path.read_bytes())
+            told = json.loads((job.temporary / f"failed-{rank:05d}.json").read_bytes())
         except FileNotFoundError as error:
             raise _Elsewhere(_ABANDONED) from error
         if told["rank"] != job.rank:
@@ -253,7 +255,7 @@ def give_up(job: Job, error: Exception) -> Exception:
 def _sentence(job: Job, error: Exception) -> str:
     if not isinstance(error, OSError):
         return str(error) or type(error).__name__
-    if not job.temporary.is_dir():
+    if isinstance(error, FileNotFoundError) and not job.temporary.is_dir():
         return _ABANDONED
     free = shutil.disk_usage(job.final.parent).free
     advice = ": free some space, or keep fewer checkpoints" if error.errno in _FULL else ""
