@@ -105,7 +105,7 @@ def test_an_installation_has_working_front_doors(way, clone, sdist, tmp_path):
         "editable": ("--editable", clone),
         "wheel": (clone,),
         "sdist": (sdist,),
-        "git": (f"warploom @ git+file://{clone}",),
+        "git": (f"git+file://{clone}",),
     }[way]
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet")
     _run(*pip, "--no-deps", "--no-build-isolation", *what, env=os.environ | {"PIP_NO_INPUT": "1"})
