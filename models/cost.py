@@ -211,7 +211,7 @@ def _layer(a: Architecture, tokens: int, dtype: torch.dtype, tp: int) -> int:
     attention += tokens * a.heads // tp * wide  # log-sum-exp
     if a.qk_norm:
         attention += tokens * (a.heads + a.kv_heads) // tp * wide
-    feed_forward = tokens * 3 * hidden * narrow  # gate, up, and their product
+    feed_forward = tokens * 2 * hidden * narrow  # gate and up: their product is made again
     return norms + projections + attention + feed_forward
 
 
@@ -237,6 +237,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         ops.flash_attention_backward: partial(_dense, first=2, products=5),
         ops.flash_attention_varlen_forward: partial(_varlen, first=0, products=2),
         ops.flash_attention_varlen_backward: partial(_varlen, first=2, products=5),
+        ops.swiglu_linear_forward: _gated_forward,
+        ops.swiglu_linear_backward: _gated_backward,
         ops.linear_cross_entropy_forward: _cross_entropy,
         ops.linear_log_probs_forward: partial(_log_probs, first=0, products=1),
         ops.linear_log_probs_backward: partial(_log_probs, first=2, products=3),
@@ -244,6 +246,16 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     for formula in found.values():
         vars(formula)["_get_raw"] = True  # pass tensors, not their shapes: lengths are values
     return found
+
+
+def _gated_forward(*args: Any, out_val: Any = None) -> int:
+    gate_up, weight_DF = args[:2]
+    return gate_up.numel() * weight_DF.shape[0]  # 2 T F D, and gate_up has 2 T F elements
+
+
+def _gated_backward(*args: Any, out_val: Any = None) -> int:
+    _, gate_up, weight_DF, weight_grad, _ = args
+    return (1 + int(weight_grad)) * _gated_forward(gate_up, weight_DF)
 
 
 def _pairs(queries: int, keys: int, causal: bool) -> float:

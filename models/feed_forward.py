@@ -9,7 +9,7 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6.
 
 from torch import Tensor, nn
 
-from warploom.kernels.activation import swiglu
+from warploom.kernels.activation import swiglu_linear
 from warploom.parallel.collectives import Group
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
@@ -39,5 +39,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[T/R, D]` to `[T/R, D]`."""
-        y: Tensor = self.down(swiglu(self.gate_up(x)))
+        y: Tensor = self.down(self.gate_up(x), product=swiglu_linear)
         return y

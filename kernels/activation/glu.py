@@ -48,8 +48,17 @@ def _forward_cpu(gate_up_TF: Tensor) -> Tensor:
     return y_TF
 
 
-def _backward_cpu(dy_TF: Tensor, gate_up_TF: Tensor) -> Tensor:
-    """Take one sigmoid a gate; the rest are products within a block that stays in cache."""
+def backward_cpu(dy_TF: Tensor, gate_up_TF: Tensor, y_TF: Tensor | None = None) -> Tensor:
+    """Take one sigmoid a gate; the rest are products within a block that stays in cache.
+
+    Args:
+        dy_TF: Upstream gradient `[T, F]`.
+        gate_up_TF: `[T, 2F]`.
+        y_TF: If given, `[T, F]` that receives SwiGLU's value, which is a by-product.
+
+    Returns:
+        `[T, 2F]`.
+    """
     dx_TF = torch.empty_like(gate_up_TF, memory_format=torch.contiguous_format)
     width = dy_TF.shape[1]
     accumulate = wide(dx_TF.dtype)
@@ -59,6 +68,8 @@ def _backward_cpu(dy_TF: Tensor, gate_up_TF: Tensor) -> Tensor:
         dy = dy_TF[rows].to(accumulate)
         sigmoid = torch.sigmoid(gate)
         value = gate * sigmoid
+        if y_TF is not None:
+            y_TF[rows].copy_(value * up)
         if accumulate == dx_TF.dtype:
             torch.mul(dy, value, out=dup)
         else:
@@ -92,7 +103,7 @@ def _backward(dy: Tensor, gate_up: Tensor, backend: str | None) -> Tensor:
         from .glu_triton import backward
 
         return backward(*args).view(gate_up.shape)
-    return _backward_cpu(*args).view(gate_up.shape)
+    return backward_cpu(*args).view(gate_up.shape)
 
 
 def _backward_fake(dy: Tensor, gate_up: Tensor, backend: str | None) -> Tensor:

@@ -15,7 +15,7 @@ Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; Korthi
 https://arxiv.org/abs/2205.05198, section 4.2.2 (the sequence-parallel form).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -150,7 +150,14 @@ class RowLinear(nn.Module):
             own["bias"] = whole("bias", (features,), partial=partial)
         return own
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[T, D/R]` to `[T/R, F]` (or `[T, F]`)."""
-        y = self.leave(F.linear(x, self.weight), self.group)
+    def forward(
+        self, x: Tensor, *, product: Callable[[Tensor, Tensor], Tensor] = F.linear
+    ) -> Tensor:
+        """Map `[T, D/R]` to `[T/R, F]` (or `[T, F]`).
+
+        Args:
+            x: This rank's features.
+            product: Of `x` and the local weight; an operator that fuses what comes before.
+        """
+        y = self.leave(product(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
