@@ -64,17 +64,19 @@ def prepare_store(
 
     Raises:
         UserError: If no text is left, a split is empty, the vocabulary is too large for the text,
-            the store is damaged, or it is of something else and `changed` is "refuse".
+            the store is damaged or of something else and `changed` is "refuse", `folder` holds
+            other files, or it lies where its own files would be read as text.
         RuntimeError: If another process builds longer than `wait_s`, or the disk is full.
     """
     if not 0 <= held_out < 1:
         raise UserError(f"held_out ({held_out}) must be a share in 0 .. 1, 1 excluded")
     folder = Path(folder).resolve()
+    _check_place(folder, source)
     what = f"token store {folder}"
     with one_at_a_time(folder.with_name(f".{folder.name}.lock"), wait_s=wait_s, what=what):
         recover(folder)
         listing, size = source.listing()
-        if folder.exists():
+        if (folder / "manifest.json").exists():
             try:
                 return _reuse(folder, source, tokenizer, held_out, listing, verify)
             except UserError as error:
@@ -93,6 +95,18 @@ def prepare_store(
         return open_store(folder, verify=False)
 
 
+def _check_place(folder: Path, source: TextSource) -> None:
+    if folder.exists() and not (folder / "manifest.json").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} must be a token store, empty, or new: it holds other files")
+    if not source.suffixes or ".json".endswith(source.suffixes):
+        for path in source.paths:
+            if folder.is_relative_to(Path(path).resolve()):
+                raise UserError(
+                    f"token store {folder} must not lie in its own text {path}, whose suffixes "
+                    "would take its files in: choose another folder, or name suffixes"
+                )
+
+
 def _reuse(
     folder: Path,
     source: TextSource,
@@ -108,7 +122,7 @@ def _reuse(
             f"token store {folder} was built from {difference}; choose another folder, remove the "
             'store, or build it anew (changed="rebuild"; a run that resumes would read other text)'
         )
-    return store
+    return open_store(folder, verify=False)  # whose listing may be a newer one
 
 
 def _difference(
