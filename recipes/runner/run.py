@@ -137,6 +137,9 @@ class Run:
     """full: keep the input of each block and run it again in the backward pass."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition; 0 leaves the term out."""
+    deterministic: bool = True
+    """Choose algorithms that give the same bits each time, so that a run that was killed writes the
+    trace of one that was not. Costs nothing that was measured on the CPU; unmeasured on GPUs."""
     seed: int = 0
     """Of the weights, of the order of the documents and of the samples."""
     folder: str = "runs/unnamed"

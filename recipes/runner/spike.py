@@ -28,16 +28,18 @@ class _Watch:
     """Remembers the first value that is not finite."""
 
     batch: int = 0
+    looks: int = 0
     found: dict[str, Any] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
     def see(self, value: Any, what: str, phase: str) -> None:
+        self.looks += 1  # the ranks run the same program: what they see has the same order
         if self.found is not None:
             return
         for tensor in _tensors(value):
             if not bool(torch.isfinite(tensor).all()):
                 kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-                at = {"phase": phase, "batch": self.batch}
+                at = {"phase": phase, "batch": self.batch, "look": self.looks}
                 self.found = {**at, "what": what, "kind": kind}
                 return
 
@@ -102,8 +104,7 @@ def _tell(found: list[tuple[int, dict[str, Any]]]) -> str:
             "each rank's own values are finite when the step is run again: their sum over "
             "micro-batches and ranks overflows"
         )
-    order = {"forward": 0, "backward": 1}
-    rank, one = min(found, key=lambda f: (f[1]["batch"], order[f[1]["phase"]], f[0]))
+    rank, one = min(found, key=lambda f: (f[1]["look"], f[0]))
     others = [str(r) for r, _ in found if r != rank]
     also = f" (and on rank {', '.join(others)})" if others else ""
     return (

@@ -30,7 +30,7 @@ from .metrics import JsonLines, Metrics, Sink, TensorBoard
 from .peak import peak_memory_gib
 from .progress import Progress
 from .run import Run, check
-from .world import World, from_environment, is_broken, joined, set_threads
+from .world import World, from_environment, is_broken, joined, set_deterministic, set_threads
 
 
 def train(run: Run) -> None:
@@ -51,6 +51,7 @@ def train(run: Run) -> None:
         _say_finished(folder, facts, world)
         return
     set_threads(world)
+    set_deterministic(run.deterministic)
     lock = folder.claim(run) if world.rank == 0 else None
     try:
         folder.wait_for_claim(run)

@@ -81,6 +81,13 @@ def set_threads(world: World) -> int:
     return torch.get_num_threads()
 
 
+def set_deterministic(on: bool) -> None:
+    """Have torch choose algorithms that give the same bits each time, or those it finds fastest."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 @contextmanager
 def joined(world: World) -> Iterator[list[dict[str, Any]]]:
     """Join the process group for a block; gives host and process id of each rank."""

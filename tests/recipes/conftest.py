@@ -13,6 +13,7 @@ def tiny_run(text, tmp_path):
     """`tiny_run(**changes)`: a run of seconds in a folder of its own."""
 
     def make(**changes):
-        return tiny.tiny_run(text, changes.pop("folder", tmp_path / "run"), **changes)
+        folder = changes.pop("folder", tmp_path / "run")
+        return tiny.tiny_run(changes.pop("corpus", text), folder, **changes)
 
     return make

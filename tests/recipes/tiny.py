@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from warploom.models.families import llama
+from warploom.recipes.runner.data import open_store
 from warploom.recipes.runner.learning_rate import WSD
 from warploom.recipes.runner.metrics import read
 from warploom.recipes.runner.run import Corpus, Run
@@ -27,7 +28,9 @@ def corpus(folder):
     small = [p for p in sources if 1000 < p.stat().st_size < 20_000][:30]
     for path in small:
         shutil.copy(path, text / path.name)
-    return Corpus(paths=(str(text),), held_out=0.2, store=str(folder / "store"))
+    made = Corpus(paths=(str(text),), held_out=0.2, store=str(folder / "store"))
+    open_store(tiny_run(made, folder / "unused"), folder / "unused", verify=True)
+    return made
 
 
 def tiny_run(corpus, folder, **changes):
