@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -81,7 +82,7 @@ def names_in(folder):
     return {name for _, folders, files in os.walk(folder) for name in (*folders, *files)}
 
 
-@pytest.mark.parametrize("times", [8, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [6, pytest.param(150, marks=pytest.mark.slow)])
 def test_killed_at_any_moment_the_last_good_one_is_there(tmp_path, times):
     chance = random.Random(0)
     steps, kinds = [0], set()
@@ -113,6 +114,46 @@ def test_killed_at_any_moment_the_last_good_one_is_there(tmp_path, times):
             steps.append(state["step"])
     assert steps[-1] > 1
     assert "tmp" in kinds, "no kill fell into a save: the test proves nothing"
+
+
+def die_at(moment, folder):
+    """Save step 2 and die before the file system is touched for the `moment`-th time."""
+    touched = [0]
+
+    def count(event, arguments):
+        touches = event.startswith(("os.", "shutil.")) or event == "open"
+        if touches and any(str(folder) in str(a) for a in arguments):
+            touched[0] += 1
+            if touched[0] == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    os.fsync = lambda handle: None
+    sys.addaudithook(count)
+    saver = AsyncSaver(keep=1)
+    saver.start(folder, entries(2), {"step": 2}, Mesh.build(""))
+    saver.finish()
+
+
+def test_killed_at_each_touch_of_the_disk_the_last_good_one_is_there(tmp_path):
+    whole_ones = []
+    for moment in range(1, 200):
+        folder = tmp_path / str(moment)
+        folder.mkdir()
+        save(folder, entries(1), {"step": 1}, Mesh.build(""))
+        code = in_process(die_at, moment, folder)
+        whole_ones.append(latest(folder).name)
+        verify(latest(folder))
+        left = [path.name for path in folder.iterdir() if "." in path.name]
+        assert len(left) <= 1, left
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        save(folder, entries(3), {"step": 3}, Mesh.build(""))
+        assert not [path.name for path in folder.iterdir() if "." in path.name]
+    assert code == 0
+    assert moment > 15, "too few moments: the test proves little"
+    assert whole_ones == sorted(whole_ones)
+    assert {"step-00000001", "step-00000002"} == set(whole_ones)
 
 
 def test_what_a_killed_save_left_goes_at_the_next_start(tmp_path):
