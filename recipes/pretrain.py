@@ -8,6 +8,8 @@ The same command goes on where it was stopped; another run needs another --folde
 """
 
 import sys
+import sysconfig
+from pathlib import Path
 
 from warploom.models.decoder import Architecture
 from warploom.models.families import llama
@@ -21,31 +23,33 @@ def stdlib() -> Run:
     return Run(
         architecture=Architecture(
             layers=4,
-            width=256,
-            heads=4,
-            kv_heads=4,
+            width=192,
+            heads=3,
+            kv_heads=3,
             head_dim=64,
-            hidden=704,
-            vocabulary=4096,
-            max_positions=512,
+            hidden=512,
+            vocabulary=2048,
+            max_positions=1024,
             qk_norm=True,
         ),
         corpus=Corpus(paths=("stdlib",), held_out=0.05),
-        optimizer=Muon(),
-        learning_rate=3e-3,
-        schedule=WSD(warmup=10, decay=0.4, shape="linear"),
-        batch_tokens=8192,
-        micro_batch=4,
-        sequence=512,
-        steps=200,
+        optimizer=Muon(rest_rate=0.5),
+        learning_rate=0.02,
+        schedule=WSD(warmup=20, decay=0.4, shape="linear"),
+        batch_tokens=4096,
+        micro_batch=8,
+        sequence=256,
+        steps=600,
+        precision="bf16",
         folder="runs/stdlib",
-        checkpoint_every=50,
-        evaluate_every=50,
+        checkpoint_every=100,
+        evaluate_every=200,
     )
 
 
 def stdlib_smoke() -> Run:
-    """Take ten steps of a tiny model on the same text, to see that everything works."""
+    """Take ten steps of a tiny model on one package of that library, to see that all works."""
+    package = str(Path(sysconfig.get_path("stdlib"), "asyncio"))
     return Run(
         architecture=Architecture(
             layers=2,
@@ -57,7 +61,7 @@ def stdlib_smoke() -> Run:
             vocabulary=512,
             max_positions=128,
         ),
-        corpus=Corpus(paths=("stdlib",), held_out=0.05),
+        corpus=Corpus(paths=(package,), suffixes=(".py",), held_out=0.2),
         learning_rate=3e-3,
         schedule=Cosine(warmup=2),
         batch_tokens=2048,
