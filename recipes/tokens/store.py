@@ -243,11 +243,9 @@ def _sync_folder(folder: Path) -> None:
 def replacing(folder: Path) -> Iterator[Path]:
     """Give a fresh folder to fill; it takes the name `folder` if the block ends well.
 
-    What an earlier, killed process left is cleared first: a half-filled folder is dropped, and a
-    store that was moved away to be replaced, but never was, comes back. One process at a time.
+    One process at a time; `recover` comes first, for what a killed one may have left.
     """
     partial, old = _beside(folder, "partial"), _beside(folder, "old")
-    recover(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -266,7 +264,11 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Clear what a killed `replacing` left beside `folder`."""
+    """Clear what a killed `replacing` left beside `folder`.
+
+    A half-filled folder is dropped; a store that was moved away to be replaced, but never was,
+    comes back.
+    """
     partial, old = _beside(folder, "partial"), _beside(folder, "old")
     shutil.rmtree(partial, ignore_errors=True)
     if old.exists():
