@@ -13,7 +13,8 @@ import torch
 from tests.recipes.tiny import Ranks, losses, train_on
 
 from warploom.models.feed_forward import FeedForward
-from warploom.parallel.checkpoint import latest, verify
+from warploom.parallel.checkpoint import latest, saver, verify
+from warploom.parallel.checkpoint.commit import commit
 from warploom.recipes import pretrain
 from warploom.recipes.errors import UserError
 from warploom.recipes.runner import launch
@@ -222,6 +223,11 @@ def _plant(where, value):
 def test_a_loss_that_is_not_finite_names_step_rank_and_module(
     tiny_run, monkeypatch, where, value, told
 ):
+    def slowly(job):
+        time.sleep(0.5)
+        commit(job)
+
+    monkeypatch.setattr(saver, "commit", slowly)  # the last save is still under way
     remember, planted = _plant(where, value)
     monkeypatch.setattr(FeedForward, "__init__", remember)
     monkeypatch.setattr(FeedForward, "forward", planted)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -153,10 +154,13 @@ def test_a_lost_rank_is_named_as_far_as_it_is_known():
     assert not is_broken(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_broken(ValueError("connection closed by peer"))
     gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
+    while Path(f"/proc/{gone.pid}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.01)  # nobody has waited for it: dead, and still in the table of processes
     here = {"host": "a", "pid": os.getpid()}
     told = lost([here, {"host": "a", "pid": gone.pid}], World(size=2), error)
     assert told == f"rank 1 (process {gone.pid} on a) died, so rank 0 stops too"
+    gone.wait()
+    assert f"process {gone.pid}" in lost([here, {"host": "a", "pid": gone.pid}], World(), error)
     told = lost([here, {"host": "b", "pid": 1}], World(size=2), error)
     assert "rank 0 lost another rank" in told
     assert "Connection closed by peer" in told
