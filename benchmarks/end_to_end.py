@@ -49,7 +49,7 @@ class Setting:
         sequence: Tokens a sequence.
         fused: Whether the peer's AdamW is torch's fused one.
         threads: Of each side.
-        profile: Whether our side prints where the time of its last step went.
+        profile: Whether our side takes one more step in the end and prints where its time went.
     """
 
     model: str
@@ -134,13 +134,13 @@ def _serve(side: str, setting: Setting, folder: Path, pipe: Connection) -> None:
     run = SIDES[side](setting, folder)
     pipe.send("ready")
     while (number := pipe.recv()) is not None:
-        if setting.profile and side == "warploom" and number == 1:
-            print(_profiled(run, number), file=sys.stderr)
         start = time.perf_counter()
         loss = run(number)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         pipe.send({"seconds": seconds, "loss": loss, "peak_gib": peak})
+    if setting.profile and side == "warploom":
+        print(_profiled(run, 0), file=sys.stderr)
 
 
 def _profiled(run: Callable[[int], float], number: int) -> str:

@@ -250,7 +250,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 def _gated_forward(*args: Any, out_val: Any = None) -> int:
     gate_up, weight_DF = args[:2]
-    return gate_up.numel() * weight_DF.shape[0]  # 2 T F D, and gate_up has 2 T F elements
+    elements: int = gate_up.numel()
+    return elements * int(weight_DF.shape[0])  # 2 T F D, and gate_up has 2 T F elements
 
 
 def _gated_backward(*args: Any, out_val: Any = None) -> int:

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.optim", "numpy", "safetensors.torch", "pytest"]
-    + ["hypothesis", "torch._inductor.config", "warploom.parallel.mesh", "warploom.kernels.backends"]
+    ["torch", "torch.distributed", "torch.optim", "torch._inductor.config", "numpy"]
+    + ["safetensors.torch", "pytest", "hypothesis", "warploom.parallel.mesh"]
 )
 
 
@@ -34,9 +34,7 @@ def _worker(rank: int, size: int, port: int, failures, fn: Callable[..., None], 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        dist.init_process_group(
-            "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
         fn(*args)
         dist.destroy_process_group()
     except BaseException:
