@@ -96,6 +96,8 @@ class Attention(nn.Module):
         q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
+        else:  # nothing else keeps the fused output: a copy of v, the smallest part, frees it
+            v_TGK = v_TGK.contiguous()
         q_THK, k_TGK = rotary(q_THK, k_TGK, sequences.cos_TJ, sequences.sin_TJ)
         mixed: Any  # without return_lse a tensor
         if sequences.cu_seqlens is None:

@@ -206,8 +206,8 @@ def _layer(a: Architecture, tokens: int, dtype: torch.dtype, tp: int) -> int:
     hidden = a.hidden // tp
     norms = 2 * own * (a.width * narrow + wide)  # each: the sum, and a statistic a token
     projections = 2 * tokens * a.width * narrow  # inputs of qkv and gate_up, gathered
-    attention = tokens * (queries + 2 * keys) * narrow  # qkv, which v is a view of
-    attention += tokens * (2 * queries + keys) * narrow  # rotated q and k, the output
+    values = queries + 2 * keys if a.qk_norm else keys  # all of qkv, or a copy of v alone
+    attention = tokens * (values + 2 * queries + keys) * narrow  # with rotated q and k, the output
     attention += tokens * a.heads // tp * wide  # log-sum-exp
     if a.qk_norm:
         attention += tokens * (a.heads + a.kv_heads) // tp * wide
