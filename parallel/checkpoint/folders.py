@@ -4,13 +4,17 @@ step-00000120                  complete: it was renamed to this after all of it 
 step-00000120.tmp-1f2e3d4c     being written, or left by a process that was killed
 step-00000090.trash-1f2e3d4c   being deleted
 step-00000120.aside-1f2e3d4c   set aside by `set_aside`; nothing here touches it again
+step-00000120.damaged-1f2e3d4c had no index where a save needed its name; never touched again
 """
 
+import logging
 import os
 import re
 import secrets
 import shutil
 from pathlib import Path
+
+_LOG = logging.getLogger(__name__)
 
 INDEX = "index.json"
 _COMPLETE = re.compile(r"step-(\d{8,})")
@@ -69,6 +73,8 @@ def set_aside(folder: str | Path, *, after: int) -> list[Path]:
 def new_temporary(folder: Path, step: int) -> Path:
     """Make the folder in which step `step` will be written; remove what a killed process left.
 
+    A folder that has the step's name but no index is damaged: it is moved aside, with a warning.
+
     Raises:
         ValueError: If a checkpoint of this step or a newer one exists.
     """
@@ -82,9 +88,23 @@ def new_temporary(folder: Path, step: int) -> Path:
     for path in folder.iterdir():
         if _LEFT_OVER.fullmatch(path.name):
             shutil.rmtree(path)
+    _free_name(folder / step_name(step))
     temporary = folder / f"{step_name(step)}.tmp-{secrets.token_hex(4)}"
     temporary.mkdir()
     return temporary
+
+
+def _free_name(final: Path) -> None:
+    """Move aside what has the name of a checkpoint that is not complete."""
+    if os.path.lexists(final):
+        aside = final.rename(final.with_name(f"{final.name}.damaged-{secrets.token_hex(4)}"))
+        _LOG.warning(
+            "%s must hold %s to be a checkpoint, and has none: it is now %s, to look at or delete; "
+            "its step is saved again",
+            final,
+            INDEX,
+            aside,
+        )
 
 
 def prune(folder: Path, keep: int) -> None:
