@@ -152,15 +152,24 @@ def read_index(path: Path) -> Index:
         )
     try:
         values = json.loads(file.read_bytes())
-        told = values.pop("sha256")
-    except (ValueError, AttributeError, KeyError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged: it is not the JSON of an index") from error
+    if not isinstance(values, dict) or "sha256" not in values:
+        raise CheckpointError(f"{file} is damaged: it is not the JSON of an index")
+    told = values.pop("sha256")
     if values.get("version") != VERSION:
         raise CheckpointError(
             f"{file} has format version {values.get('version')}; this release reads {VERSION}"
         )
     if _digest(values) != told:
         raise CheckpointError(f"{file} is damaged: its content does not match its own hash")
+    try:
+        return _from_json(values)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: it is not the JSON of an index") from error
+
+
+def _from_json(values: Mapping[str, Any]) -> Index:
     return Index(
         world=values["world"],
         state=values["state"],

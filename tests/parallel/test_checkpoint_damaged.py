@@ -1,11 +1,23 @@
 """Checkpoints that lost their index, hold another's, or are damaged several at a time."""
 
+import hashlib
+import json
 import logging
+import re
 
 import pytest
 import torch
 
-from warploom.parallel.checkpoint import Entry, latest, latest_good, save, verify
+from warploom.parallel.checkpoint import (
+    CheckpointError,
+    Entry,
+    latest,
+    latest_good,
+    load,
+    read_state,
+    save,
+    verify,
+)
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import whole
 
@@ -38,3 +50,40 @@ def test_a_folder_without_index_makes_way_for_its_step(tmp_path, caplog, empty):
     save(tmp_path, [one()], {"step": 10}, Mesh.build(""), keep=1)
     assert latest_good(tmp_path) == latest(tmp_path) == tmp_path / "step-00000010"
     assert sorted(tmp_path.iterdir()) == sorted([aside, tmp_path / "step-00000010"])
+
+
+def hashed(values):
+    """Write JSON that has the hash of an index."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return json.dumps({**values, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+FIELDS = {"version": 1, "world": 1, "state": {}, "files": {}, "tensors": {}, "block_bytes": 64}
+SHAPES = [
+    "",
+    "[]",
+    "[1]",
+    '["sha256"]',
+    "{}",
+    '{"format": 1}',
+    "1",
+    "2.5",
+    "null",
+    "true",
+    '"sha256"',
+]
+SHAPES += ["[" * 200_000, "\0" * 64, '{"sha256": null}', '{"sha256": [], "version": 1}']
+SHAPES += [hashed({"version": 1}), hashed({**FIELDS, "files": [1]})]
+SHAPES += [hashed({**FIELDS, "files": {"a": {"size": 1}}}), hashed({**FIELDS, "tensors": {"a": 1}})]
+SHAPES += [hashed({**FIELDS, "tensors": {"a": {"shape": 1, "dtype": "float32", "chunks": []}}})]
+
+
+@pytest.mark.parametrize("text", SHAPES, ids=lambda text: text[:20] or "empty")
+def test_an_index_of_another_shape_is_named(tmp_path, text):
+    good, path = saved(tmp_path, 1, 2)
+    file = path / "index.json"
+    file.write_text(text)
+    for read in (read_state, verify, lambda path: load(path, [one()])):
+        with pytest.raises(CheckpointError, match=f"^{re.escape(str(file))} (is damaged|has form)"):
+            read(path)
+    assert latest_good(tmp_path) == good
