@@ -59,8 +59,8 @@ class Architecture:
         tied: Whether the head uses the embedding's weight.
 
     Raises:
-        ValueError: If a size is not positive, `kv_heads` does not divide `heads`, or `head_dim` is
-            odd.
+        ValueError: If a size, base or epsilon is not positive, `kv_heads` does not divide `heads`,
+            or `head_dim` is odd.
     """
 
     layers: int
@@ -85,6 +85,9 @@ class Architecture:
             raise ValueError(
                 f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})"
             )
+        for name in ("rope_base", "norm_eps"):
+            if not 0 < (value := getattr(self, name)) < float("inf"):
+                raise ValueError(f"{name} must be above 0 and finite; got {value}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
 

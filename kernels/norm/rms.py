@@ -225,7 +225,8 @@ def rms_norm(
         and gradients are accumulated in float32, in float64 for float64.
 
     Raises:
-        ValueError: If the shapes do not match, the width is 0, or a dtype is not supported.
+        ValueError: If the shapes do not match, the width is 0, a dtype is not supported, or `eps`
+            is negative or not finite.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     if weight.shape != x.shape[-1:] or not weight.numel():
@@ -235,6 +236,8 @@ def rms_norm(
             f"rms_norm: x and weight must be float16, bfloat16, float32 or float64, "
             f"got {x.dtype} and {weight.dtype}"
         )
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"rms_norm: eps must be at least 0 and finite, got {eps}")
     if residual is None:
         y: Tensor = _FORWARD(x, weight, None, eps, backend)[0]
         return y

@@ -41,10 +41,11 @@ def configuration(width: int) -> dict[str, int]:
     if width > MAX_WIDTH:
         raise RuntimeError(f"rms_norm: triton serves widths to {MAX_WIDTH}, x has {width}")
     block = next_power_of_two(width)
+    least = 8 if width % 16 else 4  # elements that are loaded one by one take more registers
     return {
         "ROWS": max(1, _TILE // block),
         "BLOCK": block,
-        "num_warps": min(max(block // 512, 4), 32),
+        "num_warps": min(max(block // 512, least), 32),
     }
 
 

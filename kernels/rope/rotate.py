@@ -35,8 +35,11 @@ def rotary_tables(positions: Tensor, head_dim: int, *, base: float) -> tuple[Ten
         cos and sin, `[T, K/2]`, float32.
 
     Raises:
-        ValueError: If `head_dim` is odd or not positive, or the positions are not integers.
+        ValueError: If `head_dim` is odd or not positive, `base` is not above 0 and finite, or the
+            positions are not integers.
     """
+    if not 0 < base < float("inf"):
+        raise ValueError(f"rotary_tables: base must be above 0 and finite, got {base}")
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"rotary_tables: head_dim must be even and positive, got {head_dim}")
     if positions.is_floating_point() or positions.is_complex():

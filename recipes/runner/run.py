@@ -22,6 +22,7 @@ from ..errors import UserError
 from .learning_rate import WSD, Schedule
 
 _GIB = 2**30
+_MOST = 2**40  # of anything that is counted: far above any run, far below what overflows
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 _COUNTS = (
@@ -77,6 +78,15 @@ class Corpus:
             )
 
 
+def _check_adamw(betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    if not all(0 <= beta < 1 for beta in betas):
+        raise UserError(f"optimizer.betas must be from 0 to below 1, got {betas}")
+    if not 0 < eps < float("inf"):
+        raise UserError(f"optimizer.eps must be above 0 and finite, got {eps}")
+    if not 0 <= weight_decay < float("inf"):
+        raise UserError(f"optimizer.weight_decay must be at least 0 and finite, got {weight_decay}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdamW:
     """AdamW with decoupled weight decay; norms do not decay."""
@@ -87,6 +97,9 @@ class AdamW:
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Each step takes learning rate x this of the weight."""
+
+    def __post_init__(self) -> None:
+        _check_adamw(self.betas, self.eps, self.weight_decay)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +116,13 @@ class Muon:
     """AdamW's epsilon."""
     weight_decay: float = 0.1
     """Each step takes learning rate x this of the weight, for both."""
+
+    def __post_init__(self) -> None:
+        _check_adamw(self.betas, self.eps, self.weight_decay)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"optimizer.momentum must be from 0 to below 1, got {self.momentum}")
+        if not 0 < self.rest_rate < float("inf"):
+            raise UserError(f"optimizer.rest_rate must be above 0 and finite, got {self.rest_rate}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -168,6 +188,14 @@ class Run:
                 f"sequence ({self.sequence}) must be at most architecture.max_positions "
                 f"({a.max_positions}): shorten the sequence, or give the model more positions"
             )
+        if self.sample_tokens > a.max_positions:
+            raise UserError(
+                f"sample_tokens ({self.sample_tokens}) must be at most architecture.max_positions "
+                f"({a.max_positions}): ask for shorter samples"
+            )
+        for prompt in self.prompts:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise UserError(f"prompts must be text that UTF-8 can encode, got {prompt!a}")
         if self.batch_tokens % self.sequence:
             raise UserError(
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence "
@@ -190,6 +218,8 @@ def _check_numbers(run: Run) -> None:
     for name in _COUNTS:
         if (value := getattr(run, name)) < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
+        if value > _MOST:
+            raise UserError(f"{name} must be at most {_MOST:,}, got {value:,}")
     for name in ("learning_rate", "clip"):
         value = getattr(run, name)
         if value is not None and not 0 < value < float("inf"):

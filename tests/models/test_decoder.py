@@ -311,6 +311,8 @@ def test_two_tensor_parallel_ranks_equal_one(ranks):
     ("change", "words"),
     [
         ({"kv_heads": 4}, r"heads \(6\) must be divisible by kv_heads \(4\)"),
+        ({"rope_base": float("nan")}, "rope_base must be above 0 and finite; got nan"),
+        ({"norm_eps": -1.0}, "norm_eps must be above 0 and finite; got -1.0"),
         ({"head_dim": 7}, "head_dim must be even for rotary positions; got 7"),
         ({"layers": 0, "hidden": -1}, "at least 1; got layers=0, hidden=-1"),
     ],

@@ -68,6 +68,32 @@ def test_newton_schulz_makes_a_matrix_nearly_orthogonal():
     assert torch.sum(newton_schulz(u) * (left @ right)) > 3.4  # along the polar factor: 4 if exact
 
 
+def test_muon_equals_torch():
+    """Torch iterates in bfloat16, we in the masters' float64: close, and far from no Nesterov."""
+    torch.manual_seed(1)
+    ours, theirs = (torch.nn.Linear(24, 40, bias=False) for _ in range(2))
+    theirs.weight.data.copy_(ours.double().weight.data.float())
+    start = theirs.weight.detach().clone()
+    optimizer = Muon(
+        dict(ours.named_parameters()),
+        layouts(ours),
+        Mesh.build(),
+        hidden=lambda path, p: True,
+        weight_decay=0.1,
+    )
+    oracle = torch.optim.Muon(
+        theirs.parameters(), lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    for step in range(4):
+        gradients = _gradient(step, ours)
+        theirs.weight.grad = gradients["weight"].float()
+        oracle.step()
+        optimizer.step(_own(optimizer, gradients), 0.02)
+    moved = (theirs.weight.detach() - start).double()
+    error = ours.weight.detach() - theirs.weight.detach().double()
+    assert float(error.norm() / moved.norm()) < 0.02
+
+
 def _run(optimizer_class, mesh, dtype):
     model = _model(dtype)
     extra = {"hidden": lambda path, p: p.dim() > 1} if optimizer_class is Muon else {}

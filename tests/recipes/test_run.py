@@ -8,7 +8,7 @@ from warploom.models.families import llama
 from warploom.recipes.errors import UserError
 from warploom.recipes.runner import run as module
 from warploom.recipes.runner.learning_rate import Cosine
-from warploom.recipes.runner.run import Muon, Run, check, describe, fingerprint, flatten
+from warploom.recipes.runner.run import AdamW, Muon, Run, check, describe, fingerprint, flatten
 
 CPU = torch.device("cpu")
 
@@ -38,6 +38,9 @@ def tiny(**changes):
         ({"folder": ""}, "folder must name"),
         ({"z_loss": -1e-4}, "z_loss must be at least 0"),
         ({"seed": -1}, "seed must be from 0"),
+        ({"steps": 10**22}, "steps must be at most 1,099,511,627,776, got 10,000,"),
+        ({"sample_tokens": 513}, r"sample_tokens \(513\) must be at most .* \(512\)"),
+        ({"prompts": ("\udcff",)}, "prompts must be text that UTF-8 can encode"),
     ],
 )
 def test_a_run_refuses_alone(changes, words):
@@ -98,3 +101,18 @@ def test_fingerprint_follows_the_trace():
     other = dataclasses.replace(run, learning_rate=1e-3)
     prints = [fingerprint(describe(r)) for r in (run, same, other)]
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdamW(betas=(1.0, 1.0)), r"optimizer.betas must be from 0 to below 1, got \(1.0"),
+        (lambda: AdamW(eps=float("nan")), "optimizer.eps must be above 0 and finite, got nan"),
+        (lambda: Muon(weight_decay=float("nan")), "optimizer.weight_decay must be at least 0"),
+        (lambda: Muon(momentum=1.0), "optimizer.momentum must be from 0 to below 1, got 1.0"),
+        (lambda: Muon(rest_rate=0.0), "optimizer.rest_rate must be above 0 and finite, got 0.0"),
+    ],
+)
+def test_an_optimizer_refuses_numbers_that_cannot_train(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
