@@ -22,7 +22,14 @@ _LEFT_OVER = re.compile(r"step-\d{8,}\.(tmp|trash)-[0-9a-f]+")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged; the sentence names the file and the tensor."""
+    """A checkpoint is damaged; the sentence names the file and the tensor.
+
+    Attributes:
+        damaged: From `load`, the damaged checkpoints down to the newest good one, newest first:
+            those to remove or set aside before `latest` is one that loads.
+    """
+
+    damaged: tuple[Path, ...] = ()
 
 
 def step_name(step: int) -> str:

@@ -70,16 +70,25 @@ def latest_good(
         mesh: The ranks that share the work, a collective call; `None` for this process alone.
         before: Look only at checkpoints older than this one.
     """
+    return _newest_good(Path(folder), mesh, before)[0]
+
+
+def _newest_good(
+    folder: Path, mesh: Mesh | None, before: str | Path | None
+) -> tuple[Path | None, list[Path]]:
+    """Return what `latest_good` does, and the damaged ones that are newer than it."""
     limit = None if before is None else step_of(Path(before))
-    found = {s: p for s, p in complete(Path(folder)).items() if limit is None or s < limit}
+    damaged = []
+    found = {s: p for s, p in complete(folder).items() if limit is None or s < limit}
     for path in agree(mesh, None, [str(path) for path in reversed(found.values())])[0]:
         try:
             verify(path, mesh)
         except CheckpointError as error:
             _LOG.warning("%s", error)
+            damaged.append(Path(path))
         else:
-            return Path(path)
-    return None
+            return Path(path), damaged
+    return None, damaged
 
 
 def load(
@@ -105,7 +114,8 @@ def load(
         ValueError: If tensors are missing from the checkpoint or unexpected in it, or a shape or
             dtype differs.
         CheckpointError: If the checkpoint is damaged or does not cover a tensor; names the file,
-            the tensor, and the newest older checkpoint that is whole.
+            the tensor, the older checkpoints that are damaged too, and the newest that is whole;
+            its `damaged` lists all that are in the way of that.
     """
     path = Path(path)
     error: Exception | None = None
@@ -140,9 +150,14 @@ def _agree_or_offer(path: Path, mesh: Mesh | None, error: Exception | None) -> N
     try:
         agree(mesh, error)
     except CheckpointError as caught:
-        good = latest_good(path.parent, mesh, before=path)
+        good, more = _newest_good(path.parent, mesh, path)
         offer = f"the last good checkpoint is {good}" if good else "no older checkpoint is good"
-        raise CheckpointError(f"{caught}; {offer}") from caught
+        if more:
+            verb = "is" if len(more) == 1 else "are"
+            offer = f"{', '.join(map(str, more))} {verb} damaged too; {offer}"
+        told = CheckpointError(f"{caught}; {offer}")
+        told.damaged = (path, *more)
+        raise told from caught
 
 
 def _asked(names: Sequence[str], index: Index, mesh: Mesh | None) -> list[str]:

@@ -87,3 +87,54 @@ def test_an_index_of_another_shape_is_named(tmp_path, text):
         with pytest.raises(CheckpointError, match=f"^{re.escape(str(file))} (is damaged|has form)"):
             read(path)
     assert latest_good(tmp_path) == good
+
+
+def flip(path):
+    """Change a bit of the last tensor of every file."""
+    for file in path.glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 64
+        file.write_bytes(data)
+
+
+def test_all_that_are_damaged_are_named_down_to_a_good_one(tmp_path):
+    two, four, six, eight = saved(tmp_path, 2, 4, 6, 8)
+    flip(eight)
+    told = rf"^{eight}/rank-00000\.safetensors is damaged in tensor master/a [^;]*; "
+    with pytest.raises(CheckpointError, match=rf"{told}the last good checkpoint is {six}$") as only:
+        load(eight, [one()])
+    assert only.value.damaged == (eight,)
+    flip(six)
+    good = f"the last good checkpoint is {four}$"
+    with pytest.raises(CheckpointError, match=f"{told}{six} is damaged too; {good}") as both:
+        load(eight, [one()])
+    assert both.value.damaged == (eight, six)
+    flip(two)  # older than the good one: in nobody's way
+    with pytest.raises(CheckpointError, match=f"{six} is damaged too; {good}"):
+        load(eight, [one()])
+    for path in both.value.damaged:  # as it says
+        path.rename(tmp_path / f"away-{path.name}")
+    assert load(latest(tmp_path), [one()]) == {"step": 4}
+
+
+def test_where_none_is_good_all_are_named(tmp_path):
+    two, four, six = saved(tmp_path, 2, 4, 6)
+    for path in (two, four, six):
+        flip(path)
+    told = f"; {four}, {two} are damaged too; no older checkpoint is good$"
+    with pytest.raises(CheckpointError, match=told) as caught:
+        load(six, [one()])
+    assert caught.value.damaged == (six, four, two)
+
+
+def load_on_ranks(folder):
+    mesh, names = Mesh.build("dp2"), ("step-00000003", "step-00000002")
+    with pytest.raises(CheckpointError, match=f"{names[1]} is damaged too; .*00000001$") as caught:
+        load(latest(folder), [one()], mesh)
+    assert tuple(path.name for path in caught.value.damaged) == names
+
+
+def test_all_ranks_name_the_same(ranks, tmp_path):
+    for path in saved(tmp_path, 1, 2, 3)[1:]:
+        flip(path)
+    ranks(2, load_on_ranks, str(tmp_path))
