@@ -63,17 +63,39 @@ class RunFolder:
 
     def finished(self) -> dict[str, Any] | None:
         """Return the report of a finished run, `None` before."""
-        return read_json(self.report) if self.report.exists() else None
+        if not self.report.exists():
+            return None
+        return read_json(
+            self.report, "remove it and start the same command again, which writes it anew"
+        )
+
+    def gone(self) -> Path | None:
+        """Return what a finished run wrote and is not there any more, `None` if all is."""
+        if not any(self.model.glob("*.safetensors")):
+            return self.model
+        page = self.path / "report.html"
+        return None if page.exists() else page
+
+    def begun(self) -> bool:
+        """Say whether a run has left more here than its claim: tokens, steps, or a report."""
+        tokens = self.path / "tokens" / "manifest.json"
+        kept = (tokens, self.metrics, self.checkpoints, self.report)
+        return any(path.exists() for path in kept)
 
     def check(self, run: Run) -> None:
         """Refuse a folder that belongs to another run; reads only.
 
         Raises:
-            UserError: If the folder's run differs in what decides the trace.
+            UserError: If the folder's run differs in what decides the trace, unless it has left
+                nothing but its claim; if the folder's name cannot be one, or its config.json is
+                damaged.
         """
-        if not self.config.exists():
-            return
-        found = read_json(self.config).get("run", {})
+        try:
+            if not self.config.exists() or not self.begun():
+                return
+        except OSError as error:
+            raise self._unfit(error) from None
+        found = self._claimed()
         wanted = describe(run)
         if fingerprint(found) == fingerprint(wanted):
             return
@@ -109,10 +131,7 @@ class RunFolder:
                 )
             lock = (self.path / ".lock").open("w")
         except OSError as error:
-            raise UserError(
-                f"run folder {self.path} must be a folder to write in ({error.strerror}): choose "
-                f"another --folder"
-            ) from None
+            raise self._unfit(error) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,6 +139,7 @@ class RunFolder:
                 f"run folder {self.path} is in use by another process that trains in it: wait for "
                 f"it, or choose another --folder"
             ) from None
+        self.check(run)  # another process may have left more since
         described = describe(run)
         write_json(self.config, {"fingerprint": fingerprint(described), "run": described})
         return lock
@@ -132,26 +152,55 @@ class RunFolder:
             UserError: If the folder belongs to another run.
         """
         end = time.monotonic() + _CLAIM_S
-        while not self.config.exists():
+        while not self._is_claimed(run):
             if time.monotonic() > end:
                 raise StoppedError(
                     f"{self.config} must have been written by rank 0 within {_CLAIM_S:.0f} s: all "
                     f"ranks need the run folder on a file system that they share"
                 )
             time.sleep(0.05)
+
+    def _is_claimed(self, run: Run) -> bool:
         self.check(run)
+        try:
+            found = self._claimed() if self.config.exists() else {}
+        except UserError:
+            return False  # rank 0 is about to replace it: no run has begun here
+        return fingerprint(found) == fingerprint(describe(run))
+
+    def _claimed(self) -> dict[str, Any]:
+        """Return the run that config.json describes."""
+        remedy = "bring back what the run wrote, or choose another --folder"
+        found = read_json(self.config, remedy).get("run")
+        if not isinstance(found, dict):
+            raise UserError(f"{self.config} must hold a run, it holds {found!r:.40}: {remedy}")
+        return found
+
+    def _unfit(self, error: OSError) -> UserError:
+        return UserError(
+            f"run folder {self.path} must be a folder to write in ({error.strerror}): choose "
+            f"another --folder"
+        )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Read a JSON object.
 
+    Args:
+        path: The file.
+        remedy: What to do when it is damaged.
+
     Raises:
-        UserError: If the file is not JSON.
+        UserError: If the file cannot be read, is not JSON, or holds another value.
     """
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} must be a file to read ({error.strerror}): {remedy}") from None
     except ValueError as error:
-        raise UserError(f"{path} must be JSON: {error}; remove it") from None
+        raise UserError(f"{path} must be JSON ({error}): {remedy}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object, it holds {value!r:.40}: {remedy}")
     return value
 
 

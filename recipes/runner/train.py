@@ -21,6 +21,7 @@ from warploom.models.cost import flops_per_token, mfu
 from warploom.parallel.checkpoint import latest
 from warploom.parallel.step import NonFiniteError, StepResult, divisors
 
+from ..errors import UserError
 from . import finish, spike
 from .data import open_store
 from .evaluate import HeldOut, evaluate
@@ -217,11 +218,24 @@ def _greeting(job: Job, start: int) -> str:
 
 
 def _say_finished(folder: RunFolder, facts: Mapping[str, Any], world: World) -> None:
-    if world.rank == 0:
-        from .report import print_table
+    again = f"remove {folder.report} and start the same command again"
+    try:
+        if world.rank == 0:
+            from .report import print_table
 
-        print(f"{folder.path} is finished ({facts['steps']} steps, {facts['finished']})")
-        print_table(folder, facts)
+            print(f"{folder.path} is finished ({facts['steps']} steps, {facts['finished']})")
+            print_table(folder, facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder.report} must be the report that the run wrote, but it lacks something "
+            f"({type(error).__name__}: {error}): {again}, which writes it anew"
+        ) from None
+    if gone := folder.gone():
+        good = latest(folder.checkpoints)
+        how = f"writes it from {good}" if good else "trains anew, as there is no checkpoint"
+        raise UserError(
+            f"{gone} must be there after a finished run, but it is gone: {again}, which {how}"
+        )
 
 
 def _disk_full(error: OSError, folder: RunFolder) -> str:

@@ -88,6 +88,60 @@ def test_a_folder_of_another_run(tiny_run):
     train(tiny_run(steps=3, evaluate_tokens=64, log_every=1))  # what changes no loss may differ
 
 
+def test_a_mistake_does_not_claim_the_folder(capsys, tmp_path):
+    words = ["stdlib-smoke", "--folder", str(tmp_path / "run"), "--steps", "4"]
+    assert _main(capsys, *words, "--corpus.paths", "/nonexistent")[0] == 2
+    assert _main(capsys, *words, "--mesh", "dp1", "--corpus.paths", "/nowhere")[0] == 2
+    assert pretrain.main(words) == 0
+    assert (tmp_path / "run" / "report.json").exists()
+
+
+def test_a_folder_whose_name_is_too_long(capsys, tmp_path):
+    code, sentence = _main(capsys, "stdlib-smoke", "--folder", str(tmp_path / ("x" * 300)))
+    assert code == 2
+    assert "must be a folder to write in (File name too long): choose another" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "must hold a JSON object, it holds []"),
+        ('{"run": []}', "must hold a run, it holds []"),
+        ("{}", "must hold a run, it holds None"),
+        ("{", "must be JSON"),
+    ],
+)
+def test_a_damaged_config_is_told_with_what_works(tiny_run, text, told):
+    folder = Path(tiny_run().folder)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        train(tiny_run())
+    assert told in str(caught.value)
+    assert "bring back what the run wrote, or choose another --folder" in str(caught.value)
+
+
+def test_what_is_gone_from_a_finished_run_is_named_and_comes_back(tiny_run):
+    run = tiny_run(steps=3, evaluate_tokens=64)
+    train(run)
+    report = Path(run.folder) / "report.json"
+    for gone in ("model", "report.html"):
+        path = Path(run.folder) / gone
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+        with pytest.raises(UserError, match=f"{path} must be there .* remove {report} and start"):
+            train(run)
+        report.unlink()  # as it says
+        train(run)
+        assert path.exists()
+    for text in ("{}", "[]"):
+        report.write_text(text)
+        with pytest.raises(UserError, match=r"report.json must .* start the same command again"):
+            train(run)
+
+
 def test_a_folder_that_is_not_a_run(tiny_run, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("do not lose me")
