@@ -25,6 +25,7 @@ from warploom.parallel.sharding import Layout, Piece, assemble
 from .decoder import Architecture, Decoder
 from .families import of_architecture, of_model_type
 
+_READABLE = 0o644  # safetensors writes for the owner alone
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = {
@@ -339,6 +340,7 @@ def _write_tensors(
         try:
             if writes and error is None:
                 save_file(shard, folder / file, metadata={"format": "pt"})
+                (folder / file).chmod(_READABLE)
         except (OSError, SafetensorError) as failed:  # the latter for a full disk
             error = OSError(f"{folder / file} cannot be written: {failed}")
     if writes and error is None and len(plan) > 1:

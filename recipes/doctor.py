@@ -108,7 +108,10 @@ def _packages(versions: dict[str, str | None]) -> Table:
     for optional in OPTIONAL:
         version = versions[optional.package]
         here = version or "[dim]none[/dim]"
-        table.add_row(optional.package, optional.extra or "-", here, optional.enables)
+        enables = (
+            optional.enables if optional.used else f"[dim]not used yet: {optional.enables}[/dim]"
+        )
+        table.add_row(optional.package, optional.extra or "-", here, enables)
     return table
 
 

@@ -40,10 +40,18 @@ class Optional:
     """Its name in an import statement."""
     enables: str
     """What one can do with it."""
+    used: bool = False
+    """Whether code of this version uses it already."""
 
 
 OPTIONAL = (
-    Optional("hf", "transformers", "transformers", "logits compared with the Hugging Face model"),
+    Optional(
+        "hf",
+        "transformers",
+        "transformers",
+        "logits compared with the Hugging Face model",
+        used=True,
+    ),
     Optional("hf", "jinja2", "jinja2", "chat templates"),
     Optional("data", "datatrove", "datatrove", "filters and deduplication for corpora"),
     Optional("data", "xxhash", "xxhash", "fast hashes for deduplication"),
@@ -56,20 +64,24 @@ OPTIONAL = (
     Optional("quant", "bitsandbytes", "bitsandbytes", "8-bit and 4-bit weights"),
     Optional("megatron", "megatron-core", "megatron.core", "exchange with Megatron-LM"),
     Optional("te", "transformer-engine", "transformer_engine", "Transformer Engine's kernels"),
-    Optional("gpu", "nvidia-ml-py", "pynvml", "power limit, clocks and driver of each GPU"),
+    Optional(
+        "gpu", "nvidia-ml-py", "pynvml", "power limit, clocks and driver of each GPU", used=True
+    ),
     Optional("smol", "gguf", "gguf", "weights in GGUF files"),
-    Optional("track", "tensorboard", "tensorboard", "curves in TensorBoard"),
+    Optional("track", "tensorboard", "tensorboard", "curves in TensorBoard", used=True),
     Optional("track", "wandb", "wandb", "curves in Weights & Biases"),
     Optional("track", "mlflow", "mlflow", "curves in MLflow"),
-    Optional("plot", "matplotlib", "matplotlib", "the loss curve as a picture"),
+    Optional("plot", "matplotlib", "matplotlib", "the loss curve as a picture", used=True),
     Optional("text", "pyarrow", "pyarrow", "corpora in Parquet"),
     Optional("text", "zstandard", "zstandard", "corpora compressed by zstd"),
     Optional("serve", "uvicorn", "uvicorn", "a model served over HTTP"),
     Optional("serve", "starlette", "starlette", "a model served over HTTP"),
-    Optional("docs", "mkdocs-material", "material", "this documentation, built"),
+    Optional("docs", "mkdocs-material", "material", "this documentation, built", used=True),
     Optional("bench", "pytest-benchmark", "pytest_benchmark", "micro-benchmarks under pytest"),
     Optional("bench", "liger-kernel", "liger_kernel", "Liger's kernels as a peer"),
-    Optional("dev", "triton", "triton", "Triton kernels, and their tests in the interpreter"),
+    Optional(
+        "dev", "triton", "triton", "Triton kernels, and their tests in the interpreter", used=True
+    ),
     Optional("", "flash-attn", "flash_attn", "FlashAttention's kernels as a peer"),
     Optional("", "apex", "apex", "NVIDIA apex's kernels as a peer"),
 )

@@ -114,8 +114,10 @@ def resume(job: Job) -> int:
         try:
             state = load(chosen, job.optimizer.entries(), job.mesh)
         except CheckpointError as error:
+            names = " and ".join(map(str, error.damaged)) or str(chosen)
+            which = "them" if len(error.damaged) > 1 else "it"
             raise CheckpointError(
-                f"{error}; remove {chosen} and start the same command again to go on without it"
+                f"{error}; remove {names} and start the same command again to go on without {which}"
             ) from error
         _check_store(job, state, chosen)
         done = job.optimizer.steps = state["step"]

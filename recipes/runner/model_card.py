@@ -12,7 +12,7 @@ def card(facts: Mapping[str, Any]) -> str:
     """
     run, corpus, held = facts["run"], facts["corpus"], facts["held_out"]
     sizes = run["architecture"]
-    sources = ", ".join(corpus["paths"])
+    sources = ", ".join(path.rstrip("/").rpartition("/")[2] for path in corpus["paths"])
     about = {"stdlib": "the sources of Python's standard library"}.get(sources, sources)
     name = facts["folder"].rstrip("/").rpartition("/")[2]
     return f"""---

@@ -35,6 +35,9 @@ def _doctor(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
+    if argv and argv[0] in ("-h", "--help"):
+        print(_runs())
+        return 0
     if not argv or argv[0].startswith("-"):
         recipes = ", ".join(RECIPES)
         raise UserError(
@@ -47,6 +50,19 @@ def _train(argv: list[str]) -> int:
     if recipe not in RECIPES:
         raise UserError(f"recipe must be one of {', '.join(RECIPES)}{_near(recipe, RECIPES)}")
     return RECIPES[recipe]([name, *argv[1:]])
+
+
+def _runs() -> str:
+    """List every run with the first line of its docstring."""
+    from warploom.recipes import pretrain
+
+    runs = {f"pretrain/{name}": make.__doc__ or "" for name, make in pretrain.RUNS.items()}
+    width = max(map(len, runs))
+    lines = [f"  {name:<{width}}  {text.splitlines()[0]}" for name, text in runs.items()]
+    return "\n".join(
+        ["usage: warploom train RUN [--FIELD VALUE ...]", "", *lines]
+        + ["", "warploom train RUN --help lists the fields of a run."]
+    )
 
 
 def _pretrain(argv: list[str]) -> int:
