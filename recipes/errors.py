@@ -14,6 +14,13 @@ class UserError(ValueError):
     """
 
 
+class StoppedError(RuntimeError):
+    """The work stopped for a reason outside the code, such as a full disk; one sentence.
+
+    The command line prints it and exits with code 1.
+    """
+
+
 @contextlib.contextmanager
 def unboxed() -> Iterator[None]:
     """Let a `UserError` of a config's own checks out of the tyro call in the `with` block.

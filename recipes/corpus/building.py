@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..errors import StoppedError, UserError
 from ..tokens.fertility import Counts, file_type
 from ..tokens.lock import one_at_a_time
 from ..tokens.store import (
@@ -66,7 +66,7 @@ def prepare_store(
         UserError: If no text is left, a split is empty, the vocabulary is too large for the text,
             the store is damaged or of something else and `changed` is "refuse", `folder` holds
             other files, or it lies where its own files would be read as text.
-        RuntimeError: If another process builds longer than `wait_s`, or the disk is full.
+        StoppedError: If another process builds longer than `wait_s`, or the disk is full.
     """
     if not 0 <= held_out < 1:
         raise UserError(f"held_out ({held_out}) must be a share in 0 .. 1, 1 excluded")
@@ -87,7 +87,7 @@ def prepare_store(
             _build(folder, source, tokenizer, held_out, listing, size)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise RuntimeError(
+                raise StoppedError(
                     f"{what} cannot be written ({error.strerror}): it needs about {size} bytes; "
                     "free them and start again, nothing was left behind"
                 ) from error

@@ -15,10 +15,10 @@ from warploom.models.cost import flops_per_token, measured_flops, parameters
 from warploom.parallel.collectives import barrier, gather_json
 from warploom.parallel.step import divisors
 
+from ..errors import StoppedError
 from ..evaluation.baselines import ngram_baselines, xz_baseline
 from .environment import environment
 from .evaluate import HeldOut
-from .folder import StoppedError
 from .job import Job
 from .metrics import read
 from .model_card import card

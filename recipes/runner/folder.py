@@ -21,13 +21,10 @@ from typing import IO, Any
 
 from ..errors import UserError
 from .run import FREE, LAYOUT, Run, describe, fingerprint, flatten
+from .world import LostError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-_CLAIM_S = 60.0
-
-
-class StoppedError(RuntimeError):
-    """Training stopped for a reason outside the code, such as a full disk; one sentence."""
+_CLAIM_S = 45.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +145,15 @@ class RunFolder:
         """Wait on another rank until rank 0 has claimed the folder for this run.
 
         Raises:
-            StoppedError: If it has not within a minute.
+            LostError: If it has not within 45 s.
             UserError: If the folder belongs to another run.
         """
         end = time.monotonic() + _CLAIM_S
         while not self._is_claimed(run):
             if time.monotonic() > end:
-                raise StoppedError(
-                    f"{self.config} must have been written by rank 0 within {_CLAIM_S:.0f} s: all "
-                    f"ranks need the run folder on a file system that they share"
+                raise LostError(
+                    f"{self.config} must have been written by rank 0 within {_CLAIM_S:.0f} s, but "
+                    f"rank 0 died, or does not share this folder with all ranks"
                 )
             time.sleep(0.05)
 

@@ -14,8 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from warploom.parallel.checkpoint import CheckpointError
 
-from ..errors import UserError, unboxed
-from .folder import StoppedError
+from ..errors import StoppedError, UserError, unboxed
 from .run import Run
 from .spike import SpikeError
 from .world import LostError

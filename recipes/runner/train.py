@@ -21,11 +21,11 @@ from warploom.models.cost import flops_per_token, mfu
 from warploom.parallel.checkpoint import latest
 from warploom.parallel.step import NonFiniteError, StepResult, divisors
 
-from ..errors import UserError
+from ..errors import StoppedError, UserError
 from . import finish, spike
 from .data import open_store
 from .evaluate import HeldOut, evaluate
-from .folder import FULL, RunFolder, StoppedError
+from .folder import FULL, RunFolder
 from .job import Job, build, resume
 from .metrics import JsonLines, Metrics, Sink, TensorBoard
 from .peak import peak_memory_gib

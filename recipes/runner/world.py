@@ -1,13 +1,16 @@
 """This process among the ranks of a run: read from torchrun's environment, joined, and lost.
 
 A rank that dies takes the others with it: their next collective fails at once when the connection
-breaks, or after `TIMEOUT` when the machine is gone. `lost` then says which ranks are known dead.
+breaks, or after `TIMEOUT` when the machine is gone; one that never joins, after `JOINING`. `lost`
+then says which ranks are known dead.
 """
 
+import json
 import os
 import platform
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from warploom.parallel.collectives import gather_json
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ..errors import UserError
 
 TIMEOUT = timedelta(seconds=60)
+JOINING = timedelta(seconds=45)
 _BROKEN = re.compile(
     r"connection (closed|reset|refused)|timed? ?out|broken pipe|socket|gloo|nccl", re.IGNORECASE
 )
@@ -97,16 +100,75 @@ def joined(world: World) -> Iterator[list[dict[str, Any]]]:
     if world.size == 1:
         yield [own]
         return
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
-    roster = gather_json(own, dist.group.WORLD)
+    roster: list[dict[str, Any] | None] = [None] * world.size
     try:
-        yield roster
+        store = _meet(world)
+        _gather(store, own, world, roster)
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT
+        )
+        yield [one for one in roster if one is not None]
+    except LostError:
+        raise
     except Exception as error:
         if is_broken(error):
             raise LostError(lost(roster, world, error)) from error
         raise
     dist.destroy_process_group()
+
+
+def _meet(world: World) -> Store:
+    """Open the store that all ranks find each other in, where the launcher says."""
+    environ = os.environ
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= environ.keys():
+        raise UserError(
+            f"{world.size} ranks must find MASTER_ADDR and MASTER_PORT in the environment, but do "
+            f"not: start them by torchrun"
+        )
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    launchers = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = world.rank == 0 and not launchers
+    try:
+        store = TCPStore(host, port, is_master=serves, timeout=JOINING, wait_for_workers=False)
+    except RuntimeError as error:
+        if serves:
+            raise UserError(
+                f"rank 0 must be able to listen on {host}:{port}, but cannot ({_first(error)}): "
+                f"choose another port"
+            ) from error
+        raise LostError(
+            f"rank {world.rank} could not reach rank 0 at {host}:{port} within "
+            f"{JOINING.seconds} s, so rank 0 died or was never started"
+        ) from error
+    return PrefixStore(f"attempt-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _gather(
+    store: Store, own: dict[str, Any], world: World, roster: list[dict[str, Any] | None]
+) -> None:
+    """Fill the roster as ranks arrive, until all are there and alive.
+
+    Raises:
+        LostError: If one is dead, or has not come in time.
+    """
+    store.set(f"roster-{world.rank}", json.dumps(own))
+    end = time.monotonic() + JOINING.seconds
+    while True:
+        for rank, one in enumerate(roster):
+            if one is None and store.check([f"roster-{rank}"]):
+                roster[rank] = json.loads(store.get(f"roster-{rank}"))
+        if dead := _dead(roster, world):
+            raise LostError(f"{', '.join(dead)} died, so rank {world.rank} stops too")
+        missing = [str(rank) for rank, one in enumerate(roster) if one is None]
+        if not missing:
+            return
+        if time.monotonic() > end:
+            raise LostError(
+                f"all {world.size} ranks must join within {JOINING.seconds} s of rank "
+                f"{world.rank}, but rank {', '.join(missing)} did not"
+            )
+        time.sleep(0.05)
 
 
 class LostError(RuntimeError):
@@ -120,21 +182,36 @@ def is_broken(error: BaseException) -> bool:
     return type(error) is RuntimeError and _BROKEN.search(str(error)) is not None
 
 
-def lost(roster: list[dict[str, Any]], world: World, error: BaseException) -> str:
-    """Say which ranks are gone, in one sentence."""
-    host = roster[world.rank]["host"]
-    dead = [
-        f"rank {rank} (process {one['pid']} on {host})"
-        for rank, one in enumerate(roster)
-        if one["host"] == host and rank != world.rank and not _alive(one["pid"])
-    ]
-    what = " ".join(str(error).split("\n")[0].split())
-    if dead:
+def lost(roster: Sequence[dict[str, Any] | None], world: World, error: BaseException) -> str:
+    """Say which ranks are gone, in one sentence.
+
+    Args:
+        roster: Host and process id of each rank, `None` of those that never joined.
+        world: Who this process is.
+        error: What its collective said.
+    """
+    if dead := _dead(roster, world):
         return f"{', '.join(dead)} died, so rank {world.rank} stops too"
     return (
         f"rank {world.rank} lost another rank, which is not on this machine or still exits; the "
-        f"network says: {what[:200]}"
+        f"network says: {_first(error)}"
     )
+
+
+def _dead(roster: Sequence[dict[str, Any] | None], world: World) -> list[str]:
+    """Name the ranks of this machine whose processes are gone."""
+    own = roster[world.rank]
+    host = platform.node() if own is None else own["host"]
+    return [
+        f"rank {rank} (process {one['pid']} on {host})"
+        for rank, one in enumerate(roster)
+        if one is not None and one["host"] == host and rank != world.rank and not _alive(one["pid"])
+    ]
+
+
+def _first(error: BaseException) -> str:
+    """Return the first line of what an error says, without what follows 200 letters."""
+    return " ".join(str(error).split("\n")[0].split())[:200]
 
 
 def _alive(pid: int) -> bool:

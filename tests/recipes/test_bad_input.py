@@ -17,7 +17,8 @@ from warploom.parallel.checkpoint import latest, saver, verify
 from warploom.parallel.checkpoint.commit import commit
 from warploom.recipes import pretrain
 from warploom.recipes.errors import UserError
-from warploom.recipes.runner import launch
+from warploom.recipes.runner import launch, world
+from warploom.recipes.runner import train as train_module
 from warploom.recipes.runner.spike import SpikeError
 from warploom.recipes.runner.train import train
 
@@ -326,3 +327,50 @@ def test_a_rank_that_dies_stops_all_and_is_named(tiny_run, tmp_path):
     assert codes == [1, -9]
     assert time.monotonic() - began < 60
     assert f"rank 1 (process {pid} on" in _sentence(ranks.text)
+
+
+def _die_before_claim(rank):
+    if rank == 0:
+        os._exit(9)
+
+
+def _die_before_joining(rank):
+    if rank == 1:
+        world.joined = train_module.joined = lambda _: os._exit(9)
+
+
+def _die_before_serving(rank):
+    if rank == 0:
+        world.joined = train_module.joined = lambda _: os._exit(9)
+
+
+@pytest.mark.parametrize(
+    ("plant", "codes", "told"),
+    [
+        (_die_before_claim, [9, 1], "written by rank 0 within 45 s, but rank 0 died"),
+        (_die_before_joining, [1, 9], "all 2 ranks must join within 45 s of rank 0, but rank 1"),
+        (_die_before_serving, [9, 1], "rank 1 could not reach rank 0"),
+    ],
+)
+@pytest.mark.slow
+def test_a_rank_that_dies_before_it_joins_stops_all_and_is_named(
+    tiny_run, tmp_path, plant, codes, told
+):
+    began = time.monotonic()
+    found, printed = train_on(tiny_run(), 2, tmp_path / "out", plant=plant)
+    assert time.monotonic() - began < 60
+    assert found == codes
+    assert told in _sentence(printed)
+
+
+def test_a_disk_that_fills_while_the_store_is_built(tiny_run, tmp_path, text):
+    corpus = dataclasses.replace(text, store=None)
+    codes, printed = train_on(tiny_run(corpus=corpus), 1, tmp_path / "out", plant=_tiny_files)
+    assert codes == [1]
+    assert "cannot be written (File too large)" in _sentence(printed)
+    assert train_on(tiny_run(corpus=corpus), 1, tmp_path / "again")[0] == [0]
+
+
+def _tiny_files(rank):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
