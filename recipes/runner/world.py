@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -129,19 +130,39 @@ def _meet(world: World) -> Store:
     host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
     launchers = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     serves = world.rank == 0 and not launchers
+    if not serves:
+        _reach(host, port, world)
     try:
         store = TCPStore(host, port, is_master=serves, timeout=JOINING, wait_for_workers=False)
     except RuntimeError as error:
-        if serves:
-            raise UserError(
-                f"rank 0 must be able to listen on {host}:{port}, but cannot ({_first(error)}): "
-                f"choose another port"
-            ) from error
-        raise LostError(
-            f"rank {world.rank} could not reach rank 0 at {host}:{port} within "
-            f"{JOINING.seconds} s, so rank 0 died or was never started"
+        if not serves:
+            raise
+        raise UserError(
+            f"rank 0 must be able to listen on {host}:{port}, but cannot ({_first(error)}): choose "
+            f"another port"
         ) from error
     return PrefixStore(f"attempt-{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _reach(host: str, port: int, world: World) -> None:
+    """Wait until something listens there; `TCPStore` itself would wait for twice its timeout.
+
+    Raises:
+        LostError: If nothing has within `JOINING`.
+    """
+    end = time.monotonic() + JOINING.seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > end:
+                raise LostError(
+                    f"rank {world.rank} could not reach rank 0 at {host}:{port} within "
+                    f"{JOINING.seconds} s ({error}), so rank 0 died or was never started"
+                ) from error
+            time.sleep(0.1)
+        else:
+            return
 
 
 def _gather(
