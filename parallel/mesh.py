@@ -10,9 +10,13 @@
     etp, ep, edp re-slice the same tp x cp x dp ranks for experts (etp fastest, then ep, then edp):
     they add no ranks, and etp x ep x edp = tp x cp x dp.
 
+uly splits cp again: uly neighbouring ranks of cp exchange heads (Ulysses), and the ranks of a
+ring have cp / uly members: `ulysses` and `ring` are their groups.
+
 Two groups are products of axes: `shard` = cp x dp, over which the optimizer's state is sharded
 (these ranks hold the same parameters), and `tokens` = cp x dp x rep, whose ranks see different
-tokens. A group of one rank is `None`, and nothing communicates over it.
+tokens. `ends` are the first and the last rank of pp, which may share a tied embedding. A group of
+one rank is `None`, and nothing communicates over it.
 
 A mesh is a frozen value. There is no current mesh: two may live in one process.
 
@@ -31,7 +35,7 @@ import torch.distributed as dist
 from .collectives import Group
 
 DENSE = ("tp", "cp", "dp", "rep", "pp")  # fastest first
-NAMED = (*DENSE, "ep", "etp")
+NAMED = (*DENSE, "ep", "etp", "uly")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +49,7 @@ class Degrees:
     rep: int = 1
     ep: int = 1
     etp: int = 1
+    uly: int = 1
 
     @staticmethod
     def parse(text: str) -> "Degrees":
@@ -89,6 +94,11 @@ class Degrees:
                 f"ep x etp ({self.ep} x {self.etp}) must divide tp x cp x dp "
                 f"({self.tp} x {self.cp} x {dp} = {inner}): the expert axes fold into them"
             )
+        if self.cp % self.uly:
+            raise ValueError(
+                f"uly ({self.uly}) must divide cp ({self.cp}): the ranks that exchange heads are "
+                f"neighbours in cp"
+            )
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Degrees(**{**values, "dp": dp})
 
@@ -119,6 +129,9 @@ class Mesh:
         shard: cp x dp: these ranks hold the same parameters and shard the optimizer's state.
         tokens: cp x dp x rep: these ranks see different tokens.
         edp: The ranks that hold the same experts.
+        ulysses: The ranks of cp that exchange heads.
+        ring: The ranks of cp between which keys and values travel.
+        ends: The first and the last rank of pp, on these two only; elsewhere `None`.
     """
 
     degrees: Degrees
@@ -134,6 +147,9 @@ class Mesh:
     edp: Group
     shard: Group
     tokens: Group
+    ulysses: Group
+    ring: Group
+    ends: Group
 
     @staticmethod
     def build(text: str = "", *, world: int | None = None) -> "Mesh":
@@ -156,7 +172,7 @@ class Mesh:
         return _build(degrees, dist.get_rank() if ready else 0, _new_group(degrees.world))
 
     def degree(self, axis: str) -> int:
-        """Return how many ways `axis` (tp, cp, dp, rep, pp, ep, etp, edp) splits."""
+        """Return how many ways `axis` (tp, cp, dp, rep, pp, ep, etp, edp, uly) splits."""
         if axis == "edp":
             d = self.degrees
             return d.tp * d.cp * (d.dp or 1) // (d.ep * d.etp)
@@ -206,6 +222,9 @@ def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Me
     def expert_group(d: int) -> Group:
         return new([base + r for r in _line(experts, [d], rank % inner)])
 
+    line = _line(sizes, [index["cp"]], rank)
+    at = line.index(rank)
+    stages = _line(sizes, [index["pp"]], rank)
     return Mesh(
         degrees=degrees,
         rank=rank,
@@ -216,4 +235,7 @@ def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Me
         etp=expert_group(0),
         ep=expert_group(1),
         edp=expert_group(2),
+        ulysses=new(line[at - at % degrees.uly :][: degrees.uly]),
+        ring=new(line[at % degrees.uly :: degrees.uly]),
+        ends=None if rank not in (stages[0], stages[-1]) else new(sorted({stages[0], stages[-1]})),
     )

@@ -81,11 +81,17 @@ class Layout:
         pieces: Its pieces; what no piece covers is padding.
         partial: Groups whose ranks each see only a part of the tokens that this parameter serves
             although they hold the same values: its gradient must be summed over them.
+        spread: Groups over which some logical tensors are held several times though not by every
+            rank (key heads that are fewer than the ranks), with the names of these tensors: their
+            gradients must be summed over the group, slice by slice.
+        expert: Whether its replicas are the ranks of `mesh.edp`, not those of `mesh.shard`.
     """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     partial: tuple[Group, ...] = ()
+    spread: tuple[tuple[Group, tuple[str, ...]], ...] = ()
+    expert: bool = False
 
 
 @runtime_checkable
@@ -134,7 +140,10 @@ def layouts(model: nn.Module, rename: Callable[[str], str] | None = None) -> dic
             layout = declared.get(name) or whole(name, parameter.shape)
             prefix = f"{path}." if path else ""
             pieces = tuple(replace(p, name=rename(prefix + p.name)) for p in layout.pieces)
-            found[prefix + name] = replace(layout, pieces=pieces)
+            spread = tuple(
+                (group, tuple(rename(prefix + n) for n in names)) for group, names in layout.spread
+            )
+            found[prefix + name] = replace(layout, pieces=pieces, spread=spread)
     return found
 
 
@@ -156,7 +165,7 @@ def narrow(layout: Layout, start: int, stop: int) -> Layout:
     """Lay out rows `start:stop` of the local dimension 0: what a shard of an optimizer holds."""
     shape = (stop - start, *layout.shape[1:])
     cut = (_cut(piece, start, stop) for piece in layout.pieces)
-    return Layout(shape, tuple(p for p in cut if p is not None), layout.partial)
+    return replace(layout, shape=shape, pieces=tuple(p for p in cut if p is not None))
 
 
 def owned(tensors: Mapping[str, Layout], mesh: Mesh) -> dict[str, tuple[Piece, ...]]:

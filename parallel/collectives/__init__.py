@@ -1,36 +1,58 @@
 """Every collective of a training step: the only place that calls torch.distributed for data.
 
 `pairs` holds those that stand in a forward and a backward, each beside its adjoint; `plain` those
-of the step around them (gradients, optimizer, metrics); `debug` checks what the pairs promise.
+of the step around them (gradients, optimizer, metrics); `debug` checks what the pairs promise;
+`door` lets ledgers, fingerprints and watchdogs see each one.
 """
 
 from .debug import checked
-from .pairs import copy, gather, join, reduce, scatter, split
+from .door import Call, Observer, observed, observers, watched
+from .pairs import copy, gather, join, reduce, scatter, split, swap
 from .plain import (
     Group,
+    Pending,
     all_gather_rows,
+    all_gather_rows_begin,
     all_reduce_,
+    all_reduce_begin,
+    all_to_all_rows,
+    all_to_all_rows_begin,
     barrier,
     broadcast_,
     device_of,
+    exchange_begin,
     gather_json,
     reduce_scatter_rows,
+    reduce_scatter_rows_begin,
 )
 
 __all__ = [
+    "Call",
     "Group",
+    "Observer",
+    "Pending",
     "all_gather_rows",
+    "all_gather_rows_begin",
     "all_reduce_",
+    "all_reduce_begin",
+    "all_to_all_rows",
+    "all_to_all_rows_begin",
     "barrier",
     "broadcast_",
     "checked",
     "copy",
     "device_of",
+    "exchange_begin",
     "gather",
     "gather_json",
     "join",
+    "observed",
+    "observers",
     "reduce",
     "reduce_scatter_rows",
+    "reduce_scatter_rows_begin",
     "scatter",
     "split",
+    "swap",
+    "watched",
 ]

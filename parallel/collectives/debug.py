@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .plain import all_reduce_
+
 _CHECKING: ContextVar[bool] = ContextVar("warploom_collectives_checked", default=False)
 
 
@@ -43,7 +45,7 @@ def check_replicated(x: Tensor, group: dist.ProcessGroup) -> None:
     weights = torch.arange(1, bits.numel() + 1, device=bits.device)
     total = (bits * weights).sum()
     extremes = torch.stack((total, -total))
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    all_reduce_(extremes, group, op="max")
     if extremes[0] != -extremes[1]:
         raise RuntimeError(
             f"a tensor {tuple(x.shape)} that must be equal on the {group.size()} ranks of its "

@@ -7,6 +7,7 @@
     reduce    all-reduce                    nothing
     join      all-gather along dim 0        own rows
     split     own rows                      all-gather along dim 0
+    swap      all-to-all along dim 0        all-to-all back
 
 What the tensor is on the group, before and after (replicated R: equal on all ranks; sharded S:
 each rank has its rows; partial P: the ranks' values must be summed), and its gradient:
@@ -18,6 +19,7 @@ each rank has its rows; partial P: the ranks' values must be summed), and its gr
     reduce    P -> R      R -> R
     join      S -> R      R -> S
     split     R -> S      S -> R
+    swap      S -> S      S -> S
 
 `gather` and `join` differ in what follows: after `gather` each rank goes on with a part of the work
 (its features), after `join` all do the same work (a loss over gathered logits).
@@ -30,7 +32,7 @@ Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2.2 (g = ga
 scatter).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +40,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .debug import check_replicated
-from .plain import Group, all_gather_rows, all_reduce_, reduce_scatter_rows
+from .door import observers, watched
+from .plain import Group, all_gather_rows, all_reduce_, all_to_all_rows, reduce_scatter_rows
 
 _Function = Callable[[Tensor, dist.ProcessGroup], Tensor]
 
@@ -64,13 +67,14 @@ class _Pair(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, group: dist.ProcessGroup, forth: _Function, back: _Function
     ) -> Tensor:
-        ctx.group, ctx.back = group, back
+        ctx.group, ctx.back, ctx.observers = group, back, observers()
         y = forth(x, group)
         return y.view_as(y) if y is x else y
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.back(dys[0], ctx.group), None, None, None
+        with watched(ctx.observers or observers()):
+            return ctx.back(dys[0], ctx.group), None, None, None
 
 
 def gather(x: Tensor, group: Group) -> Tensor:
@@ -134,4 +138,35 @@ def split(x: Tensor, group: Group) -> Tensor:
             f"rows to split ({x.shape[0]}) must be divisible by the group ({group.size()})"
         )
     y: Tensor = _Pair.apply(x, group, _own_rows, all_gather_rows)
+    return y
+
+
+def swap(
+    x: Tensor, group: Group, sent: Sequence[int] | None = None, got: Sequence[int] | None = None
+) -> Tensor:
+    """Send rows of `x` `[n, ...]` to each rank and return those that came; backward sends back.
+
+    Args:
+        x: First the rows for rank 0 of the group, then those for rank 1, and so on.
+        group: The ranks.
+        sent: Rows for each rank; `None` for equal parts.
+        got: Rows from each rank; `None` for equal parts.
+
+    Raises:
+        ValueError: If the rows are not those of `sent`, or equal parts do not divide.
+    """
+    if group is None:
+        return x
+    if sent is not None and sum(sent) != x.shape[0]:
+        raise ValueError(f"rows to swap ({x.shape[0]}) must be the sum of those sent ({sent})")
+    if sent is None and x.shape[0] % group.size():
+        raise ValueError(
+            f"rows to swap ({x.shape[0]}) must be divisible by the group ({group.size()})"
+        )
+    y: Tensor = _Pair.apply(
+        x,
+        group,
+        lambda t, g: all_to_all_rows(t, g, sent, got),
+        lambda t, g: all_to_all_rows(t, g, got, sent),
+    )
     return y

@@ -1,15 +1,19 @@
-"""Collectives without a gradient: sums of gradients and metrics, shards of the optimizer.
+"""Collectives without a gradient: sums of gradients and metrics, shards, parts that travel.
 
 `None` stands for a group of one rank: nothing is sent and, where a new tensor would be returned,
-the argument itself is.
+the argument itself is. A name that ends in `begin` returns at once with a `Pending`, whose `wait`
+gives the result: what runs between the two overlaps with the transfer.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .door import passing
 
 Group = dist.ProcessGroup | None
 
@@ -18,6 +22,26 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _REDUCE = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+class Pending:
+    """A collective under way.
+
+    Args:
+        result: What it gives when it is done.
+        works: Its parts that are still running.
+        kept: Tensors that must live until then.
+    """
+
+    def __init__(self, result: Any, works: Sequence[dist.Work] = (), kept: Any = None) -> None:
+        self._result, self._works, self._kept = result, list(works), kept
+
+    def wait(self) -> Any:
+        """Return the result once it is there; may be called again."""
+        for work in self._works:
+            work.wait()
+        self._works, self._kept = [], None
+        return self._result
 
 
 def device_of(group: Group) -> torch.device:
@@ -29,33 +53,136 @@ def device_of(group: Group) -> torch.device:
 
 def all_reduce_(x: Tensor, group: Group, *, op: str = "sum") -> Tensor:
     """Reduce `x` in place over the group (`sum`, `max` or `min`) and return it."""
-    if group is not None:
-        dist.all_reduce(x, op=_REDUCE[op], group=group)
-    return x
+    result: Tensor = all_reduce_begin(x, group, op=op).wait()
+    return result
+
+
+def all_reduce_begin(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
+    """Begin to reduce `x` in place over the group; `wait` gives `x`."""
+    if group is None:
+        return Pending(x)
+
+    def run() -> dist.Work:
+        work: dist.Work = dist.all_reduce(x, op=_REDUCE[op], group=group, async_op=True)
+        return work
+
+    return Pending(x, [passing("all_reduce", x, group, run, detail=op)])
 
 
 def all_gather_rows(x: Tensor, group: Group) -> Tensor:
     """Gather `x` `[n, ...]` of every rank, in rank order, into `[n * R, ...]`."""
-    if group is None:
-        return x
-    full = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
-    _all_gather(full, x.contiguous(), group=group)
+    full: Tensor = all_gather_rows_begin(x, group).wait()
     return full
+
+
+def all_gather_rows_begin(x: Tensor, group: Group, *, out: Tensor | None = None) -> Pending:
+    """Begin to gather `x` `[n, ...]`; `wait` gives `[n * R, ...]` (`out`, where it is given)."""
+    if group is None:
+        return Pending(x if out is None else out.copy_(x))
+    x = x.contiguous()
+    full = x.new_empty(x.shape[0] * group.size(), *x.shape[1:]) if out is None else out
+
+    def run() -> dist.Work:
+        work: dist.Work = _all_gather(full, x, group=group, async_op=True)
+        return work
+
+    return Pending(full, [passing("all_gather", x, group, run)], kept=x)
 
 
 def reduce_scatter_rows(x: Tensor, group: Group) -> Tensor:
     """Sum `x` `[n * R, ...]` over the group and keep this rank's `[n, ...]`."""
-    if group is None:
-        return x
-    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    _reduce_scatter(part, x.contiguous(), group=group)
+    part: Tensor = reduce_scatter_rows_begin(x, group).wait()
     return part
+
+
+def reduce_scatter_rows_begin(x: Tensor, group: Group) -> Pending:
+    """Begin to sum `x` `[n * R, ...]`; `wait` gives this rank's `[n, ...]`."""
+    if group is None:
+        return Pending(x)
+    x = x.contiguous()
+    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+
+    def run() -> dist.Work:
+        work: dist.Work = _reduce_scatter(part, x, group=group, async_op=True)
+        return work
+
+    return Pending(part, [passing("reduce_scatter", x, group, run)], kept=x)
+
+
+def all_to_all_rows(
+    x: Tensor, group: Group, sent: Sequence[int] | None = None, got: Sequence[int] | None = None
+) -> Tensor:
+    """Send rows of `x` to each rank of the group, and return what they sent here, in rank order.
+
+    Args:
+        x: `[n, ...]`: first the rows for rank 0, then those for rank 1, and so on.
+        group: The ranks.
+        sent: Rows for each rank; `None` for equal parts.
+        got: Rows from each rank; `None` for equal parts.
+    """
+    received: Tensor = all_to_all_rows_begin(x, group, sent, got).wait()
+    return received
+
+
+def all_to_all_rows_begin(
+    x: Tensor, group: Group, sent: Sequence[int] | None = None, got: Sequence[int] | None = None
+) -> Pending:
+    """Begin `all_to_all_rows`."""
+    if group is None:
+        return Pending(x)
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0] if got is None else sum(got), *x.shape[1:])
+    arriving, leaving = (None if n is None else list(n) for n in (got, sent))
+
+    def run() -> dist.Work:
+        work: dist.Work = dist.all_to_all_single(
+            y, x, arriving, leaving, group=group, async_op=True
+        )
+        return work
+
+    work = passing("all_to_all", x, group, run, uniform=sent is None)
+    return Pending(y, [work], kept=x)
+
+
+def exchange_begin(
+    sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group
+) -> Pending:
+    """Begin to send tensors to ranks of the group and to fill others from them.
+
+    Args:
+        sends: Tensors, each with the rank in the group that it goes to.
+        receives: Tensors to overwrite, each with the rank in the group that it comes from. Between
+            two ranks, tensors arrive in the order in which they are sent.
+        group: The ranks.
+
+    Returns:
+        `wait` gives the received tensors, in order, and means that the sent ones may be changed.
+    """
+    outgoing = [(x.contiguous(), peer) for x, peer in sends]
+    filled = [x for x, _ in receives]
+    if group is None or not (outgoing or filled):
+        return Pending(filled)
+    ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for x, peer in outgoing]
+    ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for x, peer in receives]
+    first = (outgoing or list(receives))[0][0]
+    whole = torch.empty(sum(x.numel() for x, _ in outgoing), dtype=first.dtype, device="meta")
+    peers = f"to {[p for _, p in outgoing]}, from {[p for _, p in receives]}"
+
+    def run() -> list[dist.Work]:
+        return dist.batch_isend_irecv(ops)
+
+    works = passing("exchange", whole, group, run, detail=peers, uniform=False)
+    return Pending(filled, works, kept=outgoing)
 
 
 def broadcast_(x: Tensor, group: Group, *, source: int = 0) -> Tensor:
     """Overwrite `x` with that of rank `source` of the group, and return it."""
     if group is not None:
-        dist.broadcast(x, group=group, group_src=source)
+
+        def run() -> None:
+            dist.broadcast(x, group=group, group_src=source)
+
+        passing("broadcast", x, group, run, detail=str(source))
     return x
 
 
