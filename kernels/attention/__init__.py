@@ -1,5 +1,6 @@
 """Softmax attention whose memory grows with the sequence, not with its square."""
 
-from .flash import flash_attention, flash_attention_varlen
+from .flash import flash_attention, flash_attention_backward, flash_attention_varlen
+from .merging import merge
 
-__all__ = ["flash_attention", "flash_attention_varlen"]
+__all__ = ["flash_attention", "flash_attention_backward", "flash_attention_varlen", "merge"]

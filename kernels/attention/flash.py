@@ -318,3 +318,55 @@ def flash_attention_varlen(
     chosen, scale = _choose(op, q_THK, backend), _scale(q_THK, scale)
     out, lse = _VARLEN(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal, scale, chosen)
     return (out, lse) if return_lse else out
+
+
+def flash_attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    max_seqlen: int | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Gradients:
+    """Differentiate attention whose output is known, by the keys given here.
+
+    `out` and `lse` may be those over more keys (a merge of parts): the result is then the share of
+    these keys in dq, and their own dk and dv, as each block of ring attention needs.
+
+    Args:
+        dout: Upstream gradient, `[B, S, H, K]`, or packed `[T, H, K]`.
+        q: Queries, of that shape.
+        k: Keys, `[B, U, G, K]` or `[T, G, K]`.
+        v: Values, as `k`.
+        out: Output over all keys, as `dout`.
+        lse: Its log-sum-exp, `[B, H, S]` or `[H, T]`.
+        cu_seqlens: Boundaries of packed documents, as in `flash_attention_varlen`; `None` for
+            whole sequences.
+        max_seqlen: As in `flash_attention_varlen`.
+        causal: As in the forward.
+        scale: As in the forward.
+        backend: As in the forward.
+
+    Returns:
+        The gradients of q, k and v.
+
+    Raises:
+        ValueError: If shapes or dtypes are not these.
+        RuntimeError: If `backend` cannot serve these tensors here.
+    """
+    op = "flash_attention" if cu_seqlens is None else "flash_attention_varlen"
+    _check(op, q, k, v, "BSHK" if cu_seqlens is None else "THK")
+    chosen, scale = _choose(op, q, backend), _scale(q, scale)
+    saved = dout, None, q, k, v, out, lse.contiguous()
+    gradients: Gradients
+    if cu_seqlens is None:
+        gradients = _DENSE_BACKWARD(*saved, causal, scale, chosen)
+    else:
+        gradients = _VARLEN_BACKWARD(*saved, cu_seqlens, max_seqlen, causal, scale, chosen)
+    return gradients
