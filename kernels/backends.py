@@ -60,6 +60,10 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
         "swiglu": _Operator(stem="activation/glu"),
         "linear_cross_entropy": _Operator(stem="loss/cross_entropy"),
         "linear_log_probs": _Operator(stem="loss/cross_entropy"),
+        "route": _Operator(stem="moe/router"),
+        "permute": _Operator(stem="moe/permutation"),
+        "unpermute": _Operator(stem="moe/permutation"),
+        "grouped_gemm": _Operator(stem="gemm/grouped"),
         "flash_attention": _Operator(stem="attention/flash", default="torch", library=True),
         "flash_attention_varlen": _Operator(stem="attention/flash", default="torch", library=True),
     }
