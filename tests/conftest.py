@@ -1,4 +1,7 @@
-"""Shared fixtures: fresh memory is poisoned, and `ranks` runs a function on several processes."""
+"""Shared fixtures: fresh memory is poisoned; `ranks` and `pool` run a function on processes.
+
+`ranks` starts new ones each time; `pool` starts them once a session, for proofs of many cases.
+"""
 
 import multiprocessing
 import os
@@ -10,18 +13,14 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from tests.pool import TestPool
+from tests.pool import poison as _poison
+
+from warploom.recipes.verification.pool import PRELOADED
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch.optim", "torch._inductor.config", "numpy"]
-    + ["safetensors.torch", "pytest", "hypothesis", "warploom.parallel.mesh"]
-)
-
-
-def _poison() -> None:
-    """Fill what `torch.empty` returns with NaN, so that memory a kernel did not write is seen."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+_PRELOADED = (*PRELOADED, "pytest", "hypothesis", "warploom.parallel.mesh")
+_CONTEXT.set_forkserver_preload(list(_PRELOADED))
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +69,10 @@ def _run_on_ranks(size: int, fn: Callable[..., None], *args: object, timeout: fl
 def ranks():
     """`ranks(size, fn, *args)`: run `fn` on gloo processes; fails with the first rank's trace."""
     return _run_on_ranks
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """`pool(size, fn, *args)`: as `ranks`, on processes that stay; returns rank 0's result."""
+    with TestPool(preload=_PRELOADED) as made:
+        yield made
