@@ -4,7 +4,8 @@
 
 Queries, keys and values come from one column-parallel matrix product and go on as views of its
 output. Each rank has H/R query heads and G/R key/value heads, so that a query head always finds
-its key head on its own rank.
+its key head on its own rank. Where G < R, R/G ranks hold the same key/value head, and their
+gradients of it are summed once a step (`spread` in its layout).
 
 Shapes: T tokens of the flattened batch, D model width, H query heads, G key/value heads, K head
 dimension, J = K/2, R tensor-parallel ranks.
@@ -60,7 +61,8 @@ class Attention(nn.Module):
         norm_eps: Epsilon of these norms.
 
     Raises:
-        ValueError: If the group's size does not divide `heads` or `kv_heads`.
+        ValueError: If the group's size does not divide `heads`, or neither divides `kv_heads` nor
+            is a multiple of it.
     """
 
     def __init__(
@@ -76,16 +78,21 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         size = 1 if group is None else group.size()
-        for name, count in (("heads", heads), ("kv_heads", kv_heads)):
-            if count % size:
-                raise ValueError(
-                    f"{name} ({count}) must be divisible by the tensor-parallel size ({size}): "
-                    f"choose a tp that divides both heads ({heads}) and kv_heads ({kv_heads})"
-                )
+        if heads % size or (kv_heads % size and size % kv_heads):
+            raise ValueError(
+                f"the tensor-parallel size ({size}) must divide heads ({heads}), and divide "
+                f"kv_heads ({kv_heads}) or be a multiple of them: choose another tp"
+            )
         self.head_dim = head_dim
-        self.widths = [n // size * head_dim for n in (heads, kv_heads, kv_heads)]
         parts = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
-        self.qkv = ColumnLinear(width, sum(parts.values()), group=group, parts=parts)
+        self.qkv = ColumnLinear(
+            width,
+            sum(parts.values()),
+            group=group,
+            parts=parts,
+            heads={"q": heads, "k": kv_heads, "v": kv_heads},
+        )
+        self.widths = self.qkv.split
         self.q_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
         self.out = RowLinear(heads * head_dim, width, group=group)

@@ -6,7 +6,7 @@ of the step around them (gradients, optimizer, metrics); `debug` checks what the
 """
 
 from .debug import checked
-from .door import Call, Observer, observed, observers, watched
+from .door import Call, Message, Observer, observed, observers, watched
 from .pairs import copy, gather, join, reduce, scatter, split, swap
 from .plain import (
     Group,
@@ -29,6 +29,7 @@ from .plain import (
 __all__ = [
     "Call",
     "Group",
+    "Message",
     "Observer",
     "Pending",
     "all_gather_rows",

@@ -3,9 +3,11 @@
     with observed(ledger):
         step(...)
 
-An observer is called with each `Call` before it runs and gives a context that is open while it
-runs: a ledger counts, a fingerprint compares, a watchdog starts its clock. With no observer the
-door costs a look at one context variable.
+An observer is called with each `Call` before it runs and gives a context that is open while it is
+begun: a ledger counts, a fingerprint compares. If entering the context gives a function, that gets
+what was begun, a list of `torch.distributed.Work`: a watchdog keeps them until they are completed.
+An observer that has a method `waiting` is asked for a context around each wait for a transfer. With
+no observer the door costs a look at one context variable.
 
 A context variable does not reach the threads in which autograd runs the backward of CUDA tensors:
 functions with a backward take `observers()` along in their forward and reopen them with `watched`.
@@ -25,17 +27,39 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """What travels between this rank and one other (or stays, where the peer is this rank).
+
+    Attributes:
+        peer: Rank in the group.
+        sent: Whether it goes there; else it comes from there.
+        elements: How many.
+        dtype: Of which kind.
+    """
+
+    peer: int
+    sent: bool
+    elements: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return self.elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One collective, as one rank is about to run it.
 
     Attributes:
         op: `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`, `broadcast`, `exchange`.
         group: Over which ranks.
-        shape: Of what this rank brings (for an `exchange`, of all it sends, flattened).
+        shape: Of what this rank brings (for an `exchange`, of its first tensor).
         dtype: Of the same.
-        detail: What must agree beside these, such as the kind of reduction; or, for an `exchange`,
-            the peers.
+        detail: What must agree beside these, such as the kind of reduction; or, for an `exchange`.
         uniform: Whether every rank of the group must bring the same shape.
+        messages: Of an `exchange` and an uneven `all_to_all`: what goes to and comes from each.
     """
 
     op: str
@@ -44,10 +68,13 @@ class Call:
     dtype: torch.dtype
     detail: str = ""
     uniform: bool = True
+    messages: tuple[Message, ...] = ()
 
     @property
     def bytes(self) -> int:
         """Bytes that this rank brings."""
+        if self.op == "exchange":
+            return sum(m.bytes for m in self.messages if m.sent)
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -78,6 +105,16 @@ def observed(observer: Observer) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Tell the observers that ask for it that this thread waits for a transfer."""
+    with ExitStack() as stack:
+        for observer in _OBSERVERS.get():
+            if (opened := getattr(observer, "waiting", None)) is not None:
+                stack.enter_context(opened())
+        yield
+
+
 def passing(
     op: str,
     x: Tensor,
@@ -86,13 +123,17 @@ def passing(
     *,
     detail: str = "",
     uniform: bool = True,
+    messages: Callable[[], tuple[Message, ...]] = tuple,
 ) -> T:
     """Run a collective that brings `x`, seen by every observer, the first one outermost."""
     watching = _OBSERVERS.get()
     if not watching:
         return run()
-    call = Call(op, group, tuple(x.shape), x.dtype, detail, uniform)
+    call = Call(op, group, tuple(x.shape), x.dtype, detail, uniform, messages())
     with ExitStack() as stack:
-        for observer in watching:
-            stack.enter_context(observer(call))
-        return run()
+        entered = [stack.enter_context(observer(call)) for observer in watching]
+        works = run()
+        for follow in entered:
+            if callable(follow):
+                follow(works if isinstance(works, list) else [works])
+        return works

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .door import passing
+from .door import Message, observers, passing, waiting
 
 Group = dist.ProcessGroup | None
 
@@ -29,19 +29,28 @@ class Pending:
 
     Args:
         result: What it gives when it is done.
-        works: Its parts that are still running.
+        works: Its parts that are still running: of torch, or begun here.
         kept: Tensors that must live until then.
     """
 
-    def __init__(self, result: Any, works: Sequence[dist.Work] = (), kept: Any = None) -> None:
+    def __init__(
+        self, result: Any, works: "Sequence[dist.Work | Pending]" = (), kept: Any = None
+    ) -> None:
         self._result, self._works, self._kept = result, list(works), kept
 
     def wait(self) -> Any:
         """Return the result once it is there; may be called again."""
-        for work in self._works:
-            work.wait()
-        self._works, self._kept = [], None
+        if self._works and observers():
+            with waiting():
+                self._finish()
+        else:
+            self._finish()
         return self._result
+
+    def _finish(self) -> None:
+        for work in self._works:
+            work._finish() if isinstance(work, Pending) else work.wait()
+        self._works, self._kept = [], None
 
 
 def device_of(group: Group) -> torch.device:
@@ -95,12 +104,12 @@ def reduce_scatter_rows(x: Tensor, group: Group) -> Tensor:
     return part
 
 
-def reduce_scatter_rows_begin(x: Tensor, group: Group) -> Pending:
-    """Begin to sum `x` `[n * R, ...]`; `wait` gives this rank's `[n, ...]`."""
+def reduce_scatter_rows_begin(x: Tensor, group: Group, *, out: Tensor | None = None) -> Pending:
+    """Begin to sum `x` `[n * R, ...]`; `wait` gives this rank's `[n, ...]` (`out`, if given)."""
     if group is None:
-        return Pending(x)
+        return Pending(x if out is None else out.copy_(x))
     x = x.contiguous()
-    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:]) if out is None else out
 
     def run() -> dist.Work:
         work: dist.Work = _reduce_scatter(part, x, group=group, async_op=True)
@@ -140,7 +149,16 @@ def all_to_all_rows_begin(
         )
         return work
 
-    work = passing("all_to_all", x, group, run, uniform=sent is None)
+    def messages() -> tuple[Message, ...]:
+        width = x.shape[1:].numel()
+        lines = ((True, leaving), (False, arriving))
+        return tuple(
+            Message(peer, out, n * width, x.dtype)
+            for out, counts in lines
+            for peer, n in enumerate(counts or ())
+        )
+
+    work = passing("all_to_all", x, group, run, uniform=sent is None, messages=messages)
     return Pending(y, [work], kept=x)
 
 
@@ -164,14 +182,18 @@ def exchange_begin(
         return Pending(filled)
     ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for x, peer in outgoing]
     ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for x, peer in receives]
-    first = (outgoing or list(receives))[0][0]
-    whole = torch.empty(sum(x.numel() for x, _ in outgoing), dtype=first.dtype, device="meta")
-    peers = f"to {[p for _, p in outgoing]}, from {[p for _, p in receives]}"
+
+    def messages() -> tuple[Message, ...]:
+        both = ((True, outgoing), (False, receives))
+        return tuple(
+            Message(peer, out, x.numel(), x.dtype) for out, line in both for x, peer in line
+        )
 
     def run() -> list[dist.Work]:
         return dist.batch_isend_irecv(ops)
 
-    works = passing("exchange", whole, group, run, detail=peers, uniform=False)
+    first = (outgoing or list(receives))[0][0]
+    works = passing("exchange", first, group, run, uniform=False, messages=messages)
     return Pending(filled, works, kept=outgoing)
 
 
@@ -179,10 +201,11 @@ def broadcast_(x: Tensor, group: Group, *, source: int = 0) -> Tensor:
     """Overwrite `x` with that of rank `source` of the group, and return it."""
     if group is not None:
 
-        def run() -> None:
-            dist.broadcast(x, group=group, group_src=source)
+        def run() -> dist.Work:
+            work: dist.Work = dist.broadcast(x, group=group, group_src=source, async_op=True)
+            return work
 
-        passing("broadcast", x, group, run, detail=str(source))
+        Pending(x, [passing("broadcast", x, group, run, detail=str(source))]).wait()
     return x
 
 

@@ -16,25 +16,67 @@ https://arxiv.org/abs/2205.05198, section 4.2.2 (the sequence-parallel form).
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import Group, copy, gather, reduce, scatter
+from ..collectives import Group, copy, reduce, scatter
 from ..initialise import draw_seed, normal_
 from ..sharding import Layout, Piece, rows, whole
+from .overlap import Plan, gather_linear, linear_scatter
+from .product import linear
 
 
-def _split(total: int, group: Group, name: str) -> int:
-    size = 1 if group is None else group.size()
-    if total % size:
-        raise ValueError(f"{name} ({total}) must be divisible by the tensor-parallel size ({size})")
-    return total // size
+class _Share(NamedTuple):
+    """What a rank holds of a part: `size` rows from `first` on; whether others hold them too."""
+
+    size: int
+    first: int
+    shared: bool = False
+
+
+def _size(group: Group) -> int:
+    return 1 if group is None else group.size()
 
 
 def _rank(group: Group) -> int:
     return 0 if group is None else group.rank()
+
+
+def _share(total: int, group: Group, name: str) -> _Share:
+    ranks = _size(group)
+    if total % ranks:
+        raise ValueError(
+            f"{name} ({total}) must be divisible by the tensor-parallel size ({ranks})"
+        )
+    return _Share(total // ranks, _rank(group) * (total // ranks))
+
+
+def _share_heads(total: int, heads: int, group: Group, name: str) -> _Share:
+    """Split whole heads; where they are fewer than the ranks, give R/G ranks the same one."""
+    ranks = _size(group)
+    if total % heads or (heads % ranks and ranks % heads):
+        raise ValueError(
+            f"{name}: its heads ({heads}) must divide its features ({total}), and the "
+            f"tensor-parallel size ({ranks}) must divide the heads or be a multiple of them"
+        )
+    if heads % ranks == 0:
+        return _share(total, group, name)
+    head = total // heads
+    return _Share(head, _rank(group) * heads // ranks * head, shared=True)
+
+
+def _plan(
+    group: Group, sequence_parallel: bool, chunks: int, regather: bool, symmetric: bool
+) -> Plan | None:
+    """Return how product and collective overlap; `None` where no such collective runs."""
+    if not sequence_parallel and (chunks != 1 or regather or symmetric):
+        raise ValueError(
+            f"chunks ({chunks}), regather ({regather}) and symmetric ({symmetric}) overlap what "
+            f"sequence_parallel=True gathers and scatters; it is False"
+        )
+    return Plan(group, chunks, regather, symmetric) if group and sequence_parallel else None
 
 
 def _start(layer: nn.Module, layouts: Mapping[str, Layout]) -> None:
@@ -43,6 +85,11 @@ def _start(layer: nn.Module, layouts: Mapping[str, Layout]) -> None:
         if parameter.is_meta:
             continue
         normal_(parameter, layouts[name], seed=draw_seed(), std=0.02 if name == "weight" else 0.0)
+
+
+def _wrong_width(layer: nn.Module, width: int, x: Tensor) -> ValueError:
+    name = type(layer).__name__
+    return ValueError(f"{name}: x must have {width} features on a rank, its shape is {[*x.shape]}")
 
 
 class ColumnLinear(nn.Module):
@@ -56,10 +103,17 @@ class ColumnLinear(nn.Module):
         sequence_parallel: Whether the input is sharded over its tokens.
         parts: Several logical weights in one, such as `{"q": 512, "k": 128, "v": 128}`; each is
             split over the group by itself, and the output holds the local part of each in order.
+        heads: Of which parts only whole heads may be split, and how many each has, such as
+            `{"k": 2, "v": 2}`. Where the heads G are fewer than the ranks R, rank r holds head
+            r G // R: its gradient is a part, to be summed as the layout's `spread` says.
+        chunks: Into how many the rows are cut, so that gathering one overlaps with multiplying
+            another.
+        regather: Whether the backward gathers the input again instead of keeping it whole.
+        symmetric: Whether fused operators over symmetric memory run (CUDA; unproven).
 
     Raises:
-        ValueError: If the group's size does not divide `features` or a part, or the parts do not
-            sum to `features`.
+        ValueError: If the group's size does not fit `features`, a part or its heads, the parts do
+            not sum to `features`, or options contradict each other.
     """
 
     def __init__(
@@ -71,14 +125,28 @@ class ColumnLinear(nn.Module):
         bias: bool = False,
         sequence_parallel: bool = True,
         parts: Mapping[str, int] | None = None,
+        heads: Mapping[str, int] | None = None,
+        chunks: int = 1,
+        regather: bool = False,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
-        self.enter = gather if sequence_parallel else copy
+        self.width = width
+        self.plan = _plan(group, sequence_parallel, chunks, regather, symmetric)
         self.parts = dict(parts or {"": features})
         if sum(self.parts.values()) != features:
             raise ValueError(f"parts {self.parts} must sum to the features ({features})")
-        self.split = [_split(n, group, name or "features") for name, n in self.parts.items()]
+        heads = heads or {}
+        if unknown := sorted(heads.keys() - self.parts.keys()):
+            raise ValueError(f"heads must name parts ({', '.join(self.parts)}); got {unknown}")
+        self.shares = {
+            name: _share_heads(n, heads[name], group, name)
+            if name in heads
+            else _share(n, group, name or "features")
+            for name, n in self.parts.items()
+        }
+        self.split = [share.size for share in self.shares.values()]
         self.weight = nn.Parameter(torch.empty(sum(self.split), width))
         self.bias = nn.Parameter(torch.empty(sum(self.split))) if bias else None
         _start(self, self.declare_layouts())
@@ -88,19 +156,29 @@ class ColumnLinear(nn.Module):
         own: dict[str, Layout] = {}
         for name, parameter in self.named_parameters(recurse=False):
             pieces: list[Piece] = []
+            shared: list[str] = []
             offset = 0
-            for (part, features), size in zip(self.parts.items(), self.split, strict=True):
-                logical = (features, *parameter.shape[1:])
-                first = _rank(self.group) * size
+            for part, share in self.shares.items():
+                logical = (self.parts[part], *parameter.shape[1:])
                 label = f"{part}.{name}" if part else name
-                pieces.append(rows(label, logical, first, first + size, offset))
-                offset += size
-            own[name] = Layout(tuple(parameter.shape), tuple(pieces))
+                pieces.append(rows(label, logical, share.first, share.first + share.size, offset))
+                shared += [label] * share.shared
+                offset += share.size
+            spread = ((self.group, tuple(shared)),) if shared else ()
+            own[name] = Layout(tuple(parameter.shape), tuple(pieces), spread=spread)
         return own
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[T/R, D]` (or `[T, D]`) to `[T, F/R]`."""
-        return F.linear(self.enter(x, self.group), self.weight, self.bias)
+        """Map `[T/R, D]` (or `[T, D]`) to `[T, F/R]`.
+
+        Raises:
+            ValueError: If `x` has another width, or the chunks do not divide its rows.
+        """
+        if x.shape[-1] != self.width:
+            raise _wrong_width(self, self.width, x)
+        if self.plan is not None:
+            return gather_linear(x, self.weight, self.bias, self.plan)
+        return linear(copy(x, self.group), self.weight, self.bias)
 
 
 class RowLinear(nn.Module):
@@ -112,9 +190,12 @@ class RowLinear(nn.Module):
         group: The tensor-parallel process group; `None` for one rank.
         bias: Whether a bias is added, once, after the sum over the ranks.
         sequence_parallel: Whether the output is sharded over its tokens.
+        chunks: Into how many the rows are cut, so that scattering one overlaps with multiplying
+            another.
+        symmetric: Whether fused operators over symmetric memory run (CUDA; unproven).
 
     Raises:
-        ValueError: If the group's size does not divide `width`.
+        ValueError: If the group's size does not divide `width`, or options contradict each other.
     """
 
     def __init__(
@@ -125,13 +206,17 @@ class RowLinear(nn.Module):
         group: Group,
         bias: bool = False,
         sequence_parallel: bool = True,
+        chunks: int = 1,
+        symmetric: bool = False,
     ) -> None:
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.leave = scatter if sequence_parallel else reduce
+        self.plan = _plan(group, sequence_parallel, chunks, False, symmetric)
+        self.overlaps = self.plan is not None and (chunks > 1 or symmetric)
         self.width = width
-        self.weight = nn.Parameter(torch.empty(features, _split(width, group, "width")))
+        self.weight = nn.Parameter(torch.empty(features, _share(width, group, "width").size))
         self.bias = nn.Parameter(torch.empty(features)) if bias else None
         _start(self, self.declare_layouts())
 
@@ -150,14 +235,27 @@ class RowLinear(nn.Module):
             own["bias"] = whole("bias", (features,), partial=partial)
         return own
 
-    def forward(
-        self, x: Tensor, *, product: Callable[[Tensor, Tensor], Tensor] = F.linear
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, product: Callable[[Tensor, Tensor], Tensor] = linear) -> Tensor:
         """Map `[T, D/R]` to `[T/R, F]` (or `[T, F]`).
 
         Args:
             x: This rank's features.
             product: Of `x` and the local weight; an operator that fuses what comes before.
+
+        Raises:
+            ValueError: If `x` has another width, the rows do not divide over ranks and chunks, or
+                a fused product comes to a layer that overlaps in chunks.
         """
-        y = self.leave(product(x, self.weight), self.group)
+        if product is linear and x.shape[-1] != self.weight.shape[1]:
+            raise _wrong_width(self, self.weight.shape[1], x)
+        if self.plan is None or not self.overlaps:
+            y = self.leave(product(x, self.weight), self.group)
+        elif product is not linear:
+            raise ValueError(
+                f"a RowLinear with chunks ({self.plan.chunks}) or symmetric "
+                f"({self.plan.symmetric}) multiplies by itself: apply what the product fuses "
+                f"before the layer, or leave the option out"
+            )
+        else:
+            y = linear_scatter(x, self.weight, self.plan)
         return y if self.bias is None else y + self.bias
