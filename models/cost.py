@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from .decoder import RECOMPUTE, Architecture
+from .architecture import Architecture
+from .decoder import RECOMPUTE
 
 
 def parameters(architecture: Architecture) -> dict[str, int]:
@@ -34,19 +35,32 @@ def parameters(architecture: Architecture) -> dict[str, int]:
         architecture: Sizes.
 
     Returns:
-        `embedding`, `attention`, `feed_forward`, `norm` and `head`, over all layers and ranks,
-        without padding; a tied head has none of its own.
+        `embedding`, `attention`, `feed_forward` (dense ones and shared experts), `router`,
+        `experts`, `norm` and `head`, over all layers and ranks, without padding; a tied head has
+        none of its own.
     """
     a = architecture
     attention = a.width * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
     qk_norm = 2 * a.head_dim if a.qk_norm else 0
+    routed = [e for e in map(a.routed, range(a.layers)) if e is not None]
+    dense = (a.layers - len(routed)) * a.hidden + sum(e.shared or 0 for e in routed)
     return {
         "embedding": a.vocabulary * a.width,
         "attention": a.layers * attention,
-        "feed_forward": a.layers * 3 * a.width * a.hidden,
+        "feed_forward": 3 * a.width * dense,
+        "router": a.width * sum(e.count for e in routed),
+        "experts": 3 * a.width * sum(e.count * e.hidden for e in routed),
         "norm": a.layers * (2 * a.width + qk_norm) + a.width,
         "head": 0 if a.tied else a.vocabulary * a.width,
     }
+
+
+def active_parameters(architecture: Architecture) -> int:
+    """Return how many parameters one token meets: of the experts, those of its `top_k`."""
+    count = parameters(architecture)
+    experts = architecture.experts
+    unused = 0 if experts is None else count["experts"] * (experts.count - experts.top_k)
+    return sum(count.values()) - (0 if experts is None else unused // experts.count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +100,10 @@ def flops_per_token(
     if not lengths or min(lengths) < 1:
         raise ValueError(f"sequence and document_lengths must be at least 1; got {lengths[:8]}")
     count = parameters(a)
-    matrices = count["attention"] + count["feed_forward"] + a.vocabulary * a.width
+    matrices = count["attention"] + count["feed_forward"] + count["router"]
+    if a.experts is not None:
+        matrices += count["experts"] * a.experts.top_k // a.experts.count
+    matrices += a.vocabulary * a.width
     context = sum(n * n for n in lengths) / sum(lengths) * (0.5 if halve else 1.0)
     forward = 2.0 * matrices + 4.0 * a.layers * a.heads * a.head_dim * context
     return Flops(forward, 3 * forward)

@@ -14,7 +14,6 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, section 2.2; Radf
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from itertools import accumulate
 
 import torch
@@ -30,6 +29,7 @@ from warploom.parallel.mesh import Mesh
 from warploom.parallel.step import Term
 from warploom.parallel.tensor import VocabEmbedding, VocabHead
 
+from .architecture import Architecture
 from .attention import Attention, Sequences
 from .batch import Batch
 from .feed_forward import FeedForward
@@ -38,58 +38,6 @@ from .norm import RMSNorm
 INIT_STD = 0.02
 IGNORED = -100  # the target of a position that is not trained
 RECOMPUTE = ("none", "full")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """Sizes of a decoder.
-
-    Attributes:
-        layers: Blocks L.
-        width: Model width D.
-        heads: Query heads H.
-        kv_heads: Key/value heads G.
-        head_dim: Head dimension K.
-        hidden: Feed-forward width F.
-        vocabulary: Vocabulary V.
-        max_positions: Longest sequence.
-        rope_base: Base of the rotary frequencies.
-        norm_eps: Epsilon of every norm.
-        qk_norm: Whether each query and key head is normalised before its rotation.
-        tied: Whether the head uses the embedding's weight.
-
-    Raises:
-        ValueError: If a size, base or epsilon is not positive, `kv_heads` does not divide `heads`,
-            or `head_dim` is odd.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    vocabulary: int
-    max_positions: int
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-    qk_norm: bool = False
-    tied: bool = False
-
-    def __post_init__(self) -> None:
-        wrong = [f.name for f in fields(self) if f.type is int and getattr(self, f.name) < 1]
-        if wrong:
-            found = ", ".join(f"{name}={getattr(self, name)}" for name in wrong)
-            raise ValueError(f"sizes of an architecture must be at least 1; got {found}")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"heads ({self.heads}) must be divisible by kv_heads ({self.kv_heads})"
-            )
-        for name in ("rope_base", "norm_eps"):
-            if not 0 < (value := getattr(self, name)) < float("inf"):
-                raise ValueError(f"{name} must be above 0 and finite; got {value}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions; got {self.head_dim}")
 
 
 class Block(nn.Module):

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from warploom.parallel.collectives import Group, gather_json
+from warploom.parallel.export import export
 from warploom.parallel.mesh import Mesh
-from warploom.parallel.sharding import Layout, Piece, assemble
+from warploom.parallel.sharding import Piece
 
 from .decoder import Architecture, Decoder
 from .families import of_architecture, of_model_type
@@ -304,7 +305,8 @@ def _write_texts(model: Decoder, folder: Path, tokenizer: Path | None, card: str
     """Write everything but the tensors."""
     special = _special_ids(tokenizer) if tokenizer is not None else {}
     config: dict[str, Any] = of_architecture(model.architecture).write(model.architecture)
-    config |= {"torch_dtype": str(model.norm.weight.dtype).removeprefix("torch."), **special}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config |= {"torch_dtype": dtype, **special}
     _write_json(folder / "config.json", config)
     if "eos_token_id" in special:
         _write_json(folder / "generation_config.json", special)
@@ -322,19 +324,17 @@ def _write_tensors(
     model: Decoder, folder: Path, shard_bytes: int, error: OSError | None
 ) -> OSError | None:
     """Gather the tensors in order and write them on rank 0; give back the first failure."""
-    mesh, size = model.mesh, model.norm.weight.element_size()
+    mesh, size = model.mesh, next(model.parameters()).element_size()
     writes = mesh is None or mesh.rank == 0
     shapes = logical_shapes(model.architecture)
     plan = _plan({n: torch.Size(s).numel() * size for n, s in shapes.items()}, shard_bytes)
-    if mesh is not None and any(mesh.coordinate(axis) for axis in ("cp", "dp", "rep")):
-        return None  # another replica writes
     tensors = _gathered(model)
     index: dict[str, str] = {}
     for number, names in enumerate(plan, 1):
         file = _SINGLE if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         shard = {}
         for name, tensor in islice(tensors, len(names)):
-            if writes and error is None:
+            if tensor is not None and error is None:
                 shard[name] = tensor
         index |= dict.fromkeys(names, file)
         try:
@@ -362,18 +362,14 @@ def _plan(sizes: Mapping[str, int], most: int) -> list[list[str]]:
     return files
 
 
-def _gathered(model: Decoder) -> Iterator[tuple[str, Tensor]]:
-    """Yield each logical tensor, whole, on the CPU, in the order of `logical_shapes`."""
+def _gathered(model: Decoder) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield each logical tensor in the order of `logical_shapes`: whole, on the CPU of rank 0."""
     rename = of_architecture(model.architecture).rename
     parameters, own = dict(model.named_parameters()), model.logical_layouts()
-    group = None if model.mesh is None else model.mesh.tp
     whole = Decoder(model.architecture, device="meta").logical_layouts()
-    for path, layout in whole.items():
-        for logical in (piece.name for piece in layout.pieces):
-            held = tuple(piece for piece in own[path].pieces if piece.name == logical)
-            part = Layout(own[path].shape, held)
-            tensor = assemble({path: parameters[path]}, {path: part}, group)[logical]
-            yield rename(logical), tensor.cpu().contiguous()
+    names = [piece.name for layout in whole.values() for piece in layout.pieces]
+    for name, tensor in export(parameters, own, names, model.mesh or Mesh.alone()):
+        yield rename(name), tensor
 
 
 def _flush(folder: Path) -> None:

@@ -13,9 +13,9 @@
 uly splits cp again: uly neighbouring ranks of cp exchange heads (Ulysses), and the ranks of a
 ring have cp / uly members: `ulysses` and `ring` are their groups.
 
-Two groups are products of axes: `shard` = cp x dp, over which the optimizer's state is sharded
-(these ranks hold the same parameters), and `tokens` = cp x dp x rep, whose ranks see different
-tokens. `ends` are the first and the last rank of pp, which may share a tied embedding. A group of
+Three groups are products of axes: `shard` = cp x dp, over which the optimizer's state is sharded
+(these ranks hold the same parameters), `tokens` = cp x dp x rep, whose ranks see different tokens,
+and `stage` = tp x cp x dp, which together hold one pipeline stage once. `ends` are the first and the last rank of pp, which may share a tied embedding. A group of
 one rank is `None`, and nothing communicates over it.
 
 A mesh is a frozen value. There is no current mesh: two may live in one process.
@@ -128,6 +128,7 @@ class Mesh:
         world: All ranks, as a group.
         shard: cp x dp: these ranks hold the same parameters and shard the optimizer's state.
         tokens: cp x dp x rep: these ranks see different tokens.
+        stage: tp x cp x dp: the ranks of one pipeline stage within one replica.
         edp: The ranks that hold the same experts.
         ulysses: The ranks of cp that exchange heads.
         ring: The ranks of cp between which keys and values travel.
@@ -147,6 +148,7 @@ class Mesh:
     edp: Group
     shard: Group
     tokens: Group
+    stage: Group
     ulysses: Group
     ring: Group
     ends: Group
@@ -171,6 +173,11 @@ class Mesh:
         degrees = Degrees.parse(text).resolve(size)
         return _build(degrees, dist.get_rank() if ready else 0, _new_group(degrees.world))
 
+    @staticmethod
+    def alone() -> "Mesh":
+        """Return the mesh of this one process, whatever world it is in."""
+        return _build(Degrees.parse("").resolve(1), 0, lambda ranks: None)
+
     def degree(self, axis: str) -> int:
         """Return how many ways `axis` (tp, cp, dp, rep, pp, ep, etp, edp, uly) splits."""
         if axis == "edp":
@@ -188,6 +195,16 @@ class Mesh:
     def size(self) -> int:
         """Ranks in all."""
         return self.degrees.world
+
+    @property
+    def data_ranks(self) -> int:
+        """How many ways the batch is dealt: dp x rep; context-parallel ranks get the same rows."""
+        return self.degree("dp") * self.degree("rep")
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these parts this rank gets."""
+        return self.coordinate("dp") + self.degree("dp") * self.coordinate("rep")
 
 
 def _new_group(world: int) -> Callable[[list[int]], Group]:
@@ -232,6 +249,7 @@ def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Me
         **{name: group(name) for name in DENSE},
         shard=group("cp", "dp"),
         tokens=group("cp", "dp", "rep"),
+        stage=group("tp", "cp", "dp"),
         etp=expert_group(0),
         ep=expert_group(1),
         edp=expert_group(2),

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..decoder import Architecture
+from ..architecture import Architecture
 
 MODEL_TYPE = "llama"
 CLASS_NAME = "LlamaForCausalLM"
@@ -45,6 +45,11 @@ def rename(name: str) -> str:
     _, layer, rest = name.split(".", 2)
     module, leaf = rest.rsplit(".", 1)
     return f"model.layers.{layer}.{_BLOCK[module]}.{leaf}"
+
+
+def writes(architecture: Architecture) -> bool:
+    """Say whether a config.json of this family can describe an architecture."""
+    return architecture.experts is None and not architecture.qk_norm
 
 
 def unsupported(config: Mapping[str, Any]) -> dict[str, Any]:

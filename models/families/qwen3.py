@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..decoder import Architecture
+from ..architecture import Architecture
 from . import llama
 
 MODEL_TYPE = "qwen3"
@@ -15,6 +15,11 @@ CLASS_NAME = "Qwen3ForCausalLM"
 
 rename = llama.rename
 unsupported = llama.unsupported
+
+
+def writes(architecture: Architecture) -> bool:
+    """Say whether a config.json of this family can describe an architecture."""
+    return architecture.experts is None and architecture.qk_norm
 
 
 def read(config: Mapping[str, Any]) -> Architecture:

@@ -105,7 +105,7 @@ def test_fields_that_cannot_be_honoured_are_listed(folder):
     with pytest.raises(ValueError, match=r"layer_types=\['sliding_attention'\]"):
         hf.load(folder)
     _config(folder, layer_types=None, model_type="gpt2")
-    with pytest.raises(ValueError, match="model_type must be one of llama, qwen3; got 'gpt2'"):
+    with pytest.raises(ValueError, match="model_type must be one of llama, qwen3, mixtral; got 'gpt2'"):
         hf.load(folder)
     _config(folder, model_type="llama", vocab_size=...)
     with pytest.raises(ValueError, match="config.json must have 'vocab_size'"):

@@ -1,0 +1,155 @@
+"""How the flat tokens of one micro-batch fall into documents, and which of them a rank holds.
+
+Without context parallelism a rank holds all T tokens, padded at the end to a multiple of the
+tensor-parallel size; with it, a rank holds the share that `parallel/context` deals to it. Padding
+is a document of its own that nothing trains, routes or counts.
+
+Shapes: B batch, S sequence, T tokens that this rank holds, J half the head dimension, N documents.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from warploom.kernels.rope import rotary_tables
+from warploom.parallel.context import Split
+from warploom.parallel.mesh import Mesh
+
+from .architecture import Architecture
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequences:
+    """Where the sequences lie in the tokens that this rank holds.
+
+    Attributes:
+        batch: Number B of rows of equal length; read where `cu_seqlens` and `split` are `None`.
+        cos_TJ: Cosines of the rotary angles, float32 at least.
+        sin_TJ: Sines of the rotary angles, float32 at least.
+        documents: Number of the document of each token `[T]`, int64; -1 is padding.
+        count: Documents N of the micro-batch, over all ranks.
+        padding: Tokens of padding at the end, without context parallelism.
+        cu_seqlens: Boundaries `[N + 1]` of the documents in the flat tokens, int32; `None` when
+            each row is one document.
+        max_seqlen: Length of the longest document.
+        split: What the context-parallel ranks hold; `None` without context parallelism.
+        indices: Place of each token in the flat batch `[T]`, int64, -1 for padding; with `split`.
+    """
+
+    batch: int
+    cos_TJ: Tensor
+    sin_TJ: Tensor
+    documents: Tensor
+    count: int
+    padding: int = 0
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+    split: Split | None = None
+    indices: Tensor | None = None
+
+    def cut(self, x: Tensor, fill: int) -> Tensor:
+        """Take this rank's tokens of a flat tensor `[B S]`, with `fill` where they are padding."""
+        if self.indices is None:
+            return F.pad(x, (0, self.padding), value=fill)
+        return torch.where(self.indices < 0, fill, x[self.indices.clamp(min=0)])
+
+
+def sequences(
+    shape: tuple[int, int],
+    lengths: Tensor | None,
+    architecture: Architecture,
+    *,
+    mesh: Mesh | None,
+    balance: str = "zigzag",
+    device: torch.device | str = "cpu",
+) -> Sequences:
+    """Turn the lengths of documents into what the blocks need.
+
+    Args:
+        shape: Rows B and tokens of a row S.
+        lengths: Lengths `[N]`, int32, of packed documents; `None` makes each row one.
+        architecture: Sizes.
+        mesh: Groups of ranks; `None` for one rank.
+        balance: How the tokens are dealt to context-parallel ranks; see `Split`.
+        device: Where the tensors go.
+
+    Raises:
+        ValueError: If S is longer than the positions, or the documents do not fit the rows.
+    """
+    batch, length = shape
+    if length > architecture.max_positions:
+        raise ValueError(
+            f"sequence ({length}) must be at most max_positions ({architecture.max_positions}): "
+            "shorten the sequence, or build the model with more positions"
+        )
+    sizes = [length] * batch if lengths is None else lengths.tolist()
+    _check_documents(sizes, batch, length)
+    tp = 1 if mesh is None else mesh.degree("tp")
+    if mesh is not None and mesh.cp is not None:
+        return _shared(sizes, architecture, mesh, balance, tp, device)
+    padding = -batch * length % tp
+    numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    documents = F.pad(numbers, (0, padding), value=-1).to(device)
+    padded = [*sizes, padding] if padding else sizes
+    positions = torch.cat([torch.arange(n) for n in padded]).to(device)
+    cos_TJ, sin_TJ = _tables(positions, architecture)
+    common = Sequences(batch, cos_TJ, sin_TJ, documents, len(sizes), padding)
+    if lengths is None and not padding:
+        return common
+    ends = torch.tensor([0, *accumulate(padded)], dtype=torch.int32, device=device)
+    return Sequences(
+        batch, cos_TJ, sin_TJ, documents, len(sizes), padding, ends, max(padded, default=0)
+    )
+
+
+def _shared(
+    sizes: list[int],
+    architecture: Architecture,
+    mesh: Mesh,
+    balance: str,
+    tp: int,
+    device: torch.device | str,
+) -> Sequences:
+    """Deal the tokens to the context-parallel ranks."""
+    split = Split.build(
+        sizes, mesh.degree("cp"), multiple=tp, balance=balance, ulysses=mesh.degree("uly")
+    )
+    rank = mesh.coordinate("cp")
+    indices = split.indices(rank)
+    numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    documents = torch.where(indices < 0, -1, numbers[indices.clamp(min=0)])
+    cos_TJ, sin_TJ = _tables(split.positions(rank).to(device), architecture)
+    return Sequences(
+        batch=1,
+        cos_TJ=cos_TJ,
+        sin_TJ=sin_TJ,
+        documents=documents.to(device),
+        count=len(sizes),
+        split=split,
+        indices=indices.to(device),
+    )
+
+
+def _tables(positions: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor]:
+    cos_TJ, sin_TJ = rotary_tables(positions, architecture.head_dim, base=architecture.rope_base)
+    return cos_TJ, sin_TJ
+
+
+def _check_documents(sizes: list[int], batch: int, length: int) -> None:
+    """Refuse documents that do not fill the rows one after the other."""
+    if sum(sizes) != batch * length or min(sizes) < 1:
+        raise ValueError(
+            f"document_lengths must be positive and sum to the batch's tokens "
+            f"({batch} x {length} = {batch * length}); got {len(sizes)} lengths, the shortest "
+            f"{min(sizes)}, that sum to {sum(sizes)}"
+        )
+    starts = set(accumulate(sizes))
+    crossed = [row for row in range(1, batch) if row * length not in starts]
+    if crossed:
+        raise ValueError(
+            f"no document may cross a row: no document ends with row {crossed[0] - 1} "
+            f"({length} tokens a row)"
+        )
