@@ -23,6 +23,7 @@ from ..collectives import Group, copy, gather, join, reduce, scatter
 from ..initialise import draw_seed, normal_
 from ..sharding import Layout, rows
 from .loss import linear_cross_entropy
+from .product import linear
 
 
 class _Vocabulary(nn.Module):
@@ -43,6 +44,13 @@ class _Vocabulary(nn.Module):
         if not weight.is_meta:
             normal_(weight, self.declare_layouts()["weight"], seed=draw_seed(), std=0.02)
         return weight
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.width:
+            raise ValueError(
+                f"{type(self).__name__}: x must have {self.width} features, its shape is "
+                f"{[*x.shape]}"
+            )
 
     def declare_layouts(self) -> dict[str, Layout]:
         """Say which rows of the vocabulary this rank holds."""
@@ -70,11 +78,17 @@ class VocabEmbedding(_Vocabulary):
         self.weight = self._rows()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map ids `[T]` (int64) to `[T/R, D]` (or `[T, D]`)."""
+        """Map ids `[T]` (int64) to `[T/R, D]` (or `[T, D]`).
+
+        Raises:
+            IndexError: On every rank, if an id is outside the vocabulary (on CUDA a device assert).
+        """
         if self.group is None:
             return F.embedding(tokens, self.weight)
         outside = (tokens < self.start) | (tokens >= self.stop)
-        local = F.embedding((tokens - self.start).masked_fill(outside, 0), self.weight)
+        unknown = (tokens < 0) | (tokens >= self.vocabulary)
+        index = (tokens - self.start).masked_fill(outside, 0).masked_fill(unknown, self.held)
+        local = F.embedding(index, self.weight)
         return self.leave(local.masked_fill(outside[..., None], 0.0), self.group)
 
 
@@ -87,6 +101,9 @@ class VocabHead(_Vocabulary):
         group: The tensor-parallel process group; `None` for one rank.
         sequence_parallel: Whether the input is sharded over its tokens.
         tied: The embedding whose weight this head uses; `None` for a weight of its own.
+
+    Raises:
+        ValueError: If the tied embedding has another vocabulary or width.
     """
 
     def __init__(
@@ -100,11 +117,21 @@ class VocabHead(_Vocabulary):
     ) -> None:
         super().__init__(vocabulary, width, group=group)
         self.enter = gather if sequence_parallel else copy
+        if tied is not None and (tied.vocabulary, tied.width) != (vocabulary, width):
+            raise ValueError(
+                f"a tied head must have the embedding's vocabulary and width "
+                f"({tied.vocabulary}, {tied.width}), got ({vocabulary}, {width})"
+            )
         self.weight = tied.weight if tied is not None else self._rows()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[T/R, D]` (or `[T, D]`) to logits `[T, V]`, equal on all ranks."""
-        local = F.linear(self.enter(x, self.group), self.weight)
+        """Map `[T/R, D]` (or `[T, D]`) to logits `[T, V]`, equal on all ranks.
+
+        Raises:
+            ValueError: If `x` has another width.
+        """
+        self._check(x)
+        local = linear(self.enter(x, self.group), self.weight)
         if self.group is None:
             return local
         return join(local.t().contiguous(), self.group).t()[:, : self.vocabulary]
@@ -118,7 +145,17 @@ class VocabHead(_Vocabulary):
             x: Hidden states `[T/R, D]` (or `[T, D]`).
             targets: Ids `[T]` int64, equal on all ranks; -100 is not trained.
             z_loss: Whether the second pair is wanted.
+
+        Raises:
+            ValueError: If `x` has another width, or not one row for each target.
         """
+        self._check(x)
+        size = 1 if self.group is None or self.enter is copy else self.group.size()
+        if x.shape[0] * size != targets.shape[0]:
+            raise ValueError(
+                f"VocabHead: hidden states ({x.shape[0]} rows on each of {size} ranks that hold "
+                f"parts) must be as many as targets ({targets.shape[0]})"
+            )
         hidden = self.enter(x, self.group)
         weight = self.weight[: self.stop - self.start]
         return linear_cross_entropy(

@@ -1,5 +1,7 @@
 """A sharded layer must equal the unsharded one: outputs and every gradient, in float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -101,20 +103,84 @@ def test_layers_equal_unsharded(ranks, size):
 
 
 def _logits_gradient():
-    mesh = Mesh.build("tp2")
+    size = dist.get_world_size()
+    mesh = Mesh.build(f"tp{size}")
     tokens, _ = _batch()
     g = torch.Generator().manual_seed(9)
     dy = torch.randn(8, 11, generator=g, dtype=torch.float64)
-    alone, model = Toy(None, tied=False), Toy(mesh.tp, tied=False)
-    alone.head(alone.hidden(tokens)).backward(dy)
-    model.head(model.hidden(tokens)).backward(dy)
-    expected = {name: p.grad for name, p in assemble_parameters(alone).items()}
-    for name, gradient in _gradients(model, mesh).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
+    for tied, sequence_parallel in itertools.product((True, False), (True, False)):
+        alone = Toy(None, tied=tied)
+        model = Toy(mesh.tp, tied=tied, sequence_parallel=sequence_parallel)
+        alone.head(alone.hidden(tokens)).backward(dy)
+        model.head(model.hidden(tokens)).backward(dy)
+        expected = {name: p.grad for name, p in assemble_parameters(alone).items()}
+        for name, gradient in _gradients(model, mesh).items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=0)
 
 
-def test_gradients_through_gathered_logits(ranks):
-    ranks(2, _logits_gradient)
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_through_gathered_logits(ranks, size):
+    ranks(size, _logits_gradient)
+
+
+def _vocabularies_of_any_size():
+    """V = 9 over 4 ranks leaves the last one none of the 3 rows that each has room for."""
+    group, size = dist.group.WORLD, dist.get_world_size()
+    for vocabulary, sharded, z_loss in itertools.product((9, 11, 12), (True, False), (True, False)):
+        keep = {"group": group, "sequence_parallel": sharded}
+        torch.manual_seed(1)
+        embed = VocabEmbedding(vocabulary, 6, **keep).double()
+        torch.manual_seed(1)
+        alone = VocabEmbedding(vocabulary, 6, group=None).double()
+        head, whole_head = (
+            VocabHead(vocabulary, 6, tied=e, **k)
+            for e, k in ((embed, keep), (alone, {"group": None}))
+        )
+        g = torch.Generator().manual_seed(vocabulary)
+        tokens = torch.randint(0, vocabulary, (8,), generator=g)
+        targets = torch.randint(0, vocabulary, (8,), generator=g)
+        targets[:3] = -100
+        want = whole_head.loss(alone(tokens) * 40, targets, z_loss=z_loss)
+        got = head.loss(embed(tokens) * 40, targets, z_loss=z_loss)
+        for (mine, count), (theirs, counted) in zip(got, want, strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=0)
+            assert int(count) == int(counted) == 5
+        for pairs in (want, got):
+            sum((0.3 + i) * total for i, (total, _) in enumerate(pairs)).backward()
+        held = layouts(embed)["weight"].pieces
+        assert bool(held) == (embed.start < embed.stop)
+        for piece in held:
+            torch.testing.assert_close(
+                piece.of_local(embed.weight.grad),
+                piece.of_logical(alone.weight.grad),
+                atol=1e-10,
+                rtol=0,
+            )
+        assert not embed.weight.grad[embed.stop - embed.start :].any()
+        for wrong in (-1, vocabulary):
+            with pytest.raises(IndexError):
+                embed(torch.full((size,), wrong))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_vocabularies_of_any_size(ranks, size):
+    ranks(size, _vocabularies_of_any_size)
+
+
+def _nothing_trains_on_any_token():
+    head = VocabHead(11, 6, group=dist.group.WORLD).double()
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.full((4 * dist.get_world_size(),), -100)
+    for z_loss in (True, False):
+        pairs = head.loss(x, targets, z_loss=z_loss)
+        assert all(int(count) == 0 and float(total.detach()) == 0 for total, count in pairs)
+        sum(total for total, _ in pairs).backward()
+    assert not x.grad.any()
+    assert not head.weight.grad.any()
+
+
+def test_a_batch_without_trained_tokens_has_zero_gradients(ranks):
+    ranks(2, _nothing_trains_on_any_token)
 
 
 class _Three:
@@ -137,6 +203,16 @@ class _Three:
 def test_bad_sizes_get_one_sentence(make, message):
     with pytest.raises(ValueError, match=message):
         make(_Three())
+
+
+def test_wrong_hidden_states_get_one_sentence():
+    head = VocabHead(7, 4, group=None)
+    with pytest.raises(ValueError, match=r"VocabHead: x must have 4 features, .* \[3, 5\]"):
+        head(torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"hidden states \(3 rows .* as many as targets \(2\)"):
+        head.loss(torch.ones(3, 4), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"a tied head must have .* \(7, 4\), got \(8, 4\)"):
+        VocabHead(8, 4, group=None, tied=VocabEmbedding(7, 4, group=None))
 
 
 def test_padding_has_no_piece_and_is_zero():

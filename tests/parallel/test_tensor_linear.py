@@ -8,7 +8,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from warploom.parallel.collectives import all_gather_rows, all_reduce_
-from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import assemble, layouts
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 from warploom.parallel.tensor.product import WeightGradients
