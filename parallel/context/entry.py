@@ -1,0 +1,140 @@
+"""What stands before every kind of attention: whole or by rows, the split, and what is refused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from warploom.kernels.attention import flash_attention_varlen
+
+from ..collectives import Group
+from .split import Split
+
+Tensors = tuple[Tensor, Tensor, Tensor]
+
+
+def place(group: Group) -> tuple[int, int]:
+    """Return this rank's place in the group, and the group's size.
+
+    Raises:
+        ValueError: If this rank is not in the group.
+    """
+    if group is None:
+        return 0, 1
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be one that this rank is part of, got {group}")
+    return group.rank(), group.size()
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, tokens: int, size: int, wanted: int, axis: str) -> None:
+    """Refuse, before anything is sent, what cannot be attended to.
+
+    Args:
+        q: Must be `[tokens, H, K]`.
+        k: Must be `[tokens, G, K]`, H a multiple of G.
+        v: Must be as `k`.
+        tokens: Tokens that the split gives to this rank.
+        size: Ranks of the group.
+        wanted: Ranks that the split is for.
+        axis: Which group.
+
+    Raises:
+        ValueError: If one of these does not hold.
+    """
+    if size != wanted:
+        raise ValueError(
+            f"the {axis} group ({size} ranks) must be as large as the split says ({wanted}): "
+            f"build the split for these ranks"
+        )
+    shapes = f"got q {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}"
+    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[2] != k.shape[2]:
+        raise ValueError(f"q must be [tokens, H, K], k and v [tokens, G, K]; {shapes}")
+    if not len(q) == len(k) == tokens:
+        raise ValueError(f"q, k and v must hold the {tokens} tokens of the split; {shapes}")
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"query heads ({q.shape[1]}) must be a multiple of key/value heads ({k.shape[1]})"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+
+
+def flatten(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    split: Split | None,
+    document_lengths: Sequence[int] | Tensor | None,
+    ranks: int,
+) -> tuple[Tensors, Split]:
+    """Make rows flat tokens, and a zigzag split where none is given.
+
+    Args:
+        q: `[N, H, K]`, or rows `[B, S / ranks, H, K]`.
+        k: `[N, G, K]`, or rows.
+        v: As `k`.
+        split: Who holds what, or `None`.
+        document_lengths: Of the whole batch, where there is no split; `None`: one document a row.
+        ranks: Ranks of the group.
+
+    Raises:
+        ValueError: If both a split and lengths are given, or the lengths cannot be split.
+    """
+    if split is None:
+        rows, tokens = len(q) if q.dim() == 4 else 1, q.shape[:-2].numel() * ranks
+        lengths = [tokens // max(rows, 1)] * rows if document_lengths is None else document_lengths
+        split = Split.build(lengths, ranks, rows=rows)
+    elif document_lengths is not None:
+        raise ValueError(
+            f"document_lengths must be left out where a split is given ({len(split.bounds) - 1} "
+            f"documents): it has them"
+        )
+    q, k, v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    return (q, k, v), split
+
+
+def order(split: Split, device: torch.device) -> Tensor:
+    """Return `split.inverse` on `device`, sent there once a batch."""
+    return split.kept(("inverse", device), lambda: split.inverse.to(device))
+
+
+def attend_whole(
+    q: Tensor, k: Tensor, v: Tensor, split: Split, causal: bool, scale: float | None
+) -> Tensor:
+    """Attend where all tokens, of every rank one after the other, are here.
+
+    Args:
+        q: `[ranks * tokens, H, K]`.
+        k: `[ranks * tokens, G, K]`.
+        v: As `k`.
+        split: Whose order the tokens are in.
+        causal: Whether a query sees the keys up to its own position only.
+        scale: Multiplies the scores; `None` for 1 / sqrt(K).
+
+    Returns:
+        `[ranks * tokens, H, K]`, 0 for padding.
+    """
+
+    def make() -> tuple[bool, Tensor, int]:
+        ordered = torch.equal(split.inverse, torch.arange(split.total))
+        bounds = torch.tensor(split.bounds, dtype=torch.int32, device=q.device)
+        return ordered, bounds, int(torch.tensor(split.bounds).diff().max())
+
+    ordered, cu_seqlens, longest = split.kept(("whole", q.device), make)
+    padding = len(q) - split.total
+    own = None if ordered else order(split, q.device)
+
+    def flat(x: Tensor) -> Tensor:
+        return x[: split.total] if own is None else x.index_select(0, own)
+
+    options: dict[str, Any] = {"max_seqlen": longest, "causal": causal, "scale": scale}
+    mixed: Any = flash_attention_varlen(flat(q), flat(k), flat(v), cu_seqlens, **options)
+    if own is None:
+        mixed = F.pad(mixed, (0, 0, 0, 0, 0, padding)) if padding else mixed
+    else:
+        mixed = q.new_zeros(q.shape).index_copy(0, own, mixed)
+    out: Tensor = mixed
+    return out
