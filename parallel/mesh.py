@@ -15,8 +15,9 @@ ring have cp / uly members: `ulysses` and `ring` are their groups.
 
 Three groups are products of axes: `shard` = cp x dp, over which the optimizer's state is sharded
 (these ranks hold the same parameters), `tokens` = cp x dp x rep, whose ranks see different tokens,
-and `stage` = tp x cp x dp, which together hold one pipeline stage once. `ends` are the first and the last rank of pp, which may share a tied embedding. A group of
-one rank is `None`, and nothing communicates over it.
+and `stage` = tp x cp x dp, which together hold one pipeline stage once. `ends` are the first and
+the last rank of pp, which may share a tied embedding. A group of one rank is `None`, and nothing
+communicates over it.
 
 A mesh is a frozen value. There is no current mesh: two may live in one process.
 

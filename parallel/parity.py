@@ -2,7 +2,8 @@
 
 Knows no model: a *subject* is a callable that builds a model and its optimizer on a mesh and gives
 the micro-batches of a step. `record` runs it and keeps, by logical name and in full, what must not
-depend on the mesh: losses, every gradient, the gradient's norm and the parameters after the steps.
+depend on the mesh: losses, every gradient, its norm, the clip coefficient and the parameters
+after the steps.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .mesh import Mesh
 from .optimizer import ShardedOptimizer
+from .pipeline import Schedule
 from .sharding import Layout, assemble
 from .step import Step
 
@@ -27,6 +29,8 @@ class Subject:
         optimizer: Its optimizer.
         batches: This rank's micro-batches of step n.
         clip: Largest gradient norm.
+        zero: ZeRO stage.
+        schedule: Pipeline schedule, where the mesh has stages.
     """
 
     model: nn.Module
@@ -34,6 +38,8 @@ class Subject:
     optimizer: ShardedOptimizer
     batches: Callable[[int], Sequence[Any]]
     clip: float | None = 1.0
+    zero: int = 1
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True)
@@ -43,19 +49,29 @@ class Trace:
     Attributes:
         losses: Of each step, by term.
         grad_norms: Of each step.
+        clips: Clip coefficient of each step.
         gradients: Of the first step, before clipping, by logical name.
         parameters: After the steps, by logical name.
     """
 
     losses: list[dict[str, float]]
     grad_norms: list[float]
+    clips: list[float]
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
 
 
 def record(subject: Subject, mesh: Mesh, *, steps: int = 3, learning_rate: float = 1e-2) -> Trace:
     """Train `steps` steps on `mesh` and gather what happened; a collective call."""
-    step = Step(subject.model, subject.layouts, subject.optimizer, mesh, clip=subject.clip)
+    step = Step(
+        subject.model,
+        subject.layouts,
+        subject.optimizer,
+        mesh,
+        clip=subject.clip,
+        zero=subject.zero,
+        schedule=subject.schedule,
+    )
     seen: dict[str, Tensor] = {}
     inner = subject.optimizer.step
 
@@ -66,15 +82,14 @@ def record(subject: Subject, mesh: Mesh, *, steps: int = 3, learning_rate: float
 
     subject.optimizer.step = watch  # type: ignore[method-assign]
     results = [step(subject.batches(n), learning_rate=learning_rate) for n in range(steps)]
-    step.gradients.close()
-    first = results[0].grad_norm
-    if subject.clip is not None and first > subject.clip:
-        seen = {path: gradient * ((first + 1e-6) / subject.clip) for path, gradient in seen.items()}
+    step.close()
+    seen = {path: gradient / results[0].clip_coefficient for path, gradient in seen.items()}
     shards = {path: shard.layout for path, shard in subject.optimizer.shards.items()}
     parameters = dict(subject.model.named_parameters())
     return Trace(
         losses=[result.losses for result in results],
         grad_norms=[result.grad_norm for result in results],
+        clips=[result.clip_coefficient for result in results],
         gradients=assemble(seen, shards, mesh.world),
         parameters=assemble(parameters, subject.layouts, mesh.world),
     )
@@ -93,6 +108,8 @@ def differences(got: Trace, want: Trace) -> dict[str, float]:
         result |= {f"loss {name}, step {n}": abs(a[name] - b[name]) for name in a}
     for n, (x, y) in enumerate(zip(got.grad_norms, want.grad_norms, strict=True)):
         result[f"gradient norm, step {n}"] = abs(x - y)
+    for n, (x, y) in enumerate(zip(got.clips, want.clips, strict=True)):
+        result[f"clip coefficient, step {n}"] = abs(x - y)
     for kind, left, right in (
         ("gradient", got.gradients, want.gradients),
         ("parameter", got.parameters, want.parameters),

@@ -93,6 +93,10 @@ class Layout:
     spread: tuple[tuple[Group, tuple[str, ...]], ...] = ()
     expert: bool = False
 
+    def replicas(self, mesh: Mesh) -> Group:
+        """Return the ranks that hold the same tensor, within one replica of the model."""
+        return mesh.edp if self.expert else mesh.shard
+
 
 @runtime_checkable
 class Declares(Protocol):

@@ -1,4 +1,4 @@
-"""Optimizers whose state is sharded over the data-parallel ranks (ZeRO-1)."""
+"""Optimizers whose state is sharded over the ranks that hold the same parameters."""
 
 from .adamw import AdamW
 from .muon import Muon

@@ -9,7 +9,7 @@ torch's fused kernel.
 Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,12 @@ class AdamW(ShardedOptimizer):
     Args:
         parameters: Parameters by path.
         layouts: Their layouts, by the same paths.
-        mesh: Its `shard` group holds one shard a rank.
+        mesh: The ranks that hold the same parameter share out its rows.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, times the learning rate.
         decay: Which parameters decay; by default those of two dimensions or more.
+        offload: Whether masters and moments are kept in host memory.
     """
 
     def __init__(
@@ -43,30 +44,43 @@ class AdamW(ShardedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         decay: Callable[[str, Tensor], bool] = decays,
+        offload: bool = False,
     ) -> None:
-        super().__init__(parameters, layouts, mesh, weight_decay=weight_decay, decay=decay)
         self.betas = betas
         self.eps = eps
-        self.means = {path: torch.zeros_like(s.master) for path, s in self.shards.items()}
-        self.squares = {path: torch.zeros_like(s.master) for path, s in self.shards.items()}
+        super().__init__(
+            parameters, layouts, mesh, weight_decay=weight_decay, decay=decay, offload=offload
+        )
+
+    def moments(self) -> Iterable[str]:
+        """Return the paths of the parameters that take AdamW's step."""
+        return self.shards
+
+    def reset(self) -> None:
+        """Make both moments, zero."""
+        masters = {path: self.shards[path].master for path in self.moments()}
+        self.means = {path: _zeros(master) for path, master in masters.items()}
+        self.squares = {path: _zeros(master) for path, master in masters.items()}
 
     def states(self) -> Iterable[tuple[str, str, Tensor]]:
         """Yield both moments."""
         yield from (("adamw.mean", path, tensor) for path, tensor in self.means.items())
         yield from (("adamw.square", path, tensor) for path, tensor in self.squares.items())
 
-    def update(self, gradients: Mapping[str, Tensor], learning_rate: float) -> None:
-        """Change the masters in place."""
+    def update(
+        self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], learning_rate: float
+    ) -> None:
+        """Change the masters of `shards` in place."""
         for decay in (True, False):
             self._update(
-                [s for s in self.shards.values() if s.decay == decay and s.master.numel()],
+                [s for s in shards if s.decay == decay and s.master.numel()],
                 gradients,
                 learning_rate,
                 self.weight_decay if decay else 0.0,
             )
 
     def _update(
-        self, shards: list[Shard], gradients: Mapping[str, Tensor], rate: float, decay: float
+        self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], rate: float, decay: float
     ) -> None:
         if not shards:
             return
@@ -88,3 +102,8 @@ class AdamW(ShardedOptimizer):
             eps=self.eps,
             maximize=False,
         )
+
+
+def _zeros(master: Tensor) -> Tensor:
+    """Return a state of zeros beside `master`, in pinned memory where that is pinned."""
+    return torch.zeros_like(master, pin_memory=master.is_pinned())

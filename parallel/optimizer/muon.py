@@ -6,29 +6,23 @@ O(u) replaces the singular values of u `[n, m]` by about 1: five Newton-Schulz s
 x <- a x + (b A + c A^2) x, A = x x^T, from x = u / |u|. s(n, m) = 0.2 sqrt(max(n, m)) gives the
 update the root mean square of AdamW's, so that one learning rate serves both.
 
-R ranks of `mesh.shard`:
-
-    gather the rows of u                              all-gather
-    each logical matrix is made orthogonal by one rank, the costliest by the least busy
-    return the rows                                   reduce-scatter (zeros from the others)
-
-Costs 5 (4 n^2 m + 2 n^3) FLOPs a matrix, n <= m, shared by the ranks. Parameters that are no hidden
-matrices (embedding, head, norms) take AdamW's step.
+The shards of u go to the ranks that make whole matrices of them (see `matrices.py`), and the rows
+come back. Parameters that are no hidden matrices (embedding, head, norms) take AdamW's step.
 
 Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (the method and its
 coefficients); Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2 (scale, decay) and
 2.3 (sharding).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..collectives import all_gather_rows, reduce_scatter_rows
 from ..mesh import Mesh
-from ..sharding import Layout, Piece
+from ..sharding import Layout
 from .adamw import AdamW
+from .matrices import Matrices
 from .sharded import Shard, decays
 
 
@@ -48,27 +42,27 @@ def newton_schulz(u: Tensor, *, steps: int = 5) -> Tensor:
     return x.t() if u.shape[0] > u.shape[1] else x
 
 
-def _whole(piece: Piece) -> bool:
-    return piece.logical_sizes == piece.shape
-
-
 class Muon(AdamW):
     """Muon for hidden matrices, AdamW for the rest, over shards.
 
     Args:
         parameters: Parameters by path.
         layouts: Their layouts, by the same paths.
-        mesh: Its `shard` group holds one shard a rank.
-        hidden: Which parameters are hidden matrices, by path and parameter.
+        mesh: The ranks that hold the same parameter share out its rows; those of `mesh.stage`
+            share out the matrices.
+        hidden: Which parameters are hidden matrices, by path and parameter: the last two
+            dimensions of each of their logical tensors are a matrix, the others count matrices.
         momentum: mu.
         betas: AdamW's, for the rest.
         eps: AdamW's, for the rest.
         weight_decay: Decoupled weight decay, times the learning rate, for both.
         decay: Which parameters decay.
         rest_rate: AdamW's learning rate as a factor on Muon's.
+        offload: Whether masters and states are kept in host memory; matrices are made orthogonal
+            where the parameters are.
 
     Raises:
-        ValueError: If a hidden matrix is split over ranks (tensor parallel).
+        ValueError: If a hidden parameter has a logical tensor of fewer than two dimensions.
     """
 
     def __init__(
@@ -84,7 +78,18 @@ class Muon(AdamW):
         weight_decay: float = 0.1,
         decay: Callable[[str, Tensor], bool] = decays,
         rest_rate: float = 1.0,
+        offload: bool = False,
     ) -> None:
+        self.momentum = momentum
+        self.rest_rate = rest_rate
+        self.hidden = [path for path, p in parameters.items() if hidden(path, p)]
+        for path in self.hidden:
+            for piece in layouts[path].pieces:
+                if len(piece.shape) < 2:
+                    raise ValueError(
+                        f"a hidden parameter must be made of matrices, but {piece.name} of {path} "
+                        f"has the shape {piece.shape}: leave it to AdamW"
+                    )
         super().__init__(
             parameters,
             layouts,
@@ -93,78 +98,56 @@ class Muon(AdamW):
             eps=eps,
             weight_decay=weight_decay,
             decay=decay,
+            offload=offload,
         )
-        self.momentum = momentum
-        self.rest_rate = rest_rate
-        self.matrices: dict[str, tuple[Piece, ...]] = {}
-        for path, parameter in parameters.items():
-            if not hidden(path, parameter):
-                continue
-            split = [piece.name for piece in layouts[path].pieces if not _whole(piece)]
-            if split:
-                raise ValueError(
-                    f"Muon needs whole matrices, but {split[0]} is split over ranks: use tp1, or "
-                    f"AdamW"
-                )
-            self.matrices[path] = layouts[path].pieces
-            del self.means[path], self.squares[path]
-        self.momenta = {path: torch.zeros_like(self.shards[path].master) for path in self.matrices}
-        self.owner = self._share_out()
 
-    def _share_out(self) -> dict[str, int]:
-        """Give each matrix to a rank: the costliest first, to the least busy."""
-        ranks = 1 if self.mesh.shard is None else self.mesh.shard.size()
-        costs: dict[str, int] = {}
-        for pieces in self.matrices.values():
-            for piece in pieces:
-                small, large = sorted(piece.shape)
-                costs[piece.name] = 4 * small * small * large + 2 * small**3
-        busy = [0] * ranks
-        owner: dict[str, int] = {}
-        for name in sorted(costs, key=lambda name: (-costs[name], name)):
-            owner[name] = busy.index(min(busy))
-            busy[owner[name]] += costs[name]
-        return owner
+    def moments(self) -> Iterable[str]:
+        """Return the paths of the parameters that take AdamW's step."""
+        hidden = set(self.hidden)
+        return [path for path in self.shards if path not in hidden]
+
+    def reset(self) -> None:
+        """Make the momenta, and the moments of the rest, zero."""
+        super().reset()
+        self.momenta = {path: torch.zeros_like(self.shards[path].master) for path in self.hidden}
+        self.matrices: Matrices | None = None
+        self.orthogonal: dict[str, Tensor] = {}
 
     def states(self) -> Iterable[tuple[str, str, Tensor]]:
         """Yield AdamW's moments of the rest, and the momenta."""
         yield from super().states()
         yield from (("muon.momentum", path, tensor) for path, tensor in self.momenta.items())
 
-    def update(self, gradients: Mapping[str, Tensor], learning_rate: float) -> None:
-        """Change the masters in place."""
-        rest = [s for s in self.shards.values() if s.path not in self.matrices]
-        for decay in (True, False):
-            self._update(
-                [s for s in rest if s.decay == decay and s.master.numel()],
-                gradients,
-                learning_rate * self.rest_rate,
-                self.weight_decay if decay else 0.0,
-            )
-        for path in self.matrices:
-            shard = self.shards[path]
-            own = self._orthogonal(shard, gradients[path].to(shard.master.dtype))
-            if shard.decay:
-                shard.master.mul_(1 - learning_rate * self.weight_decay)
-            shard.master.sub_(own, alpha=learning_rate)
+    def prepare(self, gradients: Mapping[str, Tensor]) -> None:
+        """Advance the momenta and make this step's matrices orthogonal; a collective call."""
+        if self.offload and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the gradients are down
+        shards = {path: self.shards[path] for path in self.hidden}
+        if self.matrices is None:
+            self.matrices = Matrices(shards, self.mesh.stage)
+        moved: dict[str, Tensor] = {}
+        for path, shard in shards.items():
+            gradient = gradients[path].to(shard.master.dtype)
+            momentum = self.momenta[path].mul_(self.momentum).add_(gradient)
+            u = gradient.add(momentum, alpha=self.momentum)
+            moved[path] = u.to(shard.rows.device)
+        made = self.matrices.exchange(moved, _orthogonal)
+        self.orthogonal = {path: x.to(shards[path].master.device) for path, x in made.items()}
 
-    def _orthogonal(self, shard: Shard, gradient: Tensor) -> Tensor:
-        """Return this rank's rows of the scaled, orthogonal update."""
-        momentum = self.momenta[shard.path].mul_(self.momentum).add_(gradient)
-        own = gradient.add(momentum, alpha=self.momentum)
-        group = self.mesh.shard
-        rows = shard.parameter.shape[0]
-        each = rows if group is None else -(-rows // group.size())
-        padded = own.new_zeros(each, *own.shape[1:])
-        padded[: own.shape[0]] = own
-        full = all_gather_rows(padded, group)
-        result = torch.zeros_like(full)
-        rank = 0 if group is None else group.rank()
-        for piece in self.matrices[shard.path]:
-            if self.owner[piece.name] != rank:
-                continue
-            u = piece.of_local(full)
-            narrow = torch.bfloat16 if shard.parameter.dtype == torch.bfloat16 else u.dtype
-            scale = 0.2 * max(piece.shape) ** 0.5
-            piece.of_local(result).copy_(newton_schulz(u.to(narrow)).to(u.dtype).mul_(scale))
-        return reduce_scatter_rows(result, group)[: own.shape[0]]
+    def update(
+        self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], learning_rate: float
+    ) -> None:
+        """Change the masters of `shards` in place."""
+        rest = [shard for shard in shards if shard.path not in self.momenta]
+        super().update(rest, gradients, learning_rate * self.rest_rate)
+        for shard in shards:
+            if shard.path in self.momenta:
+                if shard.decay:
+                    shard.master.mul_(1 - learning_rate * self.weight_decay)
+                shard.master.sub_(self.orthogonal.pop(shard.path), alpha=learning_rate)
+
+
+def _orthogonal(u: Tensor, narrow: torch.dtype) -> Tensor:
+    """Return the scaled, orthogonal update, computed in bfloat16 where parameters are."""
+    dtype = torch.bfloat16 if narrow == torch.bfloat16 else u.dtype
+    return newton_schulz(u.to(dtype)).to(u.dtype).mul_(0.2 * max(u.shape) ** 0.5)

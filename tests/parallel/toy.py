@@ -1,11 +1,13 @@
-"""A small model of every tensor-parallel layer, as a step's and a parity proof's subject."""
+"""A small model of every kind of parameter, as a step's and a parity proof's subject."""
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from warploom.parallel.optimizer import AdamW
+from warploom.parallel.collectives import gather, reduce, scatter
+from warploom.parallel.optimizer import AdamW, Muon
 from warploom.parallel.parity import Subject
-from warploom.parallel.sharding import layouts
+from warploom.parallel.sharding import Layout, layouts, rows, whole
 from warploom.parallel.step import Term
 from warploom.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
 
@@ -44,6 +46,136 @@ class ToyModel(nn.Module):
         )
 
 
+def fill(parameter, layout, seed=7):
+    """Fill a parameter from its logical tensors, whose values depend on their names alone."""
+    with torch.no_grad():
+        parameter.zero_()
+        for piece in layout.pieces:
+            g = torch.Generator().manual_seed(seed + sum(map(ord, piece.name)))
+            logical = torch.randn(piece.shape, generator=g, dtype=torch.float64) * 0.5
+            piece.of_local(parameter).copy_(piece.of_logical(logical))
+
+
+class Gate(nn.Module):
+    """Scales by one of two rows that R ranks share out: with R > 2, several hold the same one.
+
+    Stands for key and value heads that are fewer than the ranks.
+    """
+
+    HEADS = 2
+
+    def __init__(self, width, group):
+        super().__init__()
+        self.group, self.width = group, width
+        self.ranks = 1 if group is None else group.size()
+        rank = 0 if group is None else group.rank()
+        held = max(self.HEADS // self.ranks, 1)
+        self.first = rank * self.HEADS // self.ranks
+        self.weight = nn.Parameter(torch.empty(held, width, dtype=torch.float64))
+
+    def declare_layouts(self):
+        shape = (self.HEADS, self.width)
+        held = self.weight.shape[0]
+        piece = rows("weight", shape, self.first, self.first + held)
+        spread = ((self.group, ("weight",)),) if self.ranks > self.HEADS else ()
+        return {"weight": Layout(tuple(self.weight.shape), (piece,), spread=spread)}
+
+    def forward(self, x):
+        """Map all tokens `[T, D]` to the sum over heads, each rank's part of the work."""
+        mine = self.weight.tanh().sum(0)
+        share = self.weight.shape[0] * self.ranks // self.HEADS  # ranks that do the same head
+        return x * mine / share
+
+
+class Experts(nn.Module):
+    """Matrices `[E, D, D]` of which each rank of ep holds some; a token picks one by its value.
+
+    Every rank gathers the tokens of ep, works on those that are its experts', and sums.
+    """
+
+    def __init__(self, experts, width, mesh):
+        super().__init__()
+        self.mesh, self.count, self.width = mesh, experts, width
+        ranks, rank = mesh.degree("ep"), mesh.coordinate("ep")
+        self.held = experts // ranks
+        self.first = rank * self.held
+        self.weight = nn.Parameter(torch.empty(self.held, width, width, dtype=torch.float64))
+
+    def declare_layouts(self):
+        shape = (self.count, self.width, self.width)
+        piece = rows("weight", shape, self.first, self.first + self.held)
+        return {"weight": Layout(tuple(self.weight.shape), (piece,), expert=True)}
+
+    def forward(self, x):
+        x = gather(x, self.mesh.ep)
+        chosen = (x.detach().sum(1) * 10).floor().long() % self.count
+        y = torch.zeros_like(x)
+        for e in range(self.held):
+            mask = (chosen == self.first + e).to(x.dtype)[:, None]
+            y = y + mask * (x @ self.weight[e].t())
+        return scatter(y, self.mesh.ep)
+
+
+class Block(nn.Module):
+    """Fused column and row products, a gate whose rows are spread, a partial scale, experts."""
+
+    def __init__(self, mesh, width=6):
+        super().__init__()
+        self.mesh = mesh
+        self.scale = nn.Parameter(torch.empty(width, dtype=torch.float64))
+        self.gate = Gate(width, mesh.tp)
+        self.up = ColumnLinear(width, 16, parts={"a": 8, "b": 8}, bias=True, group=mesh.tp)
+        self.down = RowLinear(8, width, bias=True, group=mesh.tp)
+        self.experts = Experts(4, width, mesh)
+
+    def declare_layouts(self):
+        partial = () if self.mesh.tp is None else (self.mesh.tp,)
+        return {"scale": whole("scale", self.scale.shape, partial=partial)}
+
+    def forward(self, x):
+        x = x * self.scale.tanh()
+        a, b = self.up(x).chunk(2, dim=-1)
+        x = x + self.down(a.tanh() * b)
+        x = x + scatter(self.gate(gather(x, self.mesh.tp)), self.mesh.tp)
+        return x + self.experts(x)
+
+
+class Stack(nn.Module):
+    """Embedding, blocks (the units), and a tied head; every kind of parameter."""
+
+    def __init__(self, mesh, *, blocks=2, width=6, recompute=False):
+        super().__init__()
+        self.mesh, self.recompute = mesh, recompute
+        self.embedding = VocabEmbedding(11, width, group=mesh.tp)
+        self.blocks = nn.ModuleList(Block(mesh, width) for _ in range(blocks))
+        self.head = VocabHead(11, width, group=mesh.tp, tied=self.embedding)
+        self.double()
+        self.head.weight = self.embedding.weight
+        made = layouts(self)
+        for path, parameter in self.named_parameters():
+            fill(parameter, made[path])
+
+    def counts(self, batch):
+        own = self._part(batch[1])
+        return {"language_model": (own != -100).sum(), "size": own.numel()}
+
+    def _part(self, x):
+        return x.chunk(self.mesh.degree("cp"))[self.mesh.coordinate("cp")]
+
+    def loss(self, batch):
+        tokens, targets = map(self._part, batch)
+        x = self.embedding(tokens)
+        sizes = []
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+            sizes.append(reduce(x.square().sum(), self.mesh.tp))
+        ((total, count),) = self.head.loss(x, targets)
+        return (
+            Term("language_model", total, count),
+            *(Term("size", size, tokens.numel(), 0.01) for size in sizes),
+        )
+
+
 def global_batch(step, rows=8, tokens=8):
     """Return rows with unequal numbers of trained tokens; some rows train nothing."""
     g = torch.Generator().manual_seed(100 + step)
@@ -72,4 +204,27 @@ def subject(mesh, *, micro=2, clip=1.0, **kwargs):
     optimizer = AdamW(dict(model.named_parameters()), made, mesh)
     return Subject(
         model, made, optimizer, lambda step: split(global_batch(step), mesh, micro), clip
+    )
+
+
+def hidden(path, parameter):
+    """Choose the matrices of the blocks for Muon."""
+    return path.startswith("blocks.") and parameter.dim() > 1
+
+
+def stack(mesh, *, zero=1, micro=2, clip=1.0, muon=False, offload=False, rows=12, **kwargs):
+    """Return a subject of a `Stack`; its 12 rows make 3 micro-batches on 2 ranks of data."""
+    model = Stack(mesh, **kwargs)
+    made, parameters = layouts(model), dict(model.named_parameters())
+    if muon:
+        optimizer = Muon(parameters, made, mesh, hidden=hidden, offload=offload)
+    else:
+        optimizer = AdamW(parameters, made, mesh, offload=offload)
+    return Subject(
+        model,
+        made,
+        optimizer,
+        lambda step: split(global_batch(step, rows), mesh, micro),
+        clip,
+        zero,
     )
