@@ -81,8 +81,8 @@ def _layers_send_what_theory_says():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_layers_send_what_theory_says(ranks, size):
-    ranks(size, _layers_send_what_theory_says)
+def test_layers_send_what_theory_says(pool, size):
+    pool(size, _layers_send_what_theory_says)
 
 
 def _plain_collectives():
@@ -119,8 +119,8 @@ def _plain_collectives():
     assert ledger.table() == {}
 
 
-def test_plain_collectives_by_the_ring(ranks):
-    ranks(3, _plain_collectives)
+def test_plain_collectives_by_the_ring(pool):
+    pool(3, _plain_collectives)
 
 
 def _axes_have_names():
@@ -136,8 +136,8 @@ def _axes_have_names():
     }
 
 
-def test_groups_are_named_by_their_axes(ranks):
-    ranks(4, _axes_have_names)
+def test_groups_are_named_by_their_axes(pool):
+    pool(4, _axes_have_names)
 
 
 def test_bytes_of_an_exchange_do_not_follow_from_the_size():

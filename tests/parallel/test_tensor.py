@@ -98,8 +98,8 @@ def _toys_equal_unsharded():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_layers_equal_unsharded(ranks, size):
-    ranks(size, _toys_equal_unsharded)
+def test_layers_equal_unsharded(pool, size):
+    pool(size, _toys_equal_unsharded)
 
 
 def _logits_gradient():
@@ -119,8 +119,8 @@ def _logits_gradient():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_gradients_through_gathered_logits(ranks, size):
-    ranks(size, _logits_gradient)
+def test_gradients_through_gathered_logits(pool, size):
+    pool(size, _logits_gradient)
 
 
 def _vocabularies_of_any_size():
@@ -163,8 +163,8 @@ def _vocabularies_of_any_size():
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_vocabularies_of_any_size(ranks, size):
-    ranks(size, _vocabularies_of_any_size)
+def test_vocabularies_of_any_size(pool, size):
+    pool(size, _vocabularies_of_any_size)
 
 
 def _nothing_trains_on_any_token():
@@ -179,8 +179,8 @@ def _nothing_trains_on_any_token():
     assert not head.weight.grad.any()
 
 
-def test_a_batch_without_trained_tokens_has_zero_gradients(ranks):
-    ranks(2, _nothing_trains_on_any_token)
+def test_a_batch_without_trained_tokens_has_zero_gradients(pool):
+    pool(2, _nothing_trains_on_any_token)
 
 
 class _Three:

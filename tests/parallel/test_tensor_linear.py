@@ -132,8 +132,8 @@ def _linears_equal_unsharded():
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_linears_equal_unsharded(ranks, size):
-    ranks(size, _linears_equal_unsharded)
+def test_linears_equal_unsharded(pool, size):
+    pool(size, _linears_equal_unsharded)
 
 
 def _shared_heads():
@@ -150,8 +150,8 @@ def _shared_heads():
     assert not torch.equal(held[0], held[2])
 
 
-def test_fewer_heads_than_ranks_are_held_by_neighbours(ranks):
-    ranks(4, _shared_heads)
+def test_fewer_heads_than_ranks_are_held_by_neighbours(pool):
+    pool(4, _shared_heads)
 
 
 def _deferred_weight_gradients():
@@ -178,8 +178,8 @@ def _deferred_weight_gradients():
             near(p.grad, want)
 
 
-def test_weight_gradients_can_wait(ranks):
-    ranks(2, _deferred_weight_gradients)
+def test_weight_gradients_can_wait(pool):
+    pool(2, _deferred_weight_gradients)
 
 
 def _regather_keeps_only_own_rows():
@@ -192,8 +192,8 @@ def _regather_keeps_only_own_rows():
         assert [len(t) for t in kept if t.shape[1:] == (D,)] == [rows, FEATURES // 2]
 
 
-def test_regather_keeps_only_own_rows(ranks):
-    ranks(2, _regather_keeps_only_own_rows)
+def test_regather_keeps_only_own_rows(pool):
+    pool(2, _regather_keeps_only_own_rows)
 
 
 def _frozen_and_autocast():
@@ -214,8 +214,8 @@ def _frozen_and_autocast():
     assert layer.weight.grad.dtype == torch.float32
 
 
-def test_frozen_weights_and_autocast(ranks):
-    ranks(2, _frozen_and_autocast)
+def test_frozen_weights_and_autocast(pool):
+    pool(2, _frozen_and_autocast)
 
 
 def _wrong_input():
@@ -246,5 +246,5 @@ def _wrong_input():
         ColumnLinear(D, 6, group=group, parts={"k": 6}, heads={"v": 3})
 
 
-def test_wrong_input_gets_one_sentence(ranks):
-    ranks(2, _wrong_input)
+def test_wrong_input_gets_one_sentence(pool):
+    pool(2, _wrong_input)
