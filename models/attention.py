@@ -15,37 +15,18 @@ https://arxiv.org/abs/2104.09864 (rotary positions); Yang et al. 2025,
 https://arxiv.org/abs/2505.09388, section 2 (the norms of queries and keys).
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
 from warploom.kernels.rope import rotary
+from warploom.parallel import context as context_parallel
 from warploom.parallel.collectives import Group
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
 from .norm import RMSNorm
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """How the flat tokens of one forward pass fall into sequences.
-
-    Attributes:
-        batch: Number B of rows of equal length; read where `cu_seqlens` is `None`.
-        cos_TJ: Cosines of the rotary angles, float32 at least.
-        sin_TJ: Sines of the rotary angles, float32 at least.
-        cu_seqlens: Boundaries `[N + 1]` of N documents in the flat tokens, int32; `None` when each
-            row is one document.
-        max_seqlen: Length of the longest document.
-    """
-
-    batch: int
-    cos_TJ: Tensor
-    sin_TJ: Tensor
-    cu_seqlens: Tensor | None = None
-    max_seqlen: int | None = None
+from .sequences import Sequences
 
 
 class Attention(nn.Module):
@@ -57,6 +38,9 @@ class Attention(nn.Module):
         kv_heads: Key/value heads G, over all ranks.
         head_dim: Head dimension K.
         group: The tensor-parallel process group; `None` for one rank.
+        ring: The context-parallel ranks between which keys and values travel.
+        ulysses: The context-parallel ranks that exchange heads.
+        context: How keys and values travel, `ring` or `all_gather`.
         qk_norm: Whether each query and key head is normalised before its rotation.
         norm_eps: Epsilon of these norms.
 
@@ -73,6 +57,9 @@ class Attention(nn.Module):
         head_dim: int,
         *,
         group: Group,
+        ring: Group = None,
+        ulysses: Group = None,
+        context: str = "ring",
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
     ) -> None:
@@ -84,6 +71,7 @@ class Attention(nn.Module):
                 f"kv_heads ({kv_heads}) or be a multiple of them: choose another tp"
             )
         self.head_dim = head_dim
+        self.ring, self.ulysses, self.context = ring, ulysses, context
         parts = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
         self.qkv = ColumnLinear(
             width,
@@ -99,7 +87,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Map `[T/R, D]` to `[T/R, D]`."""
-        parts = self.qkv(x).split(self.widths, dim=-1)
+        y: Tensor = self.out(self.mix(self.qkv(x), sequences))
+        return y
+
+    def mix(self, qkv: Tensor, sequences: Sequences) -> Tensor:
+        """Map this rank's queries, keys and values `[T, (H + 2 G) K / R]` to `[T, H K / R]`."""
+        parts = qkv.split(self.widths, dim=-1)
         q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         if self.q_norm is not None and self.k_norm is not None:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
@@ -107,12 +100,22 @@ class Attention(nn.Module):
             v_TGK = v_TGK.contiguous()
         q_THK, k_TGK = rotary(q_THK, k_TGK, sequences.cos_TJ, sequences.sin_TJ)
         mixed: Any  # without return_lse a tensor
-        if sequences.cu_seqlens is None:
+        if sequences.split is not None:
+            mixed = context_parallel.attention(
+                q_THK,
+                k_TGK,
+                v_TGK,
+                sequences.split,
+                ring=self.ring,
+                ulysses=self.ulysses,
+                kind=self.context,
+            )
+        elif sequences.cu_seqlens is None:
             rows = (x.unflatten(0, (sequences.batch, -1)) for x in (q_THK, k_TGK, v_TGK))
             mixed = flash_attention(*rows)
         else:
             mixed = flash_attention_varlen(
                 q_THK, k_TGK, v_TGK, sequences.cu_seqlens, max_seqlen=sequences.max_seqlen
             )
-        y: Tensor = self.out(mixed.view(len(q_THK), -1))
+        y: Tensor = mixed.reshape(len(q_THK), -1)
         return y

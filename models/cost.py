@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from warploom.parallel.memory import Recompute
+
 from .architecture import Architecture
-from .decoder import RECOMPUTE
 
 
 def parameters(architecture: Architecture) -> dict[str, int]:
@@ -199,13 +200,12 @@ def activations(
         ValueError: If `recompute` is unknown.
     """
     a = architecture
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}; got {recompute!r}")
+    operators = Recompute.parse(recompute).operators
     narrow = dtype.itemsize
     wide = torch.promote_types(dtype, torch.float32).itemsize
     own = tokens // tp
     stream = own * a.width * narrow
-    layer = stream if recompute == "full" else _layer(a, tokens, dtype, tp)
+    layer = stream if "block" in operators else _layer(a, tokens, dtype, tp)
     rows = -(-a.vocabulary // tp)
     loss = tokens * a.width * narrow + rows * a.width * wide  # the gradients of hidden and head
     final_norm = stream + own * wide

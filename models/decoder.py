@@ -1,12 +1,18 @@
-"""A decoder-only language model of the Llama family, sharded over a tensor-parallel group.
+"""A decoder-only language model, dense or of experts, sharded over every axis of a mesh.
 
     embedding -> L x (norm, attention, norm, feed-forward) -> norm -> head
 
-Between the blocks a rank holds T/R of the flat tokens. A block hands on what it adds and the stream
+Between the blocks a rank holds T/R of its flat tokens. A block hands on what it adds and the stream
 it is to be added to, apart: the next norm adds them in the kernel that normalises.
 
-Shapes: B batch, S sequence, T = B x S tokens, D width, V vocabulary, L layers, R tensor-parallel
-ranks.
+    axis        what a rank of it holds
+    tp          T/R tokens between the blocks; heads, features and vocabulary within them
+    cp          its share of the tokens of each micro-batch (`sequences.py`)
+    pp          its stages (`stages.py`): blocks, and at the ends the embedding and the head
+    ep, etp     its experts, and its slice of each
+
+Shapes: B batch, S sequence, T the tokens of a context-parallel rank, D width, V vocabulary, L
+layers, R tensor-parallel ranks.
 
 Source: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, section 2.2; Radford et al. 2019,
 "Language Models are Unsupervised Multitask Learners", section 2.3 (residual projections start
@@ -14,96 +20,64 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, section 2.2; Radf
 """
 
 from collections.abc import Callable
-from itertools import accumulate
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from warploom.kernels.rope import rotary_tables
 from warploom.parallel import sharding
-from warploom.parallel.collectives import Group
+from warploom.parallel.checkpoint import Entry
+from warploom.parallel.context import unshard
+from warploom.parallel.expert import bias_entries, update_biases
 from warploom.parallel.initialise import normal_
+from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.step import Term
 from warploom.parallel.tensor import VocabEmbedding, VocabHead
 
-from .architecture import Architecture
-from .attention import Attention, Sequences
+from .architecture import Architecture, Experts
 from .batch import Batch
-from .feed_forward import FeedForward
+from .block import Block, Sums
 from .norm import RMSNorm
+from .sequences import Sequences, sequences
+from .stages import Stages
+
+__all__ = ["Architecture", "Decoder", "Experts"]
 
 INIT_STD = 0.02
 IGNORED = -100  # the target of a position that is not trained
-RECOMPUTE = ("none", "full")
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream.
-
-    Args:
-        architecture: Sizes.
-        group: The tensor-parallel process group; `None` for one rank.
-    """
-
-    def __init__(self, architecture: Architecture, *, group: Group) -> None:
-        super().__init__()
-        a = architecture
-        self.attention_norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
-        self.attention = Attention(
-            a.width,
-            a.heads,
-            a.kv_heads,
-            a.head_dim,
-            group=group,
-            qk_norm=a.qk_norm,
-            norm_eps=a.norm_eps,
-        )
-        self.feed_forward_norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
-        self.feed_forward = FeedForward(a.width, a.hidden, group=group)
-
-    def forward(
-        self, added: Tensor, stream: Tensor | None, sequences: Sequences
-    ) -> tuple[Tensor, Tensor]:
-        """Map what the last block adds, and the stream, to the same of this block.
-
-        Args:
-            added: `[T/R, D]`, not yet in the stream.
-            stream: Residual stream `[T/R, D]`; `None` at the start of the model.
-            sequences: Where the sequences lie in the T tokens.
-        """
-        h, stream = self.attention_norm.add(added, stream)
-        h, stream = self.feed_forward_norm.add(self.attention(h, sequences), stream)
-        return self.feed_forward(h), stream
-
-    def whole(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """Map the stream `[T/R, D]` to the stream: one tensor to keep where a block recomputes."""
-        added, stream = self.forward(x, None, sequences)
-        return added + stream
 
 
 class Decoder(nn.Module):
-    """Llama-family language model; `Decoder.create` also draws its weights.
+    """Decoder-only language model; `Decoder.create` also draws its weights.
 
     Memory of the parameters is allocated but not written: call `initialise`, or load into it.
 
     Args:
         architecture: Sizes.
-        mesh: Groups of ranks; layers are split over `mesh.tp`. `None` for one rank.
+        mesh: Groups of ranks; `None` for one rank.
         names: From a logical name here (`blocks.0.attention.qkv.q.weight`) to the one that
             `layouts` gives; by default the same.
-        recompute: `full` keeps only the input of each block and runs it again in the backward
-            pass; `none` keeps what the backward pass needs.
+        recompute: What runs again in the backward pass: `none`, `full` (whole blocks, of which only
+            the input is kept), `selective`, or operators; see `parallel/memory`.
         z_loss: Weight of the term sum(lse^2); 0 leaves the term out.
+        context: How attention crosses context-parallel ranks, `ring` or `all_gather`.
+        balance: How tokens are dealt to context-parallel ranks: `zigzag`, `document` or
+            `contiguous`.
+        stages: Which blocks are on which pipeline stage and rank; by default one stage a rank.
         dtype: Of parameters and activations.
         device: Where the parameters are; `meta` allocates nothing.
 
     Raises:
-        ValueError: If the tensor-parallel size does not divide heads, kv_heads or hidden, the
-            mesh splits what a decoder cannot, `recompute` is unknown, or `z_loss` is negative.
+        ValueError: If a degree of the mesh does not divide what it splits, `recompute` is unknown,
+            or `z_loss` is negative.
     """
+
+    embedding: VocabEmbedding
+    norm: RMSNorm
+    head: VocabHead
 
     def __init__(
         self,
@@ -113,67 +87,81 @@ class Decoder(nn.Module):
         names: Callable[[str], str] | None = None,
         recompute: str = "none",
         z_loss: float = 0.0,
+        context: str = "ring",
+        balance: str = "zigzag",
+        stages: Stages | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}; got {recompute!r}")
         if z_loss < 0:
             raise ValueError(f"z_loss must be at least 0; got {z_loss}")
-        for axis in ("cp", "pp"):
-            if mesh is not None and mesh.degree(axis) > 1:
-                raise ValueError(
-                    f"Decoder splits over tp, dp and rep; the mesh has {axis}{mesh.degree(axis)}: "
-                    f"leave {axis} out of the mesh"
-                )
         a = architecture
-        group = None if mesh is None else mesh.tp
+        pp = 1 if mesh is None else mesh.degree("pp")
         self.architecture, self.mesh, self.names = architecture, mesh, names
-        self.recompute, self.z_loss = recompute, z_loss
-        self.size = 1 if group is None else group.size()
+        self.recompute = Recompute.parse(recompute)
+        self.z_loss, self.balance = z_loss, balance
+        self.stages = Stages.deal(a.layers, range(pp)) if stages is None else stages
+        self.held = self.stages.on(0 if mesh is None else mesh.coordinate("pp"))
+        self.size = 1 if mesh is None else mesh.degree("tp")
+        self._made: WeakKeyDictionary[Batch, Sequences] = WeakKeyDictionary()
         with torch.device("meta"):
-            self.embedding = VocabEmbedding(a.vocabulary, a.width, group=group)
-            self.blocks = nn.ModuleList(Block(a, group=group) for _ in range(a.layers))
-            self.norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
-            tied = self.embedding if a.tied else None
-            self.head = VocabHead(a.vocabulary, a.width, group=group, tied=tied)
+            self._build(context)
         self.to(dtype=dtype).to_empty(device=device)
-        if a.tied:  # a new device makes two parameters of one
-            self.head.weight = self.embedding.weight
+        if a.tied and hasattr(self, "embedding") and hasattr(self, "head"):
+            self.head.weight = self.embedding.weight  # a new device makes two parameters of one
+
+    def _build(self, context: str) -> None:
+        """Make the modules of this rank's stages; a rank lacks what is on other stages."""
+        a, mesh = self.architecture, self.mesh
+        group = None if mesh is None else mesh.tp
+        place = self.stages.placement
+        if a.tied and place[0] != place[-1] and {place[0], place[-1]} != {0, max(place)}:
+            raise ValueError(
+                f"a tied embedding must be on the first and the last pipeline rank, or both ends "
+                f"on one; stages 0 and {self.stages.last} are on ranks {place[0]} and {place[-1]}"
+            )
+        if 0 in self.held:
+            self.embedding = VocabEmbedding(a.vocabulary, a.width, group=group)
+        numbers = [n for stage in self.held for n in self.stages.blocks(stage)]
+        self.blocks = nn.ModuleDict(
+            {
+                str(n): Block(a, n, mesh=mesh, context=context, recompute=self.recompute)
+                for n in sorted(numbers)
+            }
+        )
+        if self.stages.last in self.held:
+            self.norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
+            tied = self.embedding if a.tied and 0 in self.held else None
+            self.head = VocabHead(a.vocabulary, a.width, group=group, tied=tied)
 
     @classmethod
-    def create(
-        cls,
-        architecture: Architecture,
-        *,
-        seed: int = 0,
-        mesh: Mesh | None = None,
-        names: Callable[[str], str] | None = None,
-        recompute: str = "none",
-        z_loss: float = 0.0,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> "Decoder":
-        """Build a decoder and draw its weights; the arguments are those of the class."""
-        model = cls(
-            architecture,
-            mesh=mesh,
-            names=names,
-            recompute=recompute,
-            z_loss=z_loss,
-            dtype=dtype,
-            device=device,
-        )
-        return model.initialise(seed)
+    def create(cls, architecture: Architecture, *, seed: int = 0, **options: Any) -> "Decoder":
+        """Build a decoder and draw its weights; `options` are those of the class."""
+        return cls(architecture, **options).initialise(seed)
 
     def layouts(self) -> dict[str, sharding.Layout]:
         """Return how each parameter is made of logical tensors, by path."""
-        return sharding.layouts(self, self.names)
+        names = self.names or (lambda name: name)
+        return self._tie(sharding.layouts(self, lambda name: names(self._logical(name))))
 
     def logical_layouts(self) -> dict[str, sharding.Layout]:
         """Return the same with the names that logical tensors have in this module."""
-        return sharding.layouts(self)
+        return self._tie(sharding.layouts(self, self._logical))
+
+    def _logical(self, name: str) -> str:
+        """Name the head's weight as the embedding's where they are one."""
+        tied = self.architecture.tied and name == "head.weight"
+        return "embedding.weight" if tied else name
+
+    def _tie(self, made: dict[str, sharding.Layout]) -> dict[str, sharding.Layout]:
+        """Have the gradients of a tied weight that two stages hold summed over both."""
+        place = self.stages.placement
+        if self.architecture.tied and self.mesh is not None and place[0] != place[-1]:
+            for path in {"embedding.weight", "head.weight"} & made.keys():
+                partial = (*made[path].partial, self.mesh.ends)
+                made[path] = replace(made[path], partial=partial)
+        return made
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "Decoder":
@@ -187,15 +175,14 @@ class Decoder(nn.Module):
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            narrow = path.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            normal_(parameter, made[path], seed=seed, std=residual if narrow else INIT_STD)
+            normal_(parameter, made[path], seed=seed, std=residual if _adds(path) else INIT_STD)
         return self
 
     def forward(self, tokens: Tensor, document_lengths: Tensor | None = None) -> Tensor:
-        """Return the logits of every position, on every rank.
+        """Return the logits of every position, on every tensor- and context-parallel rank.
 
         Args:
-            tokens: Ids `[B, S]`, int64, equal on all tensor-parallel ranks.
+            tokens: Ids `[B, S]`, int64, equal on all tensor- and context-parallel ranks.
             document_lengths: Lengths `[N]` int32 of packed documents; see `Batch`.
 
         Returns:
@@ -203,90 +190,158 @@ class Decoder(nn.Module):
 
         Raises:
             ValueError: If S is longer than the positions, or the documents do not fit the rows.
+            RuntimeError: If the model is split into pipeline stages.
         """
-        hidden, _ = self._hidden(tokens, document_lengths)
-        logits: Tensor = self.head(hidden)[: tokens.numel()]
-        return logits.view(*tokens.shape, -1)
+        self._refuse_stages("forward")
+        where = self._sequences(tokens, document_lengths)
+        hidden, _ = self._stage(0, None, tokens, where)
+        logits: Tensor = self.head(hidden)
+        count = tokens.numel()
+        if where.split is None:
+            return logits[:count].view(*tokens.shape, -1)
+        assert self.mesh is not None
+        return unshard(logits, where.split, group=self.mesh.cp).view(*tokens.shape, -1)
 
     def loss(self, batch: Batch) -> tuple[Term, ...]:
-        """Return the summed cross-entropy of the trained positions, and z-loss when it is asked.
+        """Return the summed cross-entropy of the trained positions, and what else is asked.
 
-        Never forms `[T, V]`. Sums are in nats; nothing is divided.
+        Never forms `[T, V]`. Sums are in nats; nothing is divided. Under context parallelism the
+        sums are those of this rank's tokens. Beside `language_model` there is `z_loss`, and for
+        experts `load_balance` and `router_z`, where their weights are not 0.
 
         Raises:
             ValueError: As `forward`, or if the targets' shape differs from the tokens'.
+            RuntimeError: If the model is split into pipeline stages.
+        """
+        self._refuse_stages("loss")
+        return self.stage(0, None, batch)[1]
+
+    def stage(
+        self, stage: int, x: Tensor | None, batch: Batch
+    ) -> tuple[Tensor | None, tuple[Term, ...]]:
+        """Run one pipeline stage that this rank holds.
+
+        Args:
+            stage: Its number, from 0.
+            x: What the stage before gave `[T/R, D]`; `None` for the first.
+            batch: The whole micro-batch, on every stage.
+
+        Returns:
+            The stream for the next stage `[T/R, D]`, `None` from the last; and the loss terms that
+            arise in this stage.
+
+        Raises:
+            ValueError: If the targets' shape differs from the tokens', or as `forward`.
         """
         if batch.targets.shape != batch.tokens.shape:
             raise ValueError(
                 f"targets must have the shape of tokens {tuple(batch.tokens.shape)}; "
                 f"got {tuple(batch.targets.shape)}"
             )
-        hidden, padding = self._hidden(batch.tokens, batch.document_lengths)
-        targets = F.pad(batch.targets.flatten(), (0, padding), value=IGNORED)
-        pairs = self.head.loss(hidden, targets, z_loss=self.z_loss > 0)
-        named = zip(("language_model", "z_loss"), pairs, (1.0, self.z_loss), strict=False)
-        return tuple(Term(name, total, count, weight) for name, (total, count), weight in named)
+        where = self._sequences_of(batch)
+        y, sums = self._stage(stage, x, batch.tokens, where)
+        counts, weights = self.counts(batch), self._weights()
+        terms = [Term(name, total, counts[name], weights[name]) for name, total in sums.items()]
+        if stage < self.stages.last:
+            return y, tuple(terms)
+        targets = where.cut(batch.targets.flatten(), IGNORED)
+        pairs = self.head.loss(y, targets, z_loss=self.z_loss > 0)
+        for name, (total, count) in zip(("language_model", "z_loss"), pairs, strict=False):
+            terms.insert(len(terms) - len(sums), Term(name, total, count, weights[name]))
+        return None, tuple(terms)
+
+    def _refuse_stages(self, what: str) -> None:
+        if self.stages.last:
+            raise RuntimeError(
+                f"a model of {self.stages.last + 1} pipeline stages has no {what} of its own: run "
+                f"its stages with parallel.pipeline.execute, or give the step a schedule"
+            )
+
+    def boundary(self, stage: int, batch: Batch) -> tuple[tuple[int, ...], torch.dtype]:
+        """Return shape and dtype of what `stage` hands to the next."""
+        tokens = len(self._sequences_of(batch).documents)
+        dtype = next(self.parameters()).dtype
+        return (tokens // self.size, self.architecture.width), dtype
+
+    def _weights(self) -> dict[str, float]:
+        """Return the weight of each term that this model has."""
+        weights = {"language_model": 1.0}
+        if self.z_loss > 0:
+            weights["z_loss"] = self.z_loss
+        experts = self.architecture.experts
+        if experts is not None:
+            named = {"load_balance": experts.balance, "router_z": experts.router_z}
+            weights |= {name: weight for name, weight in named.items() if weight > 0}
+        return weights
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Return the counts of the terms that `loss` will give, 0-dim, without a forward pass."""
-        trained = (batch.targets != IGNORED).sum()
-        names = ("language_model", "z_loss") if self.z_loss > 0 else ("language_model",)
-        return dict.fromkeys(names, trained)
+        """Return this rank's share of the counts of all terms, 0-dim, without a forward pass.
 
-    def _hidden(self, tokens: Tensor, lengths: Tensor | None) -> tuple[Tensor, int]:
-        """Run the blocks: final states `[(T + padding)/R, D]`, and how many tokens of padding."""
-        padding = -tokens.numel() % self.size
-        sequences = self._sequences(tokens, lengths, padding)
-        x = self.embedding(F.pad(tokens.flatten(), (0, padding)))
-        stream: Tensor | None = None
-        for block in self.blocks:
-            if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block.whole, x, sequences, use_reentrant=False)
-            else:
-                x, stream = block(x, stream, sequences)
-        return self.norm.add(x, stream)[0], padding
-
-    def _sequences(self, tokens: Tensor, lengths: Tensor | None, padding: int) -> Sequences:
-        """Turn lengths of documents into boundaries, positions and rotary tables.
-
-        Padding up to a multiple of the tensor-parallel size is a document of its own.
+        Tokens that train (`language_model`, `z_loss`), documents (`load_balance`, which the first
+        context-parallel rank counts), and tokens (`router_z`).
         """
-        batch, length = tokens.shape
-        a = self.architecture
-        if length > a.max_positions:
-            raise ValueError(
-                f"sequence ({length}) must be at most max_positions ({a.max_positions}): "
-                "shorten the sequence, or build the model with more positions"
-            )
-        if lengths is None and not padding:
-            positions = torch.arange(length, device=tokens.device).repeat(batch)
-            return Sequences(batch, *self._tables(positions))
-        sizes = [length] * batch if lengths is None else lengths.tolist()
-        _check_documents(sizes, batch, length)
-        sizes = sizes + [padding] if padding else sizes
-        ends = list(accumulate(sizes))
-        positions = torch.cat([torch.arange(n) for n in sizes]).to(tokens.device)
-        boundaries = torch.tensor([0, *ends], dtype=torch.int32, device=tokens.device)
-        return Sequences(batch, *self._tables(positions), boundaries, max(sizes))
+        where = self._sequences_of(batch)
+        trained = (where.cut(batch.targets.flatten(), IGNORED) != IGNORED).sum()
+        first = self.mesh is None or self.mesh.coordinate("cp") == 0
+        found = {
+            "language_model": trained,
+            "z_loss": trained,
+            "load_balance": torch.tensor(where.count if first else 0),
+            "router_z": (where.documents >= 0).sum(),
+        }
+        return {name: found[name] for name in self._weights()}
 
-    def _tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        a = self.architecture
-        cos_TJ, sin_TJ = rotary_tables(positions, a.head_dim, base=a.rope_base)
-        return cos_TJ, sin_TJ
+    def after_step(self, mesh: Mesh) -> None:
+        """Move the routers' balancing biases by what the step's tokens chose; a collective call."""
+        experts = self.architecture.experts
+        if experts is not None and experts.bias_rate > 0:
+            update_biases(self, experts.bias_rate, mesh.tp, mesh.tokens)
 
+    def buffer_entries(self) -> list[Entry]:
+        """List what a checkpoint keeps of a model beside its parameters: the routers' biases."""
+        return bias_entries(self)
 
-def _check_documents(sizes: list[int], batch: int, length: int) -> None:
-    """Refuse documents that do not fill the rows one after the other."""
-    if sum(sizes) != batch * length or min(sizes) < 1:
-        raise ValueError(
-            f"document_lengths must be positive and sum to the batch's tokens "
-            f"({batch} x {length} = {batch * length}); got {len(sizes)} lengths, the shortest "
-            f"{min(sizes)}, that sum to {sum(sizes)}"
+    def _stage(
+        self, stage: int, x: Tensor | None, tokens: Tensor, where: Sequences
+    ) -> tuple[Tensor, Sums]:
+        """Run the blocks of a stage: its stream, normalised by the last, and the routers' sums."""
+        sums: Sums = {}
+        stream: Tensor | None = None
+        added = self.embedding(where.cut(tokens.flatten(), 0)) if x is None else x
+        for number in self.stages.blocks(stage):
+            block = self.blocks[str(number)]
+            if "block" in self.recompute.operators:
+                added, stream = _plus(added, stream), None
+            added, stream, found = self.recompute.run("block", block, added, stream, where)
+            for name, value in found.items():
+                sums[name] = sums[name] + value if name in sums else value
+        if stage < self.stages.last:
+            return _plus(added, stream), sums
+        return self.norm.add(added, stream)[0], sums
+
+    def _sequences_of(self, batch: Batch) -> Sequences:
+        if batch not in self._made:
+            self._made[batch] = self._sequences(batch.tokens, batch.document_lengths)
+        return self._made[batch]
+
+    def _sequences(self, tokens: Tensor, lengths: Tensor | None) -> Sequences:
+        rows, length = tokens.shape
+        return sequences(
+            (rows, length),
+            lengths,
+            self.architecture,
+            mesh=self.mesh,
+            balance=self.balance,
+            device=tokens.device,
         )
-    starts = set(accumulate(sizes))
-    crossed = [row for row in range(1, batch) if row * length not in starts]
-    if crossed:
-        raise ValueError(
-            f"no document may cross a row: no document ends with row {crossed[0] - 1} "
-            f"({length} tokens a row)"
-        )
+
+
+def _plus(added: Tensor, stream: Tensor | None) -> Tensor:
+    return added if stream is None else added + stream
+
+
+def _adds(path: str) -> bool:
+    """Whether a weight writes into the residual stream."""
+    return path.endswith(
+        ("attention.out.weight", "feed_forward.down.weight", "shared.down.weight", "experts.down")
+    )

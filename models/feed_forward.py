@@ -9,9 +9,9 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6.
 
 from torch import Tensor, nn
 
-from warploom.kernels.activation import swiglu_linear
 from warploom.parallel.collectives import Group
 from warploom.parallel.tensor import ColumnLinear, RowLinear
+from warploom.parallel.tensor.product import swiglu_linear
 
 
 class FeedForward(nn.Module):
@@ -39,5 +39,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[T/R, D]` to `[T/R, D]`."""
-        y: Tensor = self.down(self.gate_up(x), product=swiglu_linear)
+        return self.leave(self.gate_up(x))
+
+    def leave(self, gate_up: Tensor) -> Tensor:
+        """Map gate and up `[T, 2 F/R]` to `[T/R, D]`."""
+        y: Tensor = self.down(gate_up, product=swiglu_linear)
         return y

@@ -1,4 +1,4 @@
-"""Whether a model can be split as a mesh asks, judged from sizes alone, before anything is built."""
+"""Whether a mesh can split a model: judged from sizes alone, before anything is built."""
 
 from collections.abc import Callable
 

@@ -22,9 +22,7 @@ class Stages:
     layers: tuple[int, ...] = ()
 
     @staticmethod
-    def deal(
-        layers: int, placement: Sequence[int], sizes: Sequence[int] | None = None
-    ) -> "Stages":
+    def deal(layers: int, placement: Sequence[int], sizes: Sequence[int] | None = None) -> "Stages":
         """Deal `layers` blocks to stages.
 
         Args:

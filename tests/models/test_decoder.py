@@ -145,12 +145,12 @@ def test_gradients_equal_finite_differences(lengths):
 def test_positions_start_again_with_each_document():
     # attention sees differences of positions only, so that the logits alone would not tell
     model, lengths = Decoder.create(SMALL), [10, 14, 5, 19]
-    tables = model._sequences(torch.zeros(2, 24), torch.tensor(lengths), 0)
+    tables = model._sequences(torch.zeros(2, 24), torch.tensor(lengths))
     first = [0, 10, 24, 29]
     assert (tables.cos_TJ[first] == 1).all()
     assert (tables.sin_TJ[first] == 0).all()
     assert (tables.sin_TJ[:, 0] == 0).sum() == len(first)
-    assert torch.equal(tables.cos_TJ[29:], model._sequences(torch.zeros(1, 19), None, 0).cos_TJ)
+    assert torch.equal(tables.cos_TJ[29:], model._sequences(torch.zeros(1, 19), None).cos_TJ)
 
 
 def test_recomputation_changes_no_bit():
@@ -233,7 +233,7 @@ def test_a_start_has_the_stated_deviations():
         want = 0.02 / 4 if narrow else 0.02
         assert abs(p.std().item() / want - 1) < 0.05, path
     again, other = Decoder.create(made, seed=5, names=str.upper), Decoder.create(made, seed=6)
-    assert torch.equal(model.blocks[3].attention.qkv.weight, again.blocks[3].attention.qkv.weight)
+    assert torch.equal(model.blocks["3"].attention.qkv.weight, again.blocks["3"].attention.qkv.weight)
     assert not torch.equal(model.head.weight, other.head.weight)
     assert again.layouts()["norm.weight"].pieces[0].name == "NORM.WEIGHT"
 
@@ -294,7 +294,7 @@ def _two_ranks():
     _equals_one_rank(tied, 2, 24, [20, 4, 24])
     _equals_one_rank(tied, 1, 13, None)  # an odd number of tokens is padded
     with pytest.raises(
-        ValueError, match=r"kv_heads \(3\) must be divisible by the tensor-parallel"
+        ValueError, match=r"tensor-parallel size \(2\) must divide heads \(6\), and divide kv_heads \(3\)"
     ):
         Decoder(replace(SMALL, kv_heads=3), mesh=Mesh.build("tp2"))
     with pytest.raises(ValueError, match=r"hidden \(81\) must be divisible by the tensor-parallel"):
@@ -336,7 +336,7 @@ def test_wrong_documents_are_refused(lengths, words):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="recompute must be one of none, full; got 'some'"):
+    with pytest.raises(ValueError, match="recompute must be none, full, selective or a list of .*; got 'some'"):
         Decoder(SMALL, recompute="some")
     with pytest.raises(ValueError, match="z_loss must be at least 0; got -1"):
         Decoder(SMALL, z_loss=-1)
