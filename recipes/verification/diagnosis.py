@@ -1,0 +1,258 @@
+"""Where a proof fails, and why: the module, the axis, the reduction that is missing or doubled.
+
+The axis is found by proofs on smaller meshes: of one axis alone, then of all but one. On the
+smallest mesh that fails, a wrong gradient is compared with the right one: a whole multiple of it
+was summed or divided once too often; shares that sum up to it were never summed.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from warploom.parallel.mesh import Degrees
+from warploom.parallel.parity import failures
+
+from .case import TOLERANCE, Case, Outcome, Share
+
+CLOSE = 1e-6  # a share of the largest element: far above rounding, far below any bug
+AXES = ("tp", "cp", "pp", "dp", "rep", "ep", "etp")
+MEANING = {
+    "tp": "tensor-parallel ranks (tp)",
+    "cp": "context-parallel ranks (cp)",
+    "pp": "pipeline ranks (pp)",
+    "dp": "data ranks (dp)",
+    "rep": "replicas (rep)",
+    "ep": "expert-parallel ranks (ep, edp)",
+    "etp": "expert-tensor-parallel ranks (etp)",
+}
+
+Run = Callable[[Case], Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What is wrong.
+
+    Attributes:
+        axis: The axis without which nothing is wrong, or several, such as `tp, pp`.
+        mesh: The smallest mesh found that fails.
+        option: The option without which nothing is wrong on that mesh; empty if there is none.
+        module: The module that is wrong, nearest to the loss where a gradient is.
+        cause: One sentence.
+    """
+
+    axis: str
+    mesh: str
+    option: str
+    module: str
+    cause: str
+
+    def __str__(self) -> str:
+        option = f", with {self.option}" if self.option else ""
+        return f"{self.module} on axis {self.axis} (mesh {self.mesh}{option}): {self.cause}"
+
+
+def diagnose(case: Case, outcome: Outcome, run: Run) -> Diagnosis:
+    """Find where a failed case fails, by running smaller ones.
+
+    Args:
+        case: The case.
+        outcome: What it found.
+        run: Runs another.
+    """
+    axis, smallest, found = _axis(case, outcome, run)
+    option, smallest, found = _option(smallest, found, run)
+    size = math.prod(getattr(smallest.degrees, name) or 1 for name in axis)
+    module, cause = explain(found, size, " and ".join(MEANING[name] for name in axis))
+    names = ", ".join(axis) if axis else "none: one rank fails too"
+    return Diagnosis(names, smallest.mesh or "dp1", option, module, cause)
+
+
+def _axis(case: Case, outcome: Outcome, run: Run) -> tuple[tuple[str, ...], Case, Outcome]:
+    """Return the axes that are needed to fail, the smallest case that fails, and what it found."""
+    for axis, smaller in _single(case):
+        found = run(smaller)
+        if failures(found.differences, tolerance=TOLERANCE):
+            return axis, smaller, found
+    mended = []
+    smallest, last = case, outcome
+    for axis in [name for name in AXES if (getattr(case.degrees, name) or 1) > 1]:
+        smaller = _without(smallest, axis)
+        if smaller is None:
+            mended.append(axis)
+            continue
+        found = run(smaller)
+        if failures(found.differences, tolerance=TOLERANCE):
+            smallest, last = smaller, found
+        else:
+            mended.append(axis)
+    return tuple(mended), smallest, last
+
+
+def _single(case: Case) -> Iterator[tuple[tuple[str, ...], Case]]:
+    """Yield the cases of one rank, of one axis alone, and those of experts over few ranks."""
+    d = case.degrees
+    yield (), _on(case, Degrees(dp=1))
+    for axis in ("tp", "cp", "pp", "dp", "rep"):
+        degree = getattr(d, axis) or 1
+        if degree > 1:
+            uly = math.gcd(d.uly, degree) if axis == "cp" else 1
+            alone = replace(Degrees(dp=1, uly=uly), **{axis: degree})
+            yield (axis,), _on(case, alone)
+    if d.ep > 1:
+        yield ("ep",), _on(case, Degrees(dp=d.ep, ep=d.ep))
+    if d.etp > 1:
+        yield ("etp",), _on(case, Degrees(dp=d.etp, etp=d.etp))
+
+
+def _without(case: Case, axis: str) -> Case | None:
+    """Return the case with one axis less; `None` where the expert axes would not fold."""
+    d = replace(case.degrees, **{axis: 1})
+    if axis == "cp":
+        d = replace(d, uly=1)
+    if d.tp * d.cp * (d.dp or 1) % (d.ep * d.etp):
+        return None
+    return _on(case, d)
+
+
+def _on(case: Case, degrees: Degrees) -> Case:
+    """Return the case on another mesh."""
+    names = ("tp", "cp", "uly", "pp", "dp", "rep", "ep", "etp")
+    parts = [f"{n}{getattr(degrees, n)}" for n in names if (getattr(degrees, n) or 1) > 1]
+    same = degrees.pp == case.degrees.pp
+    layers = case.stage_layers if same else None
+    return replace(case, mesh=",".join(parts), stage_layers=layers)
+
+
+def _option(case: Case, outcome: Outcome, run: Run) -> tuple[str, Case, Outcome]:
+    """Return the first option that is needed to fail, with a case that has no needless ones."""
+    plain: dict[str, dict[str, Any]] = {
+        f"recompute={case.recompute}": {"recompute": "none"},
+        "offload": {"offload": False},
+        f"zero={case.zero}": {"zero": 1},
+        f"schedule={case.schedule}": {"schedule": "gpipe", "stage_layers": None},
+        f"optimizer={case.optimizer}": {"optimizer": "adamw"},
+        "packed documents": {"packed": False},
+        f"context={case.context}": {"context": "ring"},
+        f"balance={case.balance}": {"balance": "zigzag"},
+    }
+    needed = []
+    for name, changes in plain.items():
+        if all(getattr(case, field) == value for field, value in changes.items()):
+            continue
+        if case.degrees.pp == 1 and name.startswith("schedule"):
+            continue
+        simpler = replace(case, **changes)
+        found = run(simpler)
+        if failures(found.differences, tolerance=TOLERANCE):
+            case, outcome = simpler, found
+        else:
+            needed.append(name)
+    return ", ".join(needed), case, outcome
+
+
+def explain(outcome: Outcome, size: int, ranks: str) -> tuple[str, str]:
+    """Return the module that is wrong, and a sentence on why.
+
+    Args:
+        outcome: Of a case that fails.
+        size: Ranks of the axis.
+        ranks: What they are called.
+    """
+    wrong = failures(outcome.differences, tolerance=TOLERANCE)
+    losses = [n for n in wrong if n.startswith("loss ") and n.endswith(", step 0")]
+    gradients = outcome.shares
+    if losses:
+        terms = ", ".join(n.removeprefix("loss ").removesuffix(", step 0") for n in losses)
+        module = "the forward pass" if gradients else "the loss"
+        return module, (
+            f"{terms} is wrong in the first step: in the forward pass a sum over the {ranks} is "
+            f"missing or doubled, or a rank sees the wrong tokens, weights or divisor"
+        )
+    if gradients:
+        return _explain_gradients(gradients, outcome.norms, size, ranks)
+    got, want = outcome.norms
+    if any(n.startswith("gradient norm, step 0") for n in wrong):
+        square = (got / want) ** 2 if want else math.nan
+        how = "too often" if got > want else "too rarely"
+        return "the gradient norm", (
+            f"every gradient is right, the square of their norm {square:.4g} times what it must "
+            f"be: over the {ranks} some are counted {how}"
+        )
+    if any(n.startswith("clip coefficient, step 0") for n in wrong):
+        return "clipping", "the norm is right, what the gradient is multiplied with is not"
+    parameters = [n.removeprefix("parameter ") for n in wrong if n.startswith("parameter ")]
+    if parameters:
+        return _modules(parameters), (
+            f"the first gradient is right, what becomes of the parameters is not: the optimizer's "
+            f"state over the {ranks}, or the gather of what it changed"
+        )
+    return ", ".join(wrong), f"wrong after the first step, over the {ranks}"
+
+
+def _explain_gradients(
+    shares: Mapping[str, Share], norms: tuple[float, float], size: int, ranks: str
+) -> tuple[str, str]:
+    kinds: dict[str, list[str]] = {}
+    for name, share in shares.items():
+        kinds.setdefault(_kind(share, size), []).append(name)
+    order = ("unsummed", "doubled", "averaged", "scaled", "other")
+    kind = next(k for k in order if k in kinds)
+    names = kinds[kind]
+    ratio = shares[names[0]].ratio
+    where = _modules(names)
+    sentences = {
+        "unsummed": f"each of the {ranks} keeps its own share of the gradient, and the shares sum "
+        f"up to the right one: their sum is missing (is the layout declared partial or spread?)",
+        "doubled": f"the gradient is {ratio:.4g} times what it must be: it is summed over the "
+        f"{ranks} once too often, or a divisor of {size} is missing",
+        "averaged": f"the gradient is 1/{1 / ratio:.4g} of what it must be: a sum over the {ranks} "
+        f"is missing, or it is divided by their number once too often",
+        "scaled": f"the gradient is {ratio:.6g} times what it must be: a wrong divisor or clip "
+        f"coefficient, no multiple of the {size} {ranks}",
+        "other": f"the gradient is no multiple of the right one: over the {ranks} a part of it is "
+        f"missing, doubled or of the wrong tokens",
+    }
+    everything = len(names) > 1 and math.isclose(norms[0], abs(ratio) * norms[1], rel_tol=1e-6)
+    if everything and kind in ("doubled", "averaged", "scaled"):
+        where = f"every parameter ({where})"
+    return where, sentences[kind]
+
+
+def _kind(share: Share, size: int) -> str:
+    """Name how a gradient is wrong."""
+    if share.holders > 1 and share.summed < CLOSE:
+        return "unsummed"
+    if share.residual > CLOSE or share.ratio <= 0:
+        return "other"
+    if size > 1:
+        power = math.log(share.ratio) / math.log(size)
+        if abs(power) > CLOSE and abs(power - round(power)) < CLOSE:
+            return "doubled" if power > 0 else "averaged"
+    return "scaled"
+
+
+def _modules(names: list[str]) -> str:
+    """Name modules, the one nearest to the loss first, without the numbers of blocks."""
+    ordered = sorted(names, key=_depth, reverse=True)
+    kinds: dict[str, list[str]] = {}
+    for name in ordered:
+        parts = name.split(".")
+        block = parts[1] if parts[0] == "blocks" else ""
+        rest = ".".join(parts[2:] if block else parts)
+        kinds.setdefault(rest, []).append(block)
+    shown = [
+        rest + (f" (block {', '.join(blocks)})" if blocks[0] else "")
+        for rest, blocks in kinds.items()
+    ]
+    more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+    return ", ".join(shown[:4]) + more
+
+
+def _depth(name: str) -> tuple[float, str]:
+    """Order parameters as the forward pass meets them."""
+    parts = name.split(".")
+    if parts[0] == "blocks":
+        return float(parts[1]), name
+    return (-1.0 if parts[0] == "embedding" else math.inf), name

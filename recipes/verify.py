@@ -1,0 +1,329 @@
+"""Prove on this machine that a mesh trains a model as one process does.
+
+    warploom verify --mesh tp2,pp2,cp2,ep2                a built-in decoder, dense and experts
+    warploom verify pretrain/llama3-8b --mesh tp2,cp2     the model of a run, made small
+    warploom verify FOLDER --mesh tp2,ep4,dp2             that of a Hugging Face folder
+    warploom verify --mesh pp4 --schedule zbv --zero 3 --recompute selective
+
+Starts one CPU process a rank and takes three optimizer steps in float64 twice: on the mesh, and in
+one process with the same global batch, in which ranks have unequal numbers of trained tokens and
+some none. Losses, every gradient, the gradient's norm, the clip coefficient and the parameters
+afterwards must agree to 1e-10. What fails is tried on smaller meshes, until the axis and the
+reduction can be named.
+
+Weights are drawn, never read. The model keeps what its layers can trip over, and loses its size.
+Exit code 0: proven; 1: not, with the reason; 2: a mistake on the command line.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from warploom.models import hf
+from warploom.models.architecture import Architecture
+from warploom.models.fits import check
+from warploom.parallel.memory import Recompute
+from warploom.parallel.mesh import Degrees
+from warploom.parallel.parity import failures
+from warploom.recipes.errors import UserError, unboxed
+from warploom.recipes.pretrain import RUNS
+from warploom.recipes.runner.run import Muon, Run
+from warploom.recipes.verification.case import TOLERANCE, Case, Outcome, prove
+from warploom.recipes.verification.diagnosis import Diagnosis, diagnose
+from warploom.recipes.verification.pool import Pool, RankError
+from warploom.recipes.verification.shrink import built_in, shrink
+
+MOST = 64  # processes on one machine
+TIMEOUT_S = 300.0
+
+Schedules = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipev"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verify:
+    """Prove that a mesh trains a model as one process does."""
+
+    subject: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN|FOLDER")] = ""
+    """A run such as pretrain/llama3-8b, or a folder with a Hugging Face config.json; without
+    either, a small decoder of dense and expert layers."""
+    mesh: str = ""
+    """Degrees such as tp2,pp2,cp2,ep2: one process for each of tp x cp x pp x dp x rep. An absent
+    axis is 1. By default the mesh of the run."""
+    schedule: Schedules = "1f1b"
+    """How pp ranks share the micro-batches."""
+    virtual: int = 2
+    """Stages of each pp rank, for --schedule interleaved."""
+    stage_layers: tuple[int, ...] | None = None
+    """Blocks of each pipeline stage, of the model made small; by default dealt equally."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """What the ranks that hold the same parameters share out: 0 nothing, 1 the optimizer's state,
+    2 gradients too, 3 parameters too."""
+    recompute: str | None = None
+    """none, selective, full, or operators such as norm,feed_forward; by default as the run has."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """By default that of the run, else adamw."""
+    micro_batches: int | None = None
+    """Micro-batches of each rank and step; by default twice the pp ranks, at least 2."""
+    packed: bool = True
+    """Whether a row holds several documents."""
+    context: Literal["ring", "all_gather"] = "ring"
+    """How attention crosses cp ranks; uly in the mesh exchanges heads instead."""
+    balance: Literal["zigzag", "document", "contiguous"] = "zigzag"
+    """How tokens are dealt to cp ranks."""
+    offload: bool = False
+    """Whether activations and the optimizer's state wait in host memory."""
+    seed: int = 0
+    """Of weights and batches."""
+    json: Path | None = None
+    """Also write all that was found to this file."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Words after `warploom verify`; those of the process when None.
+
+    Returns:
+        Exit code: 0 where the proof holds, 1 where it does not.
+
+    Raises:
+        UserError: If what is asked cannot be: before any process starts.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    with unboxed():
+        asked = tyro.cli(Verify, prog="warploom verify", description=__doc__, args=words)
+    case = plan(asked)
+    if asked.json is not None and not asked.json.parent.is_dir():
+        raise UserError(f"json must be a file in a folder that exists; got {asked.json}")
+    console = Console()
+    console.print(_introduction(asked, case), highlight=False)
+    start = time.perf_counter()
+    try:
+        outcome, diagnosis = _prove(case, console)
+    except RankError as error:
+        console.print(f"[red]not proven[/red]: {error}", highlight=False)
+        return 1
+    for table in tables(outcome):
+        console.print(table)
+    taken = time.perf_counter() - start
+    wrong = failures(outcome.differences, tolerance=TOLERANCE)
+    if asked.json is not None:
+        asked.json.write_text(_json(case, outcome, diagnosis, taken), encoding="utf-8")
+    if not wrong:
+        console.print(f"[green]proven[/green] in {taken:.0f} s: all within {TOLERANCE:g}")
+        return 0
+    console.print(
+        f"[red]not proven[/red]: {len(wrong)} quantities differ by more than {TOLERANCE:g}"
+    )
+    console.print(str(diagnosis), highlight=False)
+    return 1
+
+
+def plan(asked: Verify) -> Case:
+    """Turn what is asked into a case that can run.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    run, architecture = _read(asked.subject)
+    mesh = asked.mesh or ("" if run is None else run.mesh)
+    if not mesh:
+        raise UserError(f"verify needs a mesh, such as --mesh tp2,pp2,cp2,ep2; got {mesh!r}")
+    try:
+        degrees = _degrees(mesh)
+        return _case(asked, run, architecture, degrees, mesh)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _read(subject: str) -> tuple[Run | None, Architecture | None]:
+    """Return the run or the architecture that the user names."""
+    if not subject:
+        return None, None
+    recipe, _, name = subject.partition("/")
+    if recipe == "pretrain" and name in RUNS:
+        run = RUNS[name]()
+        return run, run.architecture
+    if Path(subject).is_dir():
+        try:
+            return None, hf.architecture(subject)
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from None
+    raise UserError(
+        f"verify takes a run (pretrain/{', pretrain/'.join(RUNS)}) or a folder with a config.json; "
+        f"{subject} is neither"
+    )
+
+
+def _degrees(mesh: str) -> Degrees:
+    parsed = Degrees.parse(mesh)
+    d = replace(parsed, dp=parsed.dp or 1)
+    if d.world > MOST:
+        raise UserError(
+            f"verify starts one process a rank, at most {MOST}; {mesh} has {d.world}: what a layer "
+            f"does on an axis shows with degree 2 or 4"
+        )
+    return d.resolve(d.world)
+
+
+def _case(
+    asked: Verify, run: Run | None, architecture: Architecture | None, d: Degrees, mesh: str
+) -> Case:
+    optimizer = asked.optimizer
+    if optimizer is None:
+        optimizer = "muon" if run is not None and isinstance(run.optimizer, Muon) else "adamw"
+    recompute = asked.recompute
+    if recompute is None:
+        recompute = "none" if run is None else run.recompute
+    several = {"interleaved": asked.virtual, "zbv": 2, "dualpipev": 2}
+    stages = d.pp * (several.get(asked.schedule, 1) if d.pp > 1 else 1)
+    stages = max(stages, len(asked.stage_layers or ()))
+    made = built_in(d, stages) if architecture is None else shrink(architecture, d, stages)
+    if asked.stage_layers is not None:
+        made = replace(made, layers=sum(asked.stage_layers))
+    case = Case(
+        architecture=made,
+        mesh=mesh,
+        schedule=asked.schedule,
+        virtual=asked.virtual,
+        stage_layers=asked.stage_layers,
+        microbatches=asked.micro_batches or max(2, 2 * d.pp),
+        zero=asked.zero,
+        recompute=recompute,
+        optimizer=optimizer,
+        packed=asked.packed,
+        context=asked.context,
+        balance=asked.balance,
+        offload=asked.offload,
+        z_loss=1e-2 if run is None else run.z_loss,
+        seed=asked.seed,
+    )
+    _refuse(asked, case)
+    return case
+
+
+def _refuse(asked: Verify, case: Case) -> None:
+    """Refuse what cannot run, or what would be asked in vain.
+
+    Raises:
+        ValueError: In one sentence.
+    """
+    d = case.degrees
+    if asked.micro_batches is not None and asked.micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1; got {asked.micro_batches}")
+    if d.pp == 1 and (asked.schedule != "1f1b" or asked.stage_layers is not None):
+        what = "stage_layers" if asked.stage_layers is not None else f"schedule {asked.schedule}"
+        raise ValueError(f"{what} needs pipeline ranks: add pp2 to the mesh {case.mesh!r}")
+    if d.cp == 1 and (asked.context, asked.balance) != ("ring", "zigzag"):
+        raise ValueError(
+            f"context {asked.context} and balance {asked.balance} need context-parallel ranks: add "
+            f"cp2 to the mesh {case.mesh!r}"
+        )
+    if d.cp == d.uly > 1 and asked.context != "ring":
+        raise ValueError(
+            f"context {asked.context} has no ranks left: uly{d.uly} exchanges heads over all of cp"
+            f"{d.cp}; use a smaller uly"
+        )
+    Recompute.parse(case.recompute)
+    if (table := case.table) is not None:
+        table.validate()
+    check(case.architecture, d, stages=len(case.stages.placement))
+
+
+def _introduction(asked: Verify, case: Case) -> str:
+    a, d = case.architecture, case.degrees
+    experts = ""
+    if a.experts is not None:
+        experts = f", {a.experts.count} experts of which {a.experts.top_k} a token"
+    subject = asked.subject or "a built-in decoder"
+    return (
+        f"{subject}, made small: {a.layers} layers, width {a.width}, {a.heads} heads over "
+        f"{a.kv_heads} key/value heads, hidden {a.hidden}, vocabulary {a.vocabulary}{experts}"
+        f"{', tied' if a.tied else ''}\n"
+        f"{case.mesh}: {d.world} processes, {case.microbatches} micro-batches of "
+        f"{case.rows} x {case.sequence} tokens, {case.optimizer}, ZeRO-{case.zero}, "
+        f"recompute {case.recompute}"
+        + (f", {case.schedule}" if d.pp > 1 else "")
+        + (f", {case.context}, {case.balance}" if d.cp > 1 else "")
+    )
+
+
+def _prove(case: Case, console: Console) -> tuple[Outcome, Diagnosis | None]:
+    """Run the case, and smaller ones if it fails."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        Pool(case.degrees.world) as pool,
+    ):
+        task = bar.add_task("", total=None)
+
+        def run(one: Case) -> Outcome:
+            bar.update(task, description=f"{one.degrees.world} ranks, {one.mesh or 'dp1'}")
+            found: Outcome = pool(one.degrees.world, prove, one, timeout_s=TIMEOUT_S)
+            return found
+
+        outcome = run(case)
+        if not failures(outcome.differences, tolerance=TOLERANCE):
+            return outcome, None
+        return outcome, diagnose(case, outcome, run)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a parameter, without the numbers of blocks and experts."""
+    return re.sub(r"\.\d+\.", ".", name).removeprefix("blocks.").removesuffix(".weight")
+
+
+def tables(outcome: Outcome) -> list[Table]:
+    """Lay out what was found."""
+    parity = Table("quantity", "largest error", "", title="parity", title_justify="left")
+    for what, error in summary(outcome.differences).items():
+        good = error <= TOLERANCE
+        parity.add_row(what, f"{error:.1e}", "[green]ok[/green]" if good else "[red]differs[/red]")
+    return [parity]
+
+
+def summary(differences: dict[str, float]) -> dict[str, float]:
+    """Return the largest error by quantity: gradients by module, the rest over all steps."""
+    found: dict[str, float] = {}
+    for name, error in differences.items():
+        kind, _, rest = name.partition(" ")
+        if kind == "gradient" and not rest.startswith("norm,"):
+            what = f"gradient of {module_of(rest)}"
+        elif kind == "parameter":
+            what = "parameters after 3 steps"
+        else:
+            what = name.split(",")[0]
+        worst = found.get(what, 0.0)
+        found[what] = error if not error <= worst else worst
+    return found
+
+
+def _json(case: Case, outcome: Outcome, diagnosis: Diagnosis | None, taken: float) -> str:
+    wrong = failures(outcome.differences, tolerance=TOLERANCE)
+    found: dict[str, Any] = {
+        "proven": not wrong,
+        "tolerance": TOLERANCE,
+        "case": asdict(case),
+        "seconds": taken,
+        "differences": outcome.differences,
+        "failures": wrong,
+        "diagnosis": None if diagnosis is None else asdict(diagnosis),
+    }
+    return json.dumps(found, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
