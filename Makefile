@@ -26,7 +26,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: help setup train test test-all check format bench gpu docs clean distclean
+.PHONY: help setup train test test-all mutants check format bench gpu docs clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -56,6 +56,9 @@ test: setup ## run the tests
 
 test-all: setup ## run the tests, and the slow ones too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) -m "not gpu" $(FLAGS)
+
+mutants: setup ## break every collective and divisor, one at a time: each must fail a test (hours; goes on where it was)
+	@$(BIN)/python tests/mutants.py --jobs $(strip $(JOBS)) $(FLAGS)
 
 check: setup ## ruff, mypy and the rules of the house
 	@$(BIN)/ruff check .
