@@ -31,7 +31,7 @@ import torch.distributed as dist
 from .door import Call
 
 _AXES = ("tp", "cp", "dp", "rep", "pp", "ep", "etp", "edp", "ulysses", "ring", "ends")
-_PRODUCTS = ("shard", "tokens", "world")  # of several axes: these name a group that no axis names
+_PRODUCTS = ("shard", "tokens", "stage", "world")  # of several axes: they name what none names
 
 
 class Total(NamedTuple):
@@ -75,9 +75,9 @@ class Ledger:
     """Counts what passes; an observer for `observed`.
 
     Args:
-        mesh: Its groups give the axes their names; a group of several axes has the first in the
-            order tp, cp, dp, rep, pp, ep, etp, edp, ulysses, ring, ends, shard, tokens, world. A
-            group that is none of the mesh's is named by its ranks, such as `0+2`.
+        mesh: Its groups give the axes their names. A group of several axes has the first of tp, cp,
+            dp, rep, pp, ep, etp, edp, ulysses, ring, ends, shard, tokens, stage, world. A group
+            that is none of the mesh's is named by its ranks, such as `0+2`.
     """
 
     def __init__(self, mesh: object = None) -> None:

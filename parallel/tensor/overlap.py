@@ -125,9 +125,10 @@ def linear_scatter(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if not torch.is_autocast_enabled(x.device.type):
+    kind = x.device.type  # meta knows no autocast
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return x, weight
-    dtype = torch.get_autocast_dtype(x.device.type)
+    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype)
 
 
