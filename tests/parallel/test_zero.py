@@ -1,11 +1,13 @@
 """ZeRO stages 0 to 3 on meshes equal one process: losses, gradients, norm, clip, parameters."""
 
 import pytest
-import torch
 from tests.parallel.toy import stack
 
 from warploom.parallel.mesh import Degrees, Mesh, _build
 from warploom.parallel.parity import differences, failures, record
+from warploom.parallel.pipeline import Schedule
+
+ALL = [(zero, count, muon) for zero in range(4) for count in (1, 3) for muon in (False, True)]
 
 
 def _alone():
@@ -13,38 +15,64 @@ def _alone():
     return _build(Degrees.parse("").resolve(1), 0, lambda ranks: None)
 
 
-def _rows_a_micro_batch(mesh, count):
-    return 12 // (mesh.degree("dp") * mesh.degree("rep")) // count
+def _wanted(blocks=2):
+    alone = _alone()
+    return [
+        record(stack(alone, micro=12, muon=muon, blocks=blocks), alone) for muon in (False, True)
+    ]
 
 
 def _equals_one_process(text, cases):
-    mesh, alone = Mesh.build(text), _alone()
-    want = {
-        muon: record(stack(alone, micro=12, muon=muon), alone) for muon in {c[2] for c in cases}
-    }
-    for zero, count, muon, recompute in cases:
-        micro = _rows_a_micro_batch(mesh, count)
+    mesh, want = Mesh.build(text), _wanted()
+    for zero, count, muon in cases:
+        micro = 12 // (mesh.degree("dp") * mesh.degree("rep")) // count
+        recompute = (zero + count + muon) % 2 == 0
         subject = stack(mesh, zero=zero, micro=micro, muon=muon, recompute=recompute)
         bad = failures(differences(record(subject, mesh), want[muon]))
         assert bad == {}, (text, zero, count, muon, recompute, bad)
 
 
-CASES = [
-    (zero, count, muon, (zero + count + muon) % 2 == 0)
-    for zero in range(4)
-    for count in (1, 3)
-    for muon in (False, True)
-]
+def test_stages_equal_one_process_on_one_rank():
+    _equals_one_process("dp1", ALL)
 
 
-@pytest.mark.parametrize("text", ["dp1", "dp2,ep2", "tp2", "tp2,ep2", "rep2"])
-def test_stages_equal_one_process(ranks, text):
-    degrees = Degrees.parse(text)
-    ranks(
-        degrees.resolve(degrees.tp * degrees.dp * degrees.rep).world
-        if degrees.dp
-        else degrees.tp * degrees.rep,
-        _equals_one_process,
-        text,
-        CASES,
-    )
+@pytest.mark.parametrize(
+    ("at", "text"),
+    list(enumerate(["dp2,ep2", "tp2", "rep2", "cp2", "tp2,dp2,ep2", "rep2,dp2", "dp4,ep2", "tp4"])),
+)
+def test_stages_equal_one_process(pool, at, text):
+    """Half of the cases on each mesh; every case is on half of the meshes."""
+    cases = [case for n, case in enumerate(ALL) if (n * 5 // 2 + n + at) % 2]
+    d = Degrees.parse(text)
+    pool(d.tp * d.cp * d.rep * (d.dp or 1), _equals_one_process, text, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["dp2,ep2", "tp2,dp2,ep2", "rep2,dp2", "tp2,cp2,etp2", "tp4"])
+def test_stages_equal_one_process_in_full(pool, text):
+    d = Degrees.parse(text)
+    pool(d.tp * d.cp * d.rep * (d.dp or 1), _equals_one_process, text, ALL)
+
+
+def _pipelines_equal_one_process(text, schedules, stages):
+    mesh, want = Mesh.build(text), _wanted(blocks=4)
+    micro = 12 // mesh.degree("dp") // 3
+    for schedule in schedules:
+        for zero in stages:
+            subject = stack(
+                mesh,
+                zero=zero,
+                micro=micro,
+                muon=zero == 2,
+                recompute=zero % 2 == 0,
+                schedule=schedule,
+                blocks=4,
+            )
+            bad = failures(differences(record(subject, mesh), want[zero == 2]))
+            assert bad == {}, (text, schedule.name, zero, bad)
+
+
+@pytest.mark.parametrize(("text", "zeros"), [("pp2", (1,)), ("pp2,dp2", (0, 1, 2, 3))])
+def test_pipelines_equal_one_process(pool, text, zeros):
+    schedules = [Schedule.one_f_one_b(2, 3), Schedule.zbv(2, 3)]
+    pool(4 if "dp2" in text else 2, _pipelines_equal_one_process, text, schedules, zeros)

@@ -1,5 +1,7 @@
 """A small model of every kind of parameter, as a step's and a parity proof's subject."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -141,19 +143,28 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Embedding, blocks (the units), and a tied head; every kind of parameter."""
+    """Embedding, blocks (the units), and a tied head, in pipeline stages of equal blocks."""
 
-    def __init__(self, mesh, *, blocks=2, width=6, recompute=False):
+    def __init__(self, mesh, *, blocks=2, width=6, recompute=False, placement=(0,)):
         super().__init__()
         self.mesh, self.recompute = mesh, recompute
-        self.embedding = VocabEmbedding(11, width, group=mesh.tp)
-        self.blocks = nn.ModuleList(Block(mesh, width) for _ in range(blocks))
-        self.head = VocabHead(11, width, group=mesh.tp, tied=self.embedding)
+        self.last = len(placement) - 1
+        held = [s for s, rank in enumerate(placement) if rank == mesh.coordinate("pp")]
+        self.stage_of = {n: n * len(placement) // blocks for n in range(blocks)}
+        numbers = [n for n, stage in self.stage_of.items() if stage in held]
+        self.blocks = nn.ModuleDict({str(n): Block(mesh, width) for n in numbers})
+        self.embedding = VocabEmbedding(11, width, group=mesh.tp) if 0 in held else None
+        if self.last in held:
+            self.head = VocabHead(11, width, group=mesh.tp, tied=self.embedding)
         self.double()
-        self.head.weight = self.embedding.weight
-        made = layouts(self)
+        if self.last in held and self.embedding is not None:
+            self.head.weight = self.embedding.weight
+        self.made = layouts(self, lambda name: name.replace("head.", "embedding."))
+        for path in ("embedding.weight", "head.weight"):
+            if path in self.made and mesh.ends is not None and placement[0] != placement[-1]:
+                self.made[path] = replace(self.made[path], partial=(mesh.ends,))
         for path, parameter in self.named_parameters():
-            fill(parameter, made[path])
+            fill(parameter, self.made[path])
 
     def counts(self, batch):
         own = self._part(batch[1])
@@ -162,18 +173,28 @@ class Stack(nn.Module):
     def _part(self, x):
         return x.chunk(self.mesh.degree("cp"))[self.mesh.coordinate("cp")]
 
-    def loss(self, batch):
+    def boundary(self, stage, batch):
+        tokens = batch[0].numel() // self.mesh.degree("cp") // self.mesh.degree("tp")
+        return (tokens, 6), torch.float64
+
+    def stage(self, stage, x, batch):
         tokens, targets = map(self._part, batch)
-        x = self.embedding(tokens)
-        sizes = []
-        for block in self.blocks:
+        if stage == 0:
+            x = self.embedding(tokens)
+        terms = []
+        for number, block in self.blocks.items():
+            if self.stage_of[int(number)] != stage:
+                continue
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
-            sizes.append(reduce(x.square().sum(), self.mesh.tp))
+            size = reduce(x.square().sum(), self.mesh.tp)
+            terms.append(Term("size", size, tokens.numel(), 0.01))
+        if stage < self.last:
+            return x, terms
         ((total, count),) = self.head.loss(x, targets)
-        return (
-            Term("language_model", total, count),
-            *(Term("size", size, tokens.numel(), 0.01) for size in sizes),
-        )
+        return None, [*terms, Term("language_model", total, count)]
+
+    def loss(self, batch):
+        return self.stage(0, None, batch)[1]
 
 
 def global_batch(step, rows=8, tokens=8):
@@ -212,19 +233,19 @@ def hidden(path, parameter):
     return path.startswith("blocks.") and parameter.dim() > 1
 
 
-def stack(mesh, *, zero=1, micro=2, clip=1.0, muon=False, offload=False, rows=12, **kwargs):
-    """Return a subject of a `Stack`; its 12 rows make 3 micro-batches on 2 ranks of data."""
+def stack(mesh, *, zero=1, micro=2, muon=False, offload=False, rows=12, schedule=None, **kwargs):
+    """Return a subject of a `Stack`; its 12 rows make 3 micro-batches on 1, 2 or 4 ranks."""
+    if schedule is not None:
+        kwargs["placement"] = schedule.placement
     model = Stack(mesh, **kwargs)
-    made, parameters = layouts(model), dict(model.named_parameters())
-    if muon:
-        optimizer = Muon(parameters, made, mesh, hidden=hidden, offload=offload)
-    else:
-        optimizer = AdamW(parameters, made, mesh, offload=offload)
+    parameters = dict(model.named_parameters())
+    more = {"hidden": hidden} if muon else {}
+    optimizer = (Muon if muon else AdamW)(parameters, model.made, mesh, offload=offload, **more)
     return Subject(
-        model,
-        made,
-        optimizer,
-        lambda step: split(global_batch(step, rows), mesh, micro),
-        clip,
-        zero,
+        model=model,
+        layouts=model.made,
+        optimizer=optimizer,
+        batches=lambda step: split(global_batch(step, rows), mesh, micro),
+        zero=zero,
+        schedule=schedule,
     )
