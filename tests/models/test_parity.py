@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from warploom.models.batch import Batch
-from warploom.models.decoder import Architecture, Decoder
-from warploom.parallel.mesh import Degrees, Mesh, _build
+from warploom.models.decoder import Architecture, Decoder, Experts
+from warploom.models.stages import Stages
+from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.parity import Subject, differences, failures, record
+from warploom.parallel.pipeline import Schedule
 
 SIZES = {
     "layers": 2,
@@ -34,11 +36,9 @@ def _global_batch(step, rows=4, length=10):
 def _batches(mesh, micro, packed):
     def batches(step):
         tokens, targets, lengths = _global_batch(step)
-        ranks = mesh.degree("dp") * mesh.degree("rep")
-        own = mesh.coordinate("dp") + mesh.degree("dp") * mesh.coordinate("rep")
-        each = len(tokens) // ranks
+        each = len(tokens) // mesh.data_ranks
         found = []
-        for row in range(own * each, (own + 1) * each, micro):
+        for row in range(mesh.data_rank * each, (mesh.data_rank + 1) * each, micro):
             part = slice(row, row + micro)
             documents = torch.tensor(sum(lengths[part], []), dtype=torch.int32)
             found.append(Batch(tokens[part], targets[part], documents if packed else None))
@@ -47,37 +47,59 @@ def _batches(mesh, micro, packed):
     return batches
 
 
-def _subject(mesh, *, micro, packed, tied, qk_norm, recompute="none"):
+def _subject(mesh, made, *, micro, packed=True, schedule=None, virtual=1, zero=1, **options):
+    table, stages = None, None
+    if mesh.pp is not None:
+        microbatches = 4 // mesh.data_ranks // micro
+        table = Schedule.named(schedule, mesh.degree("pp"), microbatches, virtual=virtual)
+        stages = Stages.deal(made.layers, table.placement)
     model = Decoder.create(
-        Architecture(**SIZES, tied=tied, qk_norm=qk_norm),
-        mesh=mesh,
-        seed=11,
-        z_loss=1e-2,
-        recompute=recompute,
-        dtype=torch.float64,
+        made, mesh=mesh, seed=11, z_loss=1e-2, stages=stages, dtype=torch.float64, **options
     )
-    made = model.layouts()
-    optimizer = AdamW(dict(model.named_parameters()), made, mesh)
-    return Subject(model, made, optimizer, _batches(mesh, micro, packed))
+    layouts = model.layouts()
+    optimizer = AdamW(dict(model.named_parameters()), layouts, mesh)
+    batches = _batches(mesh, micro, packed)
+    return Subject(model, layouts, optimizer, batches, zero=zero, schedule=table)
 
 
-def _mesh_equals_one_process(text, options):
-    alone = _build(Degrees.parse("").resolve(1), 0, lambda ranks: None)
-    want = record(_subject(alone, micro=4, **options | {"recompute": "none"}), alone)
+def _mesh_equals_one_process(text, made, options):
+    alone = Mesh.alone()
+    want = record(_subject(alone, made, micro=4, packed=options.get("packed", True)), alone)
     mesh = Mesh.build(text)
-    got = record(_subject(mesh, micro=1, **options), mesh)
+    got = record(_subject(mesh, made, micro=1, **options), mesh)
     assert failures(differences(got, want)) == {}
 
 
-@pytest.mark.parametrize("text", ["dp2", "tp2", "tp4", "tp2,dp2", "tp2,rep2", "tp4,dp2"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"packed": True, "tied": False, "qk_norm": True, "recompute": "none"},
-        {"packed": False, "tied": True, "qk_norm": False, "recompute": "full"},
-    ],
-    ids=["packed-qk_norm", "tied-recompute"],
+DENSE = Architecture(**SIZES, qk_norm=True)
+TIED = Architecture(**SIZES, tied=True)
+ROUTED = Architecture(
+    **SIZES | {"layers": 4},
+    tied=True,
+    experts=Experts(
+        count=4, top_k=2, hidden=12, shared=8, dense_layers=1, balance=0.5, router_z=0.1
+    ),
 )
-def test_mesh_equals_one_process(ranks, text, options):
+CASES = [
+    ("dp2", DENSE, {}),
+    ("tp2", DENSE, {"recompute": "selective"}),
+    ("tp4", TIED, {"packed": False, "recompute": "full"}),
+    ("tp2,rep2", TIED, {}),
+    ("tp8", DENSE, {}),  # two ranks share a key head
+    ("cp2", DENSE, {}),
+    ("cp4,uly2", DENSE, {"balance": "document"}),
+    ("cp2,tp2", TIED, {"context": "all_gather", "packed": False}),
+    ("pp2", TIED, {"schedule": "1f1b"}),
+    ("pp2", ROUTED, {"schedule": "zbv"}),
+    ("pp2,dp2", ROUTED, {"schedule": "interleaved", "virtual": 2, "recompute": "full"}),
+    ("dp2,ep2", ROUTED, {}),
+    ("tp2,ep2", ROUTED, {"recompute": "norm,moe"}),
+    ("tp2,dp2,ep2,etp2", ROUTED, {"zero": 3}),
+    ("tp2,cp2,pp2,ep2", ROUTED, {"schedule": "zb_h1"}),
+]
+
+
+@pytest.mark.parametrize(("text", "made", "options"), CASES, ids=[c[0] for c in CASES])
+def test_mesh_equals_one_process(ranks, text, made, options):
     degrees = Degrees.parse(text)
-    ranks(degrees.tp * (degrees.dp or 1) * degrees.rep, _mesh_equals_one_process, text, options)
+    world = degrees.tp * degrees.cp * degrees.pp * (degrees.dp or 1) * degrees.rep
+    ranks(world, _mesh_equals_one_process, text, made, options)
