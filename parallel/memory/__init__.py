@@ -11,7 +11,7 @@
 """
 
 from .offload import Moved, offloaded
-from .recompute import Recompute
+from .recompute import Recompute, remembered
 from .tracker import CAUSES, Peak, Seen, track
 
-__all__ = ["CAUSES", "Moved", "Peak", "Recompute", "Seen", "offloaded", "track"]
+__all__ = ["CAUSES", "Moved", "Peak", "Recompute", "Seen", "offloaded", "remembered", "track"]

@@ -43,6 +43,38 @@ BLOCK = "block"
 _NAMED = {"none": frozenset[str](), "full": frozenset({BLOCK}), "selective": frozenset({"norm"})}
 
 
+class _Memo:
+    """What the first run of a recomputed function decided, for the runs that follow."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.at = 0
+
+
+_MEMO: contextvars.ContextVar[_Memo | None] = contextvars.ContextVar(
+    "warploom_recompute_memo", default=None
+)
+
+
+def remembered(decide: Callable[[], T]) -> T:
+    """Return `decide()`; where a recomputed function runs again, what it returned at first.
+
+    For what must neither change nor happen twice: a choice, a count, a collective without a
+    gradient. The result is kept until the backward.
+
+    Args:
+        decide: Called without gradients in view, in the same order in every run.
+    """
+    memo = _MEMO.get()
+    if memo is None:
+        return decide()
+    if memo.at == len(memo.values):
+        memo.values.append(decide())
+    memo.at += 1
+    value: T = memo.values[memo.at - 1]
+    return value
+
+
 @dataclass(frozen=True, slots=True)
 class Recompute:
     """Which operators run again in the backward.
@@ -94,17 +126,19 @@ class Recompute:
             raise ValueError(f"operator must be one of {BLOCK}, {', '.join(OPERATORS)}; got {name}")
         if name not in self.operators or not torch.is_grad_enabled():
             return fn(*args)
-        context = contextvars.copy_context()
+        context, memo = contextvars.copy_context(), _Memo()
 
         def again(*given: Any) -> T:
+            memo.at = 0
             # autograd may run this in a thread of its own, where no context variable is set
             present = observers()
-            return context.copy().run(_seen, present, fn, given)
+            return context.copy().run(_seen, present, memo, fn, given)
 
         result: T = checkpoint(again, *args, use_reentrant=False)
         return result
 
 
-def _seen(present: tuple[Any, ...], fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _seen(present: tuple[Any, ...], memo: _Memo, fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+    _MEMO.set(memo)  # in a copy of the context, which ends with this call
     with watched(observers() or present):
         return fn(*args)
