@@ -71,9 +71,11 @@ class Bucket:
     def _places(self, tensors: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair the parts of each tensor with their places in the flat form."""
         for tensor, part in zip(tensors, flat.split(self.sizes, dim=1), strict=True):
-            line, each = tensor.reshape(-1), max(part.shape[1], 1)
+            line, each = tensor.reshape(-1), part.shape[1]
+            if not each:
+                continue
             full, rest = divmod(line.numel(), each)
-            yield line[: full * each].view(full, each), part[:full, :each]
+            yield line[: full * each].view(full, each), part[:full]
             if rest:
                 yield line[full * each :], part[full, :rest]
 
@@ -120,7 +122,8 @@ def make_buckets(
             closed.append(open_.pop(key))
             held = open_.setdefault(key, [])
         held.append(path)
+    place = {path: at for at, path in enumerate(tensors)}
     return [
         Bucket(tuple(paths), tuple(tuple(tensors[p].shape) for p in paths), group(paths[0]))
-        for paths in (*closed, *open_.values())
+        for paths in sorted((*closed, *open_.values()), key=lambda paths: place[paths[-1]])
     ]

@@ -13,9 +13,10 @@ The replicas of a parameter are `mesh.shard`, or `mesh.edp` for those of experts
     all-reduce, coalesced                  layout.spread    slices that some ranks hold alike
 
 A bucket leaves as soon as all its gradients are there, while the backward goes on. Buckets leave in
-one order on all ranks, whichever parameters a rank's tokens reach. Ranks of a partial or a spread
-group must hold the parameter in the same local shape: then they own the same rows of it. Sums are
-in float32 at least. Sums only: what a sum is divided by belongs to `step.py`.
+one order on all ranks, whichever parameters a rank's tokens reach: the reverse of that in which the
+model registers its parameters, which should be the order of its forward. Ranks of a partial or a
+spread group must hold the parameter in the same local shape: then they own the same rows of it.
+Sums are in float32 at least. Sums only: what a sum is divided by belongs to `step.py`.
 
 Source: Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 5 (the stages); Li et al.
 2020, https://arxiv.org/abs/2006.15704, section 3.2 (buckets that overlap with the backward).

@@ -78,6 +78,7 @@ class _Unit:
         self.buckets = buckets
         self.parameters = {p: parameters[p] for bucket in buckets for p in bucket.paths}
         self.full = {path: p.data for path, p in self.parameters.items()}
+        self.away = {p: x.new_full((), nan).expand(x.shape) for p, x in self.full.items()}
         self.pending: list[Pending] | None = None
         self.there = True
         self.in_backward = False
@@ -111,7 +112,7 @@ class _Unit:
         self.pending, self.in_backward = None, False
         if self.there:
             for path, parameter in self.parameters.items():
-                parameter.data = parameter.new_full((), nan).expand(parameter.shape)
+                parameter.data = self.away[path]
                 self.full[path].untyped_storage().resize_(0)
         self.there = False
 

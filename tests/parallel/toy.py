@@ -152,8 +152,8 @@ class Stack(nn.Module):
         held = [s for s, rank in enumerate(placement) if rank == mesh.coordinate("pp")]
         self.stage_of = {n: n * len(placement) // blocks for n in range(blocks)}
         numbers = [n for n, stage in self.stage_of.items() if stage in held]
-        self.blocks = nn.ModuleDict({str(n): Block(mesh, width) for n in numbers})
         self.embedding = VocabEmbedding(11, width, group=mesh.tp) if 0 in held else None
+        self.blocks = nn.ModuleDict({str(n): Block(mesh, width) for n in numbers})
         if self.last in held:
             self.head = VocabHead(11, width, group=mesh.tp, tied=self.embedding)
         self.double()
