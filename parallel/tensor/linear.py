@@ -248,6 +248,8 @@ class RowLinear(nn.Module):
         """
         if product is linear and x.shape[-1] != self.weight.shape[1]:
             raise _wrong_width(self, self.weight.shape[1], x)
+        if self.group is None and product is linear:
+            return linear(x, self.weight, self.bias)
         if self.plan is None or not self.overlaps:
             y = self.leave(product(x, self.weight), self.group)
         elif product is not linear:

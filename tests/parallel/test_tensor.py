@@ -1,11 +1,13 @@
 """A sharded layer must equal the unsharded one: outputs and every gradient, in float64."""
 
 import itertools
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import assemble, layouts
@@ -221,3 +223,44 @@ def test_padding_has_no_piece_and_is_zero():
     assert layer.weight.shape == (3, 4)
     assert [p.slices[0] for p in layouts(layer)["weight"].pieces] == [(6, 7, 1)]
     assert not layer.weight[1:].any()
+
+
+class _Operators(TorchDispatchMode):
+    """Notes every operator that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _cost(module, x):
+    """Return the operators of a forward and a backward, and the Python calls of a forward."""
+    calls = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event) if event == "call" else None)
+    module(x)
+    sys.setprofile(None)
+    module.zero_grad()
+    with _Operators() as operators:
+        module(x).sum().backward()
+    return operators.seen, len(calls)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_rank_costs_next_to_nothing(bias):
+    x, ids = torch.randn(4, 8), torch.arange(4)
+    embedding = VocabEmbedding(11, 8, group=None)
+    for layer, peer, at in (
+        (ColumnLinear(8, 16, group=None, bias=bias, regather=True, chunks=3), nn.Linear(8, 16), x),
+        (RowLinear(8, 16, group=None, bias=bias, chunks=2), nn.Linear(8, 16), x),
+        (VocabHead(11, 8, group=None, tied=embedding), nn.Linear(8, 11), x),
+        (embedding, nn.Embedding(11, 8), ids),
+    ):
+        if getattr(layer, "bias", None) is None and isinstance(peer, nn.Linear):
+            peer.bias = None
+        (operators, calls), (expected, fewest) = _cost(layer, at), _cost(peer, at)
+        assert operators == expected, layer
+        assert calls <= fewest + 4, layer
