@@ -189,7 +189,7 @@ class Step:
         schedule: Schedule | None = None,
         bucket_elements: int = BUCKET_ELEMENTS,
     ) -> None:
-        if zero not in (0, 1, 2, 3):
+        if zero not in (0, 1, 2, 3) or not isinstance(zero, int) or isinstance(zero, bool):
             raise ValueError(f"zero must be a ZeRO stage, 0, 1, 2 or 3; got {zero!r}")
         if schedule is None and mesh.pp is not None:
             raise ValueError(

@@ -1,14 +1,19 @@
 """Optimizers against torch's, and sharded against unsharded."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
-import torch.distributed as dist
+from tests.parallel.toy import stack
 from torch import nn
 
+from warploom.parallel.checkpoint import latest, load, save
+from warploom.parallel.collectives import all_reduce_, barrier, observed
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import AdamW, Muon
 from warploom.parallel.optimizer.muon import newton_schulz
 from warploom.parallel.sharding import assemble, layouts
+from warploom.parallel.step import Step
 
 
 def _model(dtype=torch.float64):
@@ -154,15 +159,129 @@ def test_masters_of_16_bits_are_float32():
     assert all(moved), "small steps must add up in the masters"
 
 
-def _muon_refuses_split_matrices():
-    from warploom.parallel.tensor import ColumnLinear
+def _each_matrix_has_one_owner():
+    """Over tp and dp: what travels is each element once forth, and back to all that hold it."""
+    mesh = Mesh.build("tp2,dp2,ep2")
+    made = stack(mesh, muon=True)
+    log = []
 
-    mesh = Mesh.build("tp2")
-    layer = ColumnLinear(4, 6, group=mesh.tp)
-    with pytest.raises(ValueError, match="Muon needs whole matrices, but weight is split"):
-        Muon(dict(layer.named_parameters()), layouts(layer), mesh, hidden=lambda path, p: True)
-    assert dist.get_world_size() == 2
+    @contextmanager
+    def observer(call):
+        log.append((call.op, call.group, [m.elements for m in call.messages if m.sent]))
+        yield
+
+    gradients = {path: torch.ones_like(s.master) for path, s in made.optimizer.shards.items()}
+    with observed(observer):
+        made.optimizer.step(gradients, 1e-2)
+    travels = [sum(sent) for op, group, sent in log if op == "all_to_all" and group is mesh.stage]
+    assert len(travels) == 2
+    sums = all_reduce_(torch.tensor(travels), mesh.world).tolist()
+    logical = 2 * (16 * 6 + 8 * 6 + 2 * 6 + 4 * 6 * 6)  # of two blocks: up, down, gate, experts
+    assert sums == [logical, logical]  # nothing is held twice: dp shares out what tp does not split
+    costs = [0, 0, 0, 0]
+    for matrix, owner in made.optimizer.matrices.owner.items():
+        costs[owner] += matrix.cost
+    assert max(costs) < 1.5 * min(costs)
 
 
-def test_muon_refuses_split_matrices(ranks):
-    ranks(2, _muon_refuses_split_matrices)
+def test_each_matrix_has_one_owner(ranks):
+    ranks(4, _each_matrix_has_one_owner)
+
+
+def test_muon_refuses_vectors():
+    model = _model()
+    with pytest.raises(ValueError, match=r"made of matrices, but 0.bias of 0.bias has the shape"):
+        Muon(
+            dict(model.named_parameters()),
+            layouts(model),
+            Mesh.build(),
+            hidden=lambda path, p: True,
+        )
+
+
+def _offload_equals_not_offload(text):
+    mesh = Mesh.build(text)
+    for muon in (False, True):
+        for zero in range(4):
+            steps, gathered = [], []
+            for offload in (False, True):
+                made = stack(mesh, zero=zero, muon=muon, offload=offload)
+                step = Step(made.model, made.layouts, made.optimizer, mesh, zero=zero)
+                steps.append([step(made.batches(n), learning_rate=1e-2) for n in range(2)])
+                with step.opened(whole=True):
+                    gathered.append({n: p.clone() for n, p in made.model.named_parameters()})
+                assert all(
+                    (s.master is not s.rows) for s in made.optimizer.shards.values() if offload
+                )
+            assert steps[0] == steps[1], (muon, zero)
+            for path, parameter in gathered[0].items():
+                assert torch.equal(parameter, gathered[1][path]), (muon, zero, path)
+
+
+def test_offload_equals_not_offload():
+    _offload_equals_not_offload("")
+
+
+def test_offload_equals_not_offload_on_ranks(ranks):
+    ranks(2, _offload_equals_not_offload, "dp2")
+
+
+def _save_under(folder, text, zero):
+    mesh = Mesh.build(text)
+    made = stack(mesh, muon=True)
+    step = Step(made.model, made.layouts, made.optimizer, mesh, zero=zero)
+    for n in range(2):
+        step(made.batches(n), learning_rate=1e-2)
+    save(folder, made.optimizer.entries(), {"step": 2}, mesh)
+    _write(folder, "saved", _whole(made, step, mesh), mesh)
+
+
+def _load_under(folder, text, zero):
+    mesh = Mesh.build(text)
+    made = stack(mesh, muon=True)
+    step = Step(made.model, made.layouts, made.optimizer, mesh, zero=zero)
+    for tensor in (e.tensor for e in made.optimizer.entries()):
+        tensor.fill_(float("nan"))
+    made.optimizer.steps = load(latest(folder), made.optimizer.entries(), mesh)["step"]
+    made.optimizer.publish()
+    found = _whole(made, step, mesh)
+    want = torch.load(folder / "saved.pt")
+    assert found.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(found[name], tensor), name
+    assert step(made.batches(2), learning_rate=1e-2).grad_norm > 0
+
+
+def _whole(made, step, mesh):
+    """Return every parameter, master and state in full, by logical name."""
+    entries = dict(enumerate(made.optimizer.entries()))
+    result = assemble(
+        {str(n): e.tensor for n, e in entries.items()},
+        {str(n): _prefixed(e) for n, e in entries.items()},
+        mesh.world,
+    )
+    with step.opened(whole=True):
+        return result | assemble(dict(made.model.named_parameters()), made.layouts, mesh.world)
+
+
+def _write(folder, name, tensors, mesh):
+    if mesh.rank == 0:
+        torch.save(tensors, folder / f"{name}.pt")
+    barrier(mesh.world)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(("dp2", 3), ("tp2", 1)), (("tp2", 1), ("dp2,ep2", 3)), (("dp2", 0), ("rep2", 2))],
+)
+def test_a_checkpoint_fits_any_stage(pool, tmp_path, before, after):
+    pool(2, _save_under, tmp_path, *before)
+    pool(2, _load_under, tmp_path, *after)
+
+
+def test_an_optimizer_that_has_stepped_keeps_its_stage():
+    made = stack(Mesh.build())
+    made.optimizer.steps = 3
+    with pytest.raises(RuntimeError, match="3 steps under zero=1 cannot go on under zero=3"):
+        made.optimizer.place(3)
+    made.optimizer.place(2)

@@ -114,6 +114,65 @@ def test_clip_scales_to_the_limit():
     assert float(shards.norm()) == pytest.approx(0.5, rel=1e-5)
 
 
+def test_the_result_tells_the_clip_coefficient():
+    result = _step(_Bare(value=100.0), Mesh.build(), clip=0.5)([1.0], learning_rate=0.0)
+    assert result.clip_coefficient == pytest.approx(0.005, rel=1e-5)
+    assert _step(_Bare(), Mesh.build(), clip=50.0)([1.0], learning_rate=0.0).clip_coefficient == 1.0
+
+
+def test_counts_are_asked_once_a_micro_batch():
+    model = _Bare()
+    asked = []
+    model.counts = lambda batch: asked.append(batch) or {"loss": 2}
+    _step(model, Mesh.build())([1.0, 2.0, 3.0], learning_rate=0.1)
+    assert asked == [1.0, 2.0, 3.0]
+
+
+def test_terms_of_several_layers_sum_up_and_count_once():
+    model = _Bare()
+    one = model.loss
+    model.loss = lambda batch: (*one(batch), *one(batch), *one(batch))
+    result = _step(model, Mesh.build())([1.0, 1.0], learning_rate=0.0)
+    assert result.losses == {"loss": 6.0}  # 3 layers of 4 weights, over 2 counts
+    assert result.counts == {"loss": 4.0}
+
+
+def test_terms_must_be_those_that_are_promised():
+    model = _Bare()
+    model.counts = lambda batch: {"loss": 2, "other": 1}
+    with pytest.raises(RuntimeError, match="report every term that counts.. promises; other came"):
+        _step(model, Mesh.build())([1.0], learning_rate=0.1)
+    model.counts = lambda batch: {"other": 1}
+    with pytest.raises(RuntimeError, match="loss is not among other"):
+        _step(model, Mesh.build())([1.0], learning_rate=0.1)
+
+
+def test_a_model_may_act_after_the_step():
+    model = _Bare()
+    seen = []
+    model.after_step = lambda mesh: seen.append((mesh, float(model.weight.detach().sum())))
+    mesh = Mesh.build()
+    step = _step(model, mesh)
+    step([1.0], learning_rate=0.5)
+    assert seen == [(mesh, float(model.weight.detach().sum()))]
+    assert seen[0][1] < 4.0
+
+
+@pytest.mark.parametrize("zero", [-1, 4, 1.0, True, None])
+def test_a_stage_that_is_none_is_refused(zero):
+    with pytest.raises(ValueError, match="zero must be a ZeRO stage, 0, 1, 2 or 3; got"):
+        _step(_Bare(), Mesh.build(), zero=zero)
+
+
+def _pipeline_without_schedule():
+    with pytest.raises(ValueError, match="stages .pp2. needs a schedule"):
+        _step(_Bare(), Mesh.build("pp2"))
+
+
+def test_a_pipeline_needs_a_schedule(ranks):
+    ranks(2, _pipeline_without_schedule)
+
+
 def test_16_bit_gradients_accumulate_in_float32():
     model = _Bare(dtype=torch.bfloat16, count=1, promised=1)
     step = _step(model, Mesh.build(), clip=None)
