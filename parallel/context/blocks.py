@@ -170,6 +170,14 @@ def flat_blocks(split: Split, member: int, *, causal: bool) -> tuple[Block, ...]
     return split.kept(("flat", member, causal), make)
 
 
+def _widest(x: Tensor) -> Tensor:
+    """Widen what a backward reads, so that its part of a sum is not rounded; not so on CUDA.
+
+    There the kernels take low precision only. Elsewhere they widen by themselves: nothing is lost.
+    """
+    return x if x.is_cuda else x.to(wide(x.dtype))
+
+
 @dataclass(frozen=True, eq=False)
 class Attention:
     """A member's queries, and the sums over what they have attended to so far.
@@ -235,8 +243,9 @@ class Attention:
         wider = wide(dout.dtype)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=wider) for x in (self.q, k, v))
         if n := self.own.tokens:
-            saved = self.q[:n], k[:n], v[:n], self.out[:n], self.lse[:n].t()
-            parts = flash_attention_backward(dout[:n], *saved, **self._packed())
+            do, q, keys, values, out = (_widest(x[:n]) for x in (dout, self.q, k, v, self.out))
+            saved = q, keys, values, out, self.lse[:n].t()
+            parts = flash_attention_backward(do, *saved, **self._packed())
             for whole, part in zip((dq, dk, dv), parts, strict=True):
                 whole[:n] = part
         return dq, dk, dv
@@ -247,10 +256,11 @@ class Attention:
         """Differentiate `add`: dq, dk and dv are added to `grads`."""
         for block in blocks:
             count, strip = block.count, block.queries
-            do, q, out, lse = (strip.view(x, count) for x in (dout, self.q, self.out, self.lse))
-            keys, values = (block.keys.view(x, count) for x in kv)
+            lse = strip.view(self.lse, count).mT
+            do, q, out = (_widest(strip.view(x, count)) for x in (dout, self.q, self.out))
+            keys, values = (_widest(block.keys.view(x, count)) for x in kv)
             parts = flash_attention_backward(
-                do, q, keys, values, out, lse.mT, causal=False, scale=self.scale
+                do, q, keys, values, out, lse, causal=False, scale=self.scale
             )
             for whole, part, at in zip(grads, parts, (strip, *[block.keys] * 2), strict=True):
                 at.view(whole, count).add_(part)

@@ -1,6 +1,6 @@
 """What stands before every kind of attention: whole or by rows, the split, and what is refused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from warploom.kernels.attention import flash_attention_varlen
+from warploom.kernels.attention import flash_attention, flash_attention_varlen
 
 from ..collectives import Group
 from .split import Split
@@ -29,7 +29,9 @@ def place(group: Group) -> tuple[int, int]:
     return group.rank(), group.size()
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, tokens: int, size: int, wanted: int, axis: str) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, *, tokens: int, size: int, wanted: int, axis: str
+) -> None:
     """Refuse, before anything is sent, what cannot be attended to.
 
     Args:
@@ -62,38 +64,23 @@ def check(q: Tensor, k: Tensor, v: Tensor, tokens: int, size: int, wanted: int, 
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def flatten(
+def _flat(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
     split: Split | None,
     document_lengths: Sequence[int] | Tensor | None,
     ranks: int,
-) -> tuple[Tensors, Split]:
-    """Make rows flat tokens, and a zigzag split where none is given.
-
-    Args:
-        q: `[N, H, K]`, or rows `[B, S / ranks, H, K]`.
-        k: `[N, G, K]`, or rows.
-        v: As `k`.
-        split: Who holds what, or `None`.
-        document_lengths: Of the whole batch, where there is no split; `None`: one document a row.
-        ranks: Ranks of the group.
-
-    Raises:
-        ValueError: If both a split and lengths are given, or the lengths cannot be split.
-    """
+) -> Split:
+    """Make the zigzag split of flat tokens or rows `q` where none is given."""
     if split is None:
         rows, tokens = len(q) if q.dim() == 4 else 1, q.shape[:-2].numel() * ranks
         lengths = [tokens // max(rows, 1)] * rows if document_lengths is None else document_lengths
-        split = Split.build(lengths, ranks, rows=rows)
-    elif document_lengths is not None:
+        return Split.build(lengths, ranks, rows=rows)
+    if document_lengths is not None:
         raise ValueError(
-            f"document_lengths must be left out where a split is given ({len(split.bounds) - 1} "
-            f"documents): it has them"
+            f"document_lengths must be left out where a split is given "
+            f"({len(split.bounds) - 1} documents): it has them"
         )
-    q, k, v = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
-    return (q, k, v), split
+    return split
 
 
 def order(split: Split, device: torch.device) -> Tensor:
@@ -128,7 +115,9 @@ def attend_whole(
     own = None if ordered else order(split, q.device)
 
     def flat(x: Tensor) -> Tensor:
-        return x[: split.total] if own is None else x.index_select(0, own)
+        if own is not None:
+            return x.index_select(0, own)
+        return x[: split.total] if padding else x
 
     options: dict[str, Any] = {"max_seqlen": longest, "causal": causal, "scale": scale}
     mixed: Any = flash_attention_varlen(flat(q), flat(k), flat(v), cu_seqlens, **options)
@@ -138,3 +127,47 @@ def attend_whole(
         mixed = q.new_zeros(q.shape).index_copy(0, own, mixed)
     out: Tensor = mixed
     return out
+
+
+def attend(
+    run: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    split: Split | None,
+    document_lengths: Sequence[int] | Tensor | None,
+    group: Group,
+    causal: bool,
+    scale: float | None,
+    *,
+    axis: str,
+) -> Tensor:
+    """Attend to flat tokens or rows over one group; see `ring_attention`.
+
+    Args:
+        run: What to do with `(q, k, v, split, group, causal, scale)` of flat tokens, checked.
+        q: `[N, H, K]`, or rows `[B, S / R, H, K]`.
+        k: `[N, G, K]`, or rows.
+        v: As `k`.
+        split: Who holds what; `None` for zigzag.
+        document_lengths: Of the whole batch, where there is no split.
+        group: The ranks; `None` for one.
+        causal: Whether a query sees the keys up to its own position only.
+        scale: Multiplies the scores; `None` for 1 / sqrt(K).
+        axis: What the group is: `ring`, `context-parallel` or `Ulysses`.
+
+    Raises:
+        ValueError: If shapes, dtypes, group and split do not fit each other.
+    """
+    _, size = place(group)
+    if q.dim() == 4 and group is None and split is None and document_lengths is None:
+        rows: Any = flash_attention(q, k, v, causal=causal, scale=scale)
+        whole: Tensor = rows
+        return whole
+    split = _flat(q, split, document_lengths, size)
+    a, b, c = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
+    wanted = split.ranks if axis == "Ulysses" else split.members
+    check(a, b, c, tokens=split.tokens, size=size, wanted=wanted, axis=axis)
+    if group is None:
+        return attend_whole(a, b, c, split, causal, scale).view(q.shape)
+    return run(a, b, c, split, group, causal, scale).view(q.shape)

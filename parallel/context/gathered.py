@@ -12,7 +12,7 @@ the ring's, for more memory.
 Source: Dubey et al. 2024, https://arxiv.org/abs/2407.21783, section 3.3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from ..collectives import (
     watched,
 )
 from .blocks import Attention, flat_blocks, own_keys
-from .entry import attend_whole, check, flatten, order, place
+from .entry import attend, order, place
 from .split import Split
 
 
@@ -80,14 +80,7 @@ class _AllGather(torch.autograd.Function):
         return *(d.to(q.dtype) for d in grads), None, None, None, None
 
 
-def all_gather(
-    q: Tensor, k: Tensor, v: Tensor, split: Split, group: Group, causal: bool, scale: float | None
-) -> Tensor:
-    """Attend to gathered keys: `all_gather_attention` of flat tokens whose shapes were checked."""
-    if group is None:
-        return attend_whole(q, k, v, split, causal, scale)
-    out: Tensor = _AllGather.apply(q, k, v, split, group, causal, scale)
-    return out
+all_gather: Callable[..., Tensor] = _AllGather.apply  # of flat tokens, shapes checked
 
 
 def all_gather_attention(
@@ -119,7 +112,5 @@ def all_gather_attention(
     Raises:
         ValueError: If shapes, dtypes, group and split do not fit each other.
     """
-    size = place(group)[1]
-    flat, split = flatten(q, k, v, split, document_lengths, size)
-    check(*flat, split.share, size, split.members, "context-parallel")
-    return all_gather(*flat, split, group, causal, scale).view(q.shape)
+    options = document_lengths, group, causal, scale
+    return attend(all_gather, q, k, v, split, *options, axis="context-parallel")

@@ -10,12 +10,13 @@ The next block is on its way while the current one is attended to. In the backwa
 a block follows it round the ring: each rank but the owner adds its part, and the last step brings
 the sum home, where the owner adds its own. Saved are this rank's q, k, v, output and log-sum-exp:
 memory is O(S / M). What a mask hides entirely is not computed, and every sum has a fixed order.
+Forward and backward are collective: a rank whose tokens are all padding takes part in both.
 
 Source: Liu et al. 2023, https://arxiv.org/abs/2310.01889, algorithm 1; the zigzag order: Dubey et
 al. 2024, https://arxiv.org/abs/2407.21783, section 3.3.2.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from ..collectives import Group, exchange_begin, observers, watched
 from .blocks import Attention, own_keys, pair_blocks
-from .entry import attend_whole, check, flatten, place
+from .entry import attend, place
 from .split import Split
 
 
@@ -105,14 +106,7 @@ def _backward(
     return dq, home
 
 
-def ring(
-    q: Tensor, k: Tensor, v: Tensor, split: Split, group: Group, causal: bool, scale: float | None
-) -> Tensor:
-    """Attend round the ring: `ring_attention` of flat tokens whose shapes were checked."""
-    if group is None:
-        return attend_whole(q, k, v, split, causal, scale)
-    out: Tensor = _Ring.apply(q, k, v, split, group, causal, scale)
-    return out
+ring: Callable[..., Tensor] = _Ring.apply  # of flat tokens whose shapes were checked
 
 
 def ring_attention(
@@ -149,7 +143,5 @@ def ring_attention(
     Raises:
         ValueError: If shapes, dtypes, group and split do not fit each other.
     """
-    size = place(group)[1]
-    flat, split = flatten(q, k, v, split, document_lengths, size)
-    check(*flat, split.share, size, split.members, "ring")
-    return ring(*flat, split, group, causal, scale).view(q.shape)
+    options = document_lengths, group, causal, scale
+    return attend(ring, q, k, v, split, *options, axis="ring")

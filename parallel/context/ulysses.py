@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import Group, swap
-from .entry import Tensors, attend_whole, check, flatten, place
+from .entry import Tensors, attend, attend_whole, check, place
 from .gathered import all_gather
 from .ring import ring
 from .split import Split
@@ -62,6 +62,13 @@ def _leave(out: Tensor, group: Group) -> Tensor:
     return parts.transpose(0, 1).flatten(1, 2)
 
 
+def _exchange(
+    q: Tensor, k: Tensor, v: Tensor, split: Split, group: Group, causal: bool, scale: float | None
+) -> Tensor:
+    _check_heads(q.shape[1], place(group)[1])
+    return _leave(attend_whole(*_enter(q, k, v, group), split, causal, scale), group)
+
+
 def ulysses_attention(
     q: Tensor,
     k: Tensor,
@@ -92,14 +99,8 @@ def ulysses_attention(
         ValueError: If shapes, dtypes, group and split do not fit each other, or the group's size
             does not divide the query heads.
     """
-    size = place(group)[1]
-    flat, split = flatten(q, k, v, split, document_lengths, size)
-    check(*flat, split.tokens, size, split.ranks, "Ulysses")
-    if group is None:
-        return attend_whole(*flat, split, causal, scale).view(q.shape)
-    _check_heads(flat[0].shape[1], size)
-    out = attend_whole(*_enter(*flat, group), split, causal, scale)
-    return _leave(out, group).reshape(q.shape)
+    options = document_lengths, group, causal, scale
+    return attend(_exchange, q, k, v, split, *options, axis="Ulysses")
 
 
 def attention(
@@ -139,7 +140,7 @@ def attention(
     if ring is None:
         return ulysses_attention(q, k, v, split, group=ulysses, causal=causal, scale=scale)
     members, ranks = place(ring)[1], place(ulysses)[1]
-    check(q, k, v, split.tokens, members, split.members, "ring")
+    check(q, k, v, tokens=split.tokens, size=members, wanted=split.members, axis="ring")
     if ranks != split.ulysses:
         raise ValueError(
             f"the Ulysses group ({ranks} ranks) must be as large as the split says "
