@@ -4,13 +4,14 @@ Every rank calls `prove`; rank 0 gets what was found. The global batch has docum
 unequal numbers of trained tokens on each rank, and ranks and micro-batches that train nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
@@ -211,40 +212,82 @@ def _spread(model: Decoder, seed: int) -> None:
             parameter.mul_(SPREAD)
 
 
-def subject(case: Case, mesh: Mesh) -> Subject:
-    """Return what `parity.record` trains on this rank."""
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one run on one rank shows.
+
+    Attributes:
+        trace: What must not depend on the mesh.
+        subject: What was trained.
+        gradients: The first gradients that reached the optimizer, by path: this rank's shards.
+        flows: See `Outcome`; of this rank.
+    """
+
+    trace: Trace
+    subject: Subject
+    gradients: dict[str, Tensor]
+    flows: dict[str, float]
+
+
+def train(case: Case, mesh: Mesh, ranks: Sequence[int], batch_of: Case) -> Seen:
+    """Train on what the data ranks `ranks` of the global batch of `batch_of` get.
+
+    A collective call over the mesh.
+    """
     model, optimizer = build(case, mesh)
-    rank = mesh.data_rank
-
-    def batches(step: int) -> list[Batch]:
-        whole = global_batch(case, step)
-        return [whole.part(rank, m, case.packed) for m in range(case.microbatches)]
-
-    made = model.layouts()
-    return Subject(model, made, optimizer, batches, case.clip, case.zero, case.table)
-
-
-@lru_cache(maxsize=256)
-def _reference(case: Case, batch_of: Case) -> Trace:
-    """Train on the whole global batch of `batch_of` in this one process."""
-    mesh = Mesh.alone()
-    model, optimizer = build(case, mesh)
-    d = batch_of.degrees
-    ranks = (d.dp or 1) * d.rep
 
     def batches(step: int) -> list[Batch]:
         whole = global_batch(batch_of, step)
-        return [
-            whole.part(rank, m, case.packed)
-            for rank in range(ranks)
-            for m in range(case.microbatches)
-        ]
+        return [whole.part(r, m, case.packed) for r in ranks for m in range(case.microbatches)]
 
-    one = Subject(model, model.layouts(), optimizer, batches, case.clip)
-    return record(one, mesh, steps=STEPS, learning_rate=LEARNING_RATE)
+    made, table = model.layouts(), case.table
+    one = Subject(model, made, optimizer, batches, case.clip, case.zero, table)
+    gradients: dict[str, Tensor] = {}
+    flows = {"embedding": 0.0}
+    for n in range(case.architecture.layers):
+        flows |= {f"blocks.{n}.attention": 0.0, f"blocks.{n}.feed_forward": 0.0}
+    _watch(model, gradients, flows)
+    inner = optimizer.step
+
+    def keep(found: Mapping[str, Tensor], learning_rate: float) -> None:
+        if not gradients:
+            gradients.update({path: gradient.clone() for path, gradient in found.items()})
+        inner(found, learning_rate)
+
+    vars(optimizer)["step"] = keep
+    trace = record(one, mesh, steps=STEPS, learning_rate=LEARNING_RATE)
+    return Seen(trace, one, gradients, flows)
 
 
-def reference(case: Case) -> Trace:
+def _watch(model: Decoder, gradients: Mapping[str, Tensor], flows: dict[str, float]) -> None:
+    """Add up the squares of what the parts of the model give, until there are gradients."""
+
+    def watch(name: str, module: nn.Module) -> None:
+        def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+            if not gradients and torch._C._current_graph_task_id() == -1:
+                y = output[0] if isinstance(output, tuple) else output
+                flows[name] += float(y.detach().square().sum())
+
+        module.register_forward_hook(hook)
+
+    if hasattr(model, "embedding"):
+        watch("embedding", model.embedding)
+    for n, block in model.blocks.items():
+        watch(f"blocks.{n}.feed_forward", block)
+        for path, module in block.named_modules():
+            if path == "attention.out":
+                watch(f"blocks.{n}.attention", module)
+
+
+@lru_cache(maxsize=256)
+def _reference(case: Case, batch_of: Case) -> tuple[Trace, dict[str, float]]:
+    """Train on the whole global batch of `batch_of` in this one process."""
+    d = batch_of.degrees
+    seen = train(case, Mesh.alone(), range((d.dp or 1) * d.rep), batch_of)
+    return seen.trace, seen.flows
+
+
+def reference(case: Case) -> tuple[Trace, dict[str, float]]:
     """Train the same in one process; kept for cases that differ only in what must not matter."""
     d = case.degrees
     ranks = f"dp{(d.dp or 1) * d.rep}"
@@ -289,13 +332,18 @@ class Outcome:
     Attributes:
         differences: Absolute differences, by what they are of.
         shares: Of each gradient that differs.
+        losses: Of the first step, by term: found, and of one process.
         norms: Norm of the gradient in the first step: found, and of one process.
+        flows: Sum of squares of what each part adds to the stream in the first step, in the order
+            of the forward pass: found, and of one process. Padding counts.
         ledger: Calls and bytes of each rank, by axis, collective and phase.
     """
 
     differences: dict[str, float]
     shares: dict[str, Share]
+    losses: dict[str, tuple[float, float]]
     norms: tuple[float, float]
+    flows: dict[str, tuple[float, float]]
     ledger: dict[tuple[str, str, str], tuple[int, int]]
 
 
@@ -307,52 +355,45 @@ def prove(case: Case) -> Outcome | None:
     """
     mesh = Mesh.build(case.mesh or "dp1")
     ledger = Ledger(mesh)
-    trace, sums, holders = _observe(case, mesh, ledger)
-    if mesh.rank:
-        return None
-    want = reference(case)
-    found = differences(trace, want)
-    shares = {
-        name: _share(trace.gradients[name], right, sums[name], holders[name])
-        for name, right in want.gradients.items()
-        if name in trace.gradients and not found[f"gradient {name}"] <= TOLERANCE
-    }
-    norms = (trace.grad_norms[0], want.grad_norms[0])
-    table = {key: (total.calls, total.bytes) for key, total in ledger.table().items()}
-    return Outcome(found, shares, norms, table)
-
-
-def _observe(
-    case: Case, mesh: Mesh, ledger: Ledger
-) -> tuple[Trace, dict[str, Tensor], dict[str, Tensor]]:
-    """Train, and sum over all ranks what each holds of the gradients of the first step."""
-    one = subject(case, mesh)
-    kept: dict[str, Tensor] = {}
-    inner = one.optimizer.step
-
-    def watch(gradients: Mapping[str, Tensor], learning_rate: float) -> None:
-        if not kept:
-            kept.update({path: gradient.clone() for path, gradient in gradients.items()})
-        inner(gradients, learning_rate)
-
-    vars(one.optimizer)["step"] = watch
     away: AbstractContextManager[object] = offloaded(least=0) if case.offload else nullcontext()
     with away, observed(ledger):
-        trace = record(one, mesh, steps=STEPS, learning_rate=LEARNING_RATE)
-    names = sorted(trace.gradients)
-    sums = {name: torch.zeros_like(trace.gradients[name]) for name in names}
-    holders = {name: torch.zeros_like(trace.gradients[name]) for name in names}
-    for path, gradient in kept.items():
-        for piece in one.optimizer.shards[path].layout.pieces:
+        seen = train(case, mesh, [mesh.data_rank], case)
+    trace = seen.trace
+    sums, holders = _held(seen, mesh)
+    flows = all_reduce_(torch.tensor(list(seen.flows.values())), mesh.world).tolist()
+    if mesh.rank:
+        return None
+    want, alone = reference(case)
+    found = differences(trace, want)
+    return Outcome(
+        differences=found,
+        shares={
+            name: _share(trace.gradients[name], right, sums[name], holders[name])
+            for name, right in want.gradients.items()
+            if not found[f"gradient {name}"] <= TOLERANCE
+        },
+        losses={name: (trace.losses[0][name], right) for name, right in want.losses[0].items()},
+        norms=(trace.grad_norms[0], want.grad_norms[0]),
+        flows={name: (x, alone[name]) for name, x in zip(alone, flows, strict=True)},
+        ledger={key: (total.calls, total.bytes) for key, total in ledger.table().items()},
+    )
+
+
+def _held(seen: Seen, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Sum over all ranks what each holds of the first gradients, and count who holds it."""
+    names = sorted(seen.trace.gradients)
+    shapes = {name: seen.trace.gradients[name] for name in names}
+    sums = {name: torch.zeros_like(x) for name, x in shapes.items()}
+    holders = {name: torch.zeros_like(x) for name, x in shapes.items()}
+    for path, gradient in seen.gradients.items():
+        for piece in seen.subject.optimizer.shards[path].layout.pieces:
             piece.of_logical(sums[piece.name]).add_(piece.of_local(gradient))
             piece.of_logical(holders[piece.name]).add_(1.0)
-    flat = torch.cat([x[name].flatten() for x in (sums, holders) for name in names])
-    all_reduce_(flat, mesh.world)
-    parts = iter(flat.split([x[name].numel() for x in (sums, holders) for name in names]))
-    for x in (sums, holders):
-        for name in names:
-            x[name] = next(parts).view_as(x[name])
-    return trace, {name: x / trace.clips[0] for name, x in sums.items()}, holders
+    every = [*sums.values(), *holders.values()]
+    flat = all_reduce_(torch.cat([x.flatten() for x in every]), mesh.world)
+    for x, part in zip(every, flat.split([x.numel() for x in every]), strict=True):
+        x.copy_(part.view_as(x))
+    return {name: x / seen.trace.clips[0] for name, x in sums.items()}, holders
 
 
 def _share(got: Tensor, want: Tensor, summed: Tensor, holders: Tensor) -> Share:

@@ -77,6 +77,12 @@ def _tokens(argv: list[str]) -> int:
     return tokenise.main(argv)
 
 
+def _verify(argv: list[str]) -> int:
+    from warploom.recipes import verify
+
+    return verify.main(argv)
+
+
 def _bench_train(argv: list[str]) -> int:
     from warploom.benchmarks import end_to_end
 
@@ -87,6 +93,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "doctor": Command("[--json]", "what this machine has, and what is missing", _doctor),
         "train": Command("RUN [--FIELD VALUE ...]", "train a run, such as pretrain/stdlib", _train),
+        "verify": Command("[RUN|FOLDER] --mesh ...", "prove a mesh on CPU processes", _verify),
         "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
     }

@@ -64,9 +64,10 @@ def legal(levels):
     for name in ("context", "balance"):
         if cp is not None and name in levels and (cp == 1) != (levels[name] == "none"):
             return False
-    if {"context", "balance"} <= levels.keys():
-        if (levels["context"] == "none") != (levels["balance"] == "none"):
-            return False
+    if {"context", "balance"} <= levels.keys() and (
+        (levels["context"] == "none") != (levels["balance"] == "none")
+    ):
+        return False
     if get("context") == "hybrid" and cp not in (None, 4):
         return False
     return not (get("keys") == "shared" and get("tp", 2) == 1)
