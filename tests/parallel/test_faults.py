@@ -45,11 +45,12 @@ def oversleep(seconds):
 def _a_rank_sleeps():
     rank, group = dist.get_rank(), dist.group.WORLD
     hangs = []
-    with Watchdog(shared_store("w"), rank=rank, patience_s=0.4, report=hangs.append):
+    settle("begin")
+    with Watchdog(shared_store("w"), rank=rank, patience_s=0.8, report=hangs.append):
         for _ in range(3):
             all_reduce_(torch.ones(2), group)
         if rank == 1:
-            oversleep(1.6)
+            oversleep(2.4)
         x = all_reduce_(torch.ones(4, 2), group)
     assert x[0, 0] == 3
     if rank == 1:
@@ -58,7 +59,7 @@ def _a_rank_sleeps():
     (hang,) = hangs
     assert (hang.rank, hang.number, hang.ranks) == (rank, 4, (0, 1, 2))
     assert hang.what == "all_reduce of [4, 2] float32 (sum)"
-    assert 0.4 <= hang.waited_s < 1.6
+    assert 0.8 <= hang.waited_s < 2.4
     assert "_a_rank_sleeps" in hang.stack
     assert "all_reduce_(torch.ones(4, 2), group)" in hang.stack
     assert set(hang.missing) == {1}
@@ -76,9 +77,10 @@ def test_a_rank_that_sleeps_is_named(pool):
 def _a_message_does_not_come():
     rank, group = dist.get_rank(), dist.group.WORLD
     hangs = []
-    with Watchdog(shared_store("m"), rank=rank, patience_s=0.4, report=hangs.append):
+    settle("begin")
+    with Watchdog(shared_store("m"), rank=rank, patience_s=0.8, report=hangs.append):
         x = torch.ones(3)
-        for late in (0.0, 1.4):
+        for late in (0.0, 2.2):
             if rank == 0:
                 exchange_begin([], [(x, 1)], group).wait()
             elif rank == 1:
@@ -133,10 +135,10 @@ def test_a_hang_ends_the_process_if_asked(pool):
 # --- fingerprint
 
 
-def differs(fn, sentence):
+def differs(fn, sentence, patience_s=20.0):
     """Run `fn` on every rank under a fingerprint, which must tell `sentence` on every one."""
     store = shared_store(f"f/{fn.__name__}")
-    with observed(Fingerprint(store, patience_s=0.5)):
+    with observed(Fingerprint(store, patience_s=patience_s)):
         all_reduce_(torch.ones(1), dist.group.WORLD)
         with pytest.raises(MismatchError, match=sentence):
             fn(dist.get_rank(), dist.group.WORLD)
@@ -168,7 +170,7 @@ def other_op(rank, group):
 
 def absent(rank, group):
     if rank == 1:
-        time.sleep(1.5)
+        time.sleep(2.5)
         raise MismatchError("collective 2: not all came; rank 1: all_reduce of [1]")
     all_reduce_(torch.ones(4), group)
 
@@ -189,7 +191,7 @@ def _each_difference_is_named():
     differs(other_dtype, r"broadcast of \[2\] float32 \(0\), .* broadcast of \[2\] float64 \(0\)")
     differs(other_kind, r"all_reduce of \[2\] float32 \(sum\), .* float32 \(max\)")
     differs(other_op, r"rank 0 brings all_reduce of .* rank 1 brings reduce_scatter of ")
-    differs(absent, r"collective 2.*not all came.*rank 1: all_reduce of \[1\]")
+    differs(absent, r"collective 2.*not all came.*rank 1: all_reduce of \[1\]", 1.0)
     differs(uneven, r"rank 0 sends 15 elements to rank 1 \(.*\), which awaits 10 \(")
 
 
@@ -259,7 +261,7 @@ def _the_slow_rank_is_named():
     with observed(stragglers):
         for _ in range(6):
             with stragglers.section("forward"):
-                time.sleep(0.12 if rank == 2 else 0.02)
+                time.sleep(0.4 if rank == 2 else 0.02)
                 all_reduce_(torch.ones(2), group)
             with stragglers.section("backward"):
                 time.sleep(0.02)
@@ -268,13 +270,15 @@ def _the_slow_rank_is_named():
     report = reports[2]
     assert report.awaited == 2
     assert report.steps == 3
-    assert report.median_wait_s > 0.05 > report.wait_s
+    assert report.median_wait_s > 2 * report.wait_s
     forward = next(s for s in report.sections if s.name == "forward")
     assert forward.slowest == 2
-    assert forward.slowest_s > 0.11
-    assert 0.015 < forward.median_s < 0.06  # without the wait for rank 2
+    assert forward.slowest_s >= 0.4
+    assert 0.02 <= forward.median_s < 0.3  # without the wait for rank 2
     assert report.sections[0] is forward
-    assert re.search(r"rank 2 was awaited: .*slowest is forward on rank 2: 0.1", report.sentence())
+    assert re.search(
+        r"rank 2 was awaited: .*slowest is forward on rank 2: 0.[4-9]", report.sentence()
+    )
 
 
 def test_the_slow_rank_is_named(pool):
