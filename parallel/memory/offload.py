@@ -82,7 +82,7 @@ class _Mover:
         if kept or not plain or x.untyped_storage().nbytes() < self.least:
             return x
         self.moved.tensors += 1
-        place = (x.dtype, x.storage_offset(), tuple(x.shape), x.stride())
+        place = (x.dtype, int(x.storage_offset()), tuple(x.shape), x.stride())
         return _Packed(self._to_host(x), *place)
 
     def unpack(self, packed: Tensor | _Packed) -> Tensor:
