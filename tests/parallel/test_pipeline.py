@@ -212,8 +212,8 @@ def _on_two():
 
 
 def _on_four():
-    _equal_one_process(NAMES)
     _collectives_run_once()
+    _equal_one_process(NAMES)
 
 
 def _collectives_run_once():
