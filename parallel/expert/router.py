@@ -97,7 +97,9 @@ class Router(nn.Module):
 
     The weight `[E, D]` is whole on every rank; a rank sees its own tokens, so that the gradient is
     partial over the tensor-parallel group. The bias and the load that it follows are buffers, the
-    bias in float32 whatever the model's dtype is.
+    bias in float32 whatever the model's dtype is. The load counts the tokens of forward passes with
+    gradients, once: not those of an evaluation, nor of a recomputation (whose first pass must keep
+    gradients on, as torch's checkpoints do with `use_reentrant=False`).
 
     Args:
         width: Model width D.
@@ -179,7 +181,7 @@ class Router(nn.Module):
                 indices = indices.masked_fill(~valid.unsqueeze(1), -1)
             if not in_backward():
                 record(indices)
-                if self.load is not None:
+                if self.load is not None and torch.is_grad_enabled():
                     self.load += count_experts(indices, len(self.weight))
             return indices
 

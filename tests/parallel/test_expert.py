@@ -115,7 +115,7 @@ def _tokens(mesh, replicated, skew, even):
     d = mesh.degrees
     inner = 1 if replicated else d.tp
     parts = inner * d.cp * (d.dp or 1) * d.rep
-    sizes = [[5, 0, 7, 2], [3, 6, 0, 1]][d.cp % 2][:parts]
+    sizes = [[5, 0, 7, 2], [3, 6, 0, 1]][d.cp > 1][:parts]
     if even and not replicated:  # the linears of shared experts need equal parts over tp
         sizes = [sizes[at // d.tp] for at in range(parts)]
     total = sum(sizes)

@@ -121,6 +121,8 @@ def test_the_bias_follows_the_load():
     with record_routing() as recorded:
         layer(x)
         layer(x[:4])
+    with torch.no_grad():
+        layer(x)  # an evaluation does not count
     load = torch.stack([sum((r == e).sum() for r in recorded) for e in range(E)])
     assert torch.equal(layer.router.load, load)
     update_biases(layer, 0.25)
