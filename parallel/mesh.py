@@ -172,7 +172,8 @@ class Mesh:
         if world is not None and world != size:
             raise ValueError(f"mesh was asked for {world} ranks, torch.distributed has {size}")
         degrees = Degrees.parse(text).resolve(size)
-        return _build(degrees, dist.get_rank() if ready else 0, _new_group(degrees.world))
+        rank = dist.get_rank() if ready else 0
+        return _build(degrees, rank, _new_group(degrees.world, rank))
 
     @staticmethod
     def alone() -> "Mesh":
@@ -208,8 +209,13 @@ class Mesh:
         return self.coordinate("dp") + self.degree("dp") * self.coordinate("rep")
 
 
-def _new_group(world: int) -> Callable[[list[int]], Group]:
-    """Return a maker of groups that gives the same group for the same ranks."""
+def _new_group(world: int, rank: int) -> Callable[[list[int]], Group]:
+    """Return a maker of groups that gives the same group for the same ranks.
+
+    torch names a group by its ranks and by how many groups the process has made. So a rank that
+    makes none where others do makes one of itself, or the next group would have two names and
+    its ranks never meet.
+    """
     made: dict[tuple[int, ...], Group] = {}
 
     def new(ranks: list[int]) -> Group:
@@ -220,7 +226,8 @@ def _new_group(world: int) -> Callable[[list[int]], Group]:
             elif len(ranks) == world:
                 made[key] = dist.group.WORLD
             else:
-                made[key] = dist.new_group(ranks, use_local_synchronization=True)
+                here = ranks if rank in ranks else [rank]
+                made[key] = dist.new_group(here, use_local_synchronization=True)
         return made[key]
 
     return new
@@ -243,6 +250,8 @@ def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Me
     line = _line(sizes, [index["cp"]], rank)
     at = line.index(rank)
     stages = _line(sizes, [index["pp"]], rank)
+    first_last = sorted({stages[0], stages[-1]})
+    ends = new(first_last)  # on every rank, in the middle too
     return Mesh(
         degrees=degrees,
         rank=rank,
@@ -256,5 +265,5 @@ def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Me
         edp=expert_group(2),
         ulysses=new(line[at - at % degrees.uly :][: degrees.uly]),
         ring=new(line[at % degrees.uly :: degrees.uly]),
-        ends=None if rank not in (stages[0], stages[-1]) else new(sorted({stages[0], stages[-1]})),
+        ends=ends if rank in first_last else None,
     )

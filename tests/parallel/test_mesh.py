@@ -1,10 +1,12 @@
 """The mesh: right ranks on every axis, two meshes in one process, errors that say what to do."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.distributed as dist
 
-from warploom.parallel.mesh import DENSE, Degrees, Mesh, _build
+from warploom.parallel.mesh import DENSE, Degrees, Mesh, _build, _new_group
 
 
 def _rank_lists(text, world):
@@ -89,6 +91,26 @@ def _two_meshes():
 
 def test_two_meshes_in_one_process(ranks):
     ranks(4, _two_meshes)
+
+
+@pytest.mark.parametrize("world", [4, 6, 12])
+def test_ranks_of_a_group_have_made_as_many_groups(world, monkeypatch):
+    """torch names a group by that number: a rank that makes fewer never meets the others."""
+    made = []
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **_: made.append(tuple(ranks)) or ranks)
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    for tp, cp, pp, ep, etp in product(sizes, repeat=5):
+        if world % (tp * cp * pp) or world // pp % (ep * etp):
+            continue
+        names = {}
+        for rank in range(world):
+            made.clear()
+            degrees = Degrees(tp=tp, cp=cp, pp=pp, ep=ep, etp=etp).resolve(world)
+            _build(degrees, rank, _new_group(world, rank))
+            for at, ranks in enumerate(made):
+                names.setdefault(ranks, set()).add(at)
+            names.setdefault("all", set()).add(len(made))
+        assert all(len(found) == 1 for found in names.values()), (tp, cp, pp, ep, etp, names)
 
 
 def test_a_mesh_of_4096_ranks_is_built_in_no_time():
