@@ -281,10 +281,9 @@ class Gradients:
 
     def _ordered(self, groups: Iterable[Group]) -> list[Group]:
         """List each group once, in the order of the mesh's axes: the same on all ranks."""
-        found = dict.fromkeys(group for group in groups if group is not None)
+        found = [group for group in dict.fromkeys(groups) if group is not None]
         known = [getattr(self.mesh, f.name) for f in fields(self.mesh)]
-        place = {group: known.index(group) if group in known else len(known) for group in found}
-        return sorted(found, key=lambda group: place[group])
+        return sorted(found, key=lambda g: known.index(g) if g in known else len(known))
 
 
 def _sum_together(tensors: list[Tensor], group: Group) -> None:
