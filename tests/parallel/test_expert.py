@@ -7,10 +7,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from warploom.parallel.checkpoint import Entry, load, save
 from warploom.parallel.collectives import observed
-from warploom.parallel.expert import MoE, update_biases
+from warploom.parallel.data.buckets import shard_rows
+from warploom.parallel.expert import MoE, bias_entries, update_biases
 from warploom.parallel.mesh import Mesh
-from warploom.parallel.sharding import assemble, layouts
+from warploom.parallel.sharding import assemble, layouts, narrow
 
 D, HIDDEN, E, K, N = 6, 8, 8, 2, 3  # N documents a data-parallel rank
 
@@ -277,6 +279,39 @@ def _in_a_foreign_program():
 
 def test_in_a_foreign_program(ranks):
     ranks(2, _in_a_foreign_program)
+
+
+def _entries(layer, mesh):
+    """List what a run keeps: shards of the weights, as an optimizer has them, and the bias."""
+    made, found = layouts(layer), bias_entries(layer)
+    for path, parameter in layer.named_parameters():
+        replicas = mesh.edp if made[path].expert else mesh.shard
+        start, stop = shard_rows(len(parameter), replicas)
+        own = parameter.detach()[start:stop]
+        found.append(Entry("master", own, narrow(made[path], start, stop)))
+    return found
+
+
+def _travels(folder, saved, loaded):
+    mesh = Mesh.build(saved)
+    layer = build(mesh, bias=True)
+    want = logical(layer, mesh)
+    path = save(folder, _entries(layer, mesh), {"step": 1}, mesh)
+    mesh = Mesh.build(loaded)
+    layer = build(mesh, bias=True)
+    bias = layer.router.bias.clone()
+    entries = _entries(layer, mesh)
+    for entry in entries:
+        entry.tensor.zero_()
+    load(path, entries, mesh)
+    assert torch.equal(layer.router.bias, bias)
+    for key, value in logical(layer, mesh).items():
+        assert torch.equal(value, want[key]), key
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("ep2", "tp2,etp2"), ("etp2", "ep2")])
+def test_a_checkpoint_travels_between_topologies(ranks, tmp_path, saved, loaded):
+    ranks(2, _travels, str(tmp_path), saved, loaded)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
