@@ -16,6 +16,7 @@ Exit code 0: proven; 1: not, with the reason; 2: a mistake on the command line.
 """
 
 import json
+import math
 import re
 import sys
 import time
@@ -38,13 +39,15 @@ from warploom.parallel.parity import failures
 from warploom.recipes.errors import UserError, unboxed
 from warploom.recipes.pretrain import RUNS
 from warploom.recipes.runner.run import Muon, Run
-from warploom.recipes.verification.case import TOLERANCE, Case, Outcome, prove
+from warploom.recipes.verification.case import TOLERANCE, Outcome, prove
 from warploom.recipes.verification.diagnosis import Diagnosis, diagnose
+from warploom.recipes.verification.plan import Case
 from warploom.recipes.verification.pool import Pool, RankError
 from warploom.recipes.verification.shrink import built_in, shrink
 
 MOST = 64  # processes on one machine
 TIMEOUT_S = 300.0
+PEAK = 0.02  # how far saved activations may be from their prediction, as a share
 
 Schedules = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipev"]
 
@@ -117,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for table in tables(outcome):
         console.print(table)
     taken = time.perf_counter() - start
-    wrong = failures(outcome.differences, tolerance=TOLERANCE)
+    wrong, strange = failures(outcome.differences, tolerance=TOLERANCE), surprises(outcome)
     if asked.json is not None:
         asked.json.write_text(_json(case, outcome, diagnosis, taken), encoding="utf-8")
     if not wrong:
@@ -272,7 +275,7 @@ def _prove(case: Case, console: Console) -> tuple[Outcome, Diagnosis | None]:
 
         def run(one: Case) -> Outcome:
             bar.update(task, description=f"{one.degrees.world} ranks, {one.mesh or 'dp1'}")
-            found: Outcome = pool(one.degrees.world, prove, one, timeout_s=TIMEOUT_S)
+            found: Outcome = pool(one.degrees.world, prove, one, one == case, timeout_s=TIMEOUT_S)
             return found
 
         outcome = run(case)
@@ -288,11 +291,47 @@ def module_of(name: str) -> str:
 
 def tables(outcome: Outcome) -> list[Table]:
     """Lay out what was found."""
-    parity = Table("quantity", "largest error", "", title="parity", title_justify="left")
+    style: dict[str, Any] = {"title_justify": "left"}
+    parity = Table("quantity", "largest error", "", title="parity with one process", **style)
     for what, error in summary(outcome.differences).items():
-        good = error <= TOLERANCE
-        parity.add_row(what, f"{error:.1e}", "[green]ok[/green]" if good else "[red]differs[/red]")
-    return [parity]
+        parity.add_row(what, f"{error:.1e}", _verdict(error <= TOLERANCE))
+    sent = Table("on axis", "collective", "calls", "formula", "bytes", "formula", "", **style)
+    sent.title = "what rank 0 sends"
+    for line in outcome.traffic:
+        numbers = (line.calls, line.calls_wanted, line.bytes, line.bytes_wanted)
+        what = f"{line.op} {line.phase}".strip()
+        shown = ("-" if math.isnan(n) else f"{n:,.0f}" for n in numbers)
+        name = f"{line.axis}, a {line.where}"
+        sent.add_row(name, what, *shown, _verdict(line.agrees))
+    memory = Table("saved for the backward", "predicted", "", title="rank 0, bytes", **style)
+    held, wanted = outcome.peak
+    predicted = "no prediction for this case" if math.isnan(wanted) else f"{wanted:,.0f}"
+    memory.add_row(f"{held:,.0f}", predicted, _verdict(not _off(outcome.peak)))
+    return [parity, sent, memory] if outcome.traffic else [parity]
+
+
+def _verdict(good: bool) -> str:
+    return "[green]ok[/green]" if good else "[red]differs[/red]"
+
+
+def _off(peak: tuple[float, float]) -> bool:
+    """Whether what was saved is further from its prediction than `PEAK`."""
+    return abs(peak[0] - peak[1]) > PEAK * peak[1]
+
+
+def surprises(outcome: Outcome) -> list[str]:
+    """Say what was sent or saved otherwise than predicted, a sentence each."""
+    found = [
+        f"on axis {t.axis} a {t.where} makes {t.calls:.0f} {t.op} calls {t.phase} of {t.bytes:,.0f} "
+        f"bytes, the formula says {t.calls_wanted:.0f} of {t.bytes_wanted:,.0f}"
+        for t in outcome.traffic
+        if not t.agrees
+    ]
+    if _off(outcome.peak):
+        found.append(
+            f"a micro-batch saves {outcome.peak[0]:,.0f} bytes, not {outcome.peak[1]:,.0f}"
+        )
+    return found
 
 
 def summary(differences: dict[str, float]) -> dict[str, float]:
@@ -321,8 +360,15 @@ def _json(case: Case, outcome: Outcome, diagnosis: Diagnosis | None, taken: floa
         "differences": outcome.differences,
         "failures": wrong,
         "diagnosis": None if diagnosis is None else asdict(diagnosis),
+        "traffic": [_finite(asdict(line)) for line in outcome.traffic],
+        "saved_bytes": _finite(dict(zip(("found", "predicted"), outcome.peak, strict=True))),
     }
     return json.dumps(found, indent=2) + "\n"
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Write what has no formula as null."""
+    return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in values.items()}
 
 
 if __name__ == "__main__":

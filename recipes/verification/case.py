@@ -4,6 +4,7 @@ Every rank calls `prove`; rank 0 gets what was found. The global batch has docum
 unequal numbers of trained tokens on each rank, and ranks and micro-batches that train nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,163 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
-from warploom.models.stages import Stages
 from warploom.parallel import optimizer as optimizers
 from warploom.parallel.collectives import all_reduce_, observed
 from warploom.parallel.collectives.ledger import Ledger
-from warploom.parallel.context import Split
 from warploom.parallel.initialise import normal_
 from warploom.parallel.memory import offloaded
-from warploom.parallel.mesh import Degrees, Mesh
+from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
 from warploom.parallel.parity import Subject, Trace, differences, record
-from warploom.parallel.pipeline import Schedule
 
-IGNORED = -100
+from . import traffic
+from .batches import global_batch
+from .plan import Case
+from .probe import Gate, counts, layers, peak
+
 STEPS = 3
 LEARNING_RATE = 1e-2
 TOLERANCE = 1e-10
 EPSILON = 1e-4  # of the optimizers: large enough that a wrong scale of a gradient is seen
 OPTIMIZERS = ("adamw", "muon")
 SPREAD = 10.0  # times the weights as they are drawn: far from linear
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """What is proven.
-
-    Attributes:
-        architecture: Sizes, small ones.
-        mesh: Degrees; dp is 1 where it is absent.
-        schedule: Name of the pipeline schedule; read where pp is above 1.
-        virtual: Stages of a pipeline rank, for `interleaved`.
-        stage_layers: Blocks of each stage; `None` for equal ones.
-        microbatches: Of each rank and step.
-        zero: Stage of the optimizer's and the gradients' sharding, 0 to 3.
-        recompute: As in `Decoder`.
-        optimizer: `adamw` or `muon`.
-        packed: Whether rows hold several documents.
-        context: As in `Decoder`.
-        balance: As in `Decoder`.
-        offload: Whether activations and the optimizer's state wait in host memory.
-        z_loss: Weight of the z-loss.
-        clip: Largest norm of the gradient.
-        rows: Rows of a micro-batch.
-        sequence: Tokens of a row.
-        seed: Of weights and batches.
-    """
-
-    architecture: Architecture
-    mesh: str = ""
-    schedule: str = "1f1b"
-    virtual: int = 2
-    stage_layers: tuple[int, ...] | None = None
-    microbatches: int = 2
-    zero: int = 1
-    recompute: str = "none"
-    optimizer: str = "adamw"
-    packed: bool = True
-    context: str = "ring"
-    balance: str = "zigzag"
-    offload: bool = False
-    z_loss: float = 1e-2
-    clip: float | None = 1.0
-    rows: int = 2
-    sequence: int = 13
-    seed: int = 0
-
-    @property
-    def degrees(self) -> Degrees:
-        """The degrees of the mesh, with dp filled in."""
-        parsed = Degrees.parse(self.mesh)
-        d = replace(parsed, dp=parsed.dp or 1)
-        return d.resolve(d.world)
-
-    @property
-    def table(self) -> Schedule | None:
-        """The pipeline schedule; `None` with one pipeline rank."""
-        pp = self.degrees.pp
-        if pp == 1:
-            return None
-        virtual = self.virtual if self.schedule == "interleaved" else 1
-        return Schedule.named(self.schedule, pp, self.microbatches, virtual=virtual)
-
-    @property
-    def stages(self) -> Stages:
-        """Which blocks are where."""
-        table = self.table
-        place = (0,) if table is None else table.placement
-        return Stages.deal(self.architecture.layers, place, self.stage_layers)
-
-
-@dataclass(frozen=True, slots=True)
-class GlobalBatch:
-    """What all ranks train on in one step, micro-batch after micro-batch of rank after rank.
-
-    Attributes:
-        tokens: Ids `[ranks, microbatches, rows, S]`.
-        targets: Their targets, of the same shape.
-        lengths: Lengths of the documents of each row, in the same order of nesting.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    lengths: list[list[list[list[int]]]]
-
-    def part(self, rank: int, microbatch: int, packed: bool) -> Batch:
-        """Cut out one micro-batch."""
-        lengths = None
-        if packed:
-            flat = [n for row in self.lengths[rank][microbatch] for n in row]
-            lengths = torch.tensor(flat, dtype=torch.int32)
-        return Batch(self.tokens[rank, microbatch], self.targets[rank, microbatch], lengths)
-
-
-def global_batch(case: Case, step: int) -> GlobalBatch:
-    """Draw the batch of a step: the same for every mesh that splits it equally."""
-    d = case.degrees
-    ranks = (d.dp or 1) * d.rep
-    shape = (ranks, case.microbatches, case.rows, case.sequence)
-    g = torch.Generator().manual_seed(1000 * case.seed + step)
-    tokens = torch.randint(0, case.architecture.vocabulary, shape, generator=g)
-    targets = torch.randint(0, case.architecture.vocabulary, shape, generator=g)
-    share = torch.rand(shape[:3], generator=g)[..., None]  # of the tokens of a row that train
-    targets[torch.rand(shape, generator=g) > share] = IGNORED
-    lengths = [
-        [[_documents(case.sequence, g) for _ in range(case.rows)] for _ in range(shape[1])]
-        for _ in range(ranks)
-    ]
-    _mask_whole_parts(case, targets, lengths)
-    targets[0, 0, 0, :2] = tokens[0, 0, 0, 1:3]  # something trains, whatever was drawn
-    return GlobalBatch(tokens, targets, lengths)
-
-
-def _documents(total: int, g: torch.Generator) -> list[int]:
-    """Cut a row into documents of odd and even lengths, one of them long."""
-    first = int(torch.randint(1, max(2, total // 3), (), generator=g))
-    rest = total - first
-    last = int(torch.randint(1, max(2, rest // 2), (), generator=g))
-    return [n for n in (first, rest - last, last) if n]
-
-
-def _mask_whole_parts(case: Case, targets: Tensor, lengths: list[list[list[list[int]]]]) -> None:
-    """Let the last data rank, the last micro-batch and one context-parallel rank train nothing."""
-    ranks, microbatches, rows, length = targets.shape
-    if ranks > 1:
-        targets[-1] = IGNORED
-    if microbatches > 1:
-        targets[0, -1] = IGNORED
-    d = case.degrees
-    if d.cp == 1:
-        return
-    for m in range(microbatches):
-        sizes = [n for row in lengths[0][m] for n in row] if case.packed else [length] * rows
-        split = Split.build(sizes, d.cp, multiple=d.tp, balance=case.balance, ulysses=d.uly)
-        own = split.indices(d.cp - 1)
-        targets[0, m].view(-1)[own[own >= 0]] = IGNORED
 
 
 def build(case: Case, mesh: Mesh) -> tuple[Decoder, ShardedOptimizer]:
@@ -229,14 +95,25 @@ class Seen:
     flows: dict[str, float]
 
 
-def train(case: Case, mesh: Mesh, ranks: Sequence[int], batch_of: Case) -> Seen:
+def train(
+    case: Case, mesh: Mesh, ranks: Sequence[int], batch_of: Case, gate: Gate | None = None
+) -> Seen:
     """Train on what the data ranks `ranks` of the global batch of `batch_of` get.
 
     A collective call over the mesh.
+
+    Args:
+        case: How.
+        mesh: Where.
+        ranks: Data ranks of the global batch whose parts this rank trains on.
+        batch_of: Whose global batch.
+        gate: Is open during the first step, but for what comes after the optimizer.
     """
     model, optimizer = build(case, mesh)
 
     def batches(step: int) -> list[Batch]:
+        if gate is not None:
+            gate.open = step == 0
         whole = global_batch(batch_of, step)
         return [whole.part(r, m, case.packed) for r in ranks for m in range(case.microbatches)]
 
@@ -253,6 +130,8 @@ def train(case: Case, mesh: Mesh, ranks: Sequence[int], batch_of: Case) -> Seen:
         if not gradients:
             gradients.update({path: gradient.clone() for path, gradient in found.items()})
         inner(found, learning_rate)
+        if gate is not None:
+            gate.open = False
 
     vars(optimizer)["step"] = keep
     trace = record(one, mesh, steps=STEPS, learning_rate=LEARNING_RATE)
@@ -336,7 +215,9 @@ class Outcome:
         norms: Norm of the gradient in the first step: found, and of one process.
         flows: Sum of squares of what each part adds to the stream in the first step, in the order
             of the forward pass: found, and of one process. Padding counts.
-        ledger: Calls and bytes of each rank, by axis, collective and phase.
+        traffic: What rank 0 communicates, and what it should.
+        peak: Bytes that rank 0 saves for the backward of one micro-batch: the most at a time, and
+            what models/cost.py predicts; NaN without a prediction.
     """
 
     differences: dict[str, float]
@@ -344,39 +225,65 @@ class Outcome:
     losses: dict[str, tuple[float, float]]
     norms: tuple[float, float]
     flows: dict[str, tuple[float, float]]
-    ledger: dict[tuple[str, str, str], tuple[int, int]]
+    traffic: list[traffic.Traffic]
+    peak: tuple[float, float]
 
 
-def prove(case: Case) -> Outcome | None:
+def prove(case: Case, measure: bool = False) -> Outcome | None:
     """Run a case on the ranks of this world; rank 0 gets what was found.
+
+    Args:
+        case: What is proven.
+        measure: Whether traffic and memory are measured too.
 
     Raises:
         ValueError: If the case cannot be built.
     """
     mesh = Mesh.build(case.mesh or "dp1")
-    ledger = Ledger(mesh)
+    gate = Gate(Ledger(mesh))
     away: AbstractContextManager[object] = offloaded(least=0) if case.offload else nullcontext()
-    with away, observed(ledger):
-        seen = train(case, mesh, [mesh.data_rank], case)
+    with away, observed(gate):
+        seen = train(case, mesh, [mesh.data_rank], case, gate)
+    found = _measure(case, mesh, counts(gate.ledger)) if measure else ([], (math.nan, math.nan))
     trace = seen.trace
     sums, holders = _held(seen, mesh)
     flows = all_reduce_(torch.tensor(list(seen.flows.values())), mesh.world).tolist()
     if mesh.rank:
         return None
     want, alone = reference(case)
-    found = differences(trace, want)
+    errors = differences(trace, want)
     return Outcome(
-        differences=found,
+        differences=errors,
         shares={
             name: _share(trace.gradients[name], right, sums[name], holders[name])
             for name, right in want.gradients.items()
-            if not found[f"gradient {name}"] <= TOLERANCE
+            if not errors[f"gradient {name}"] <= TOLERANCE
         },
         losses={name: (trace.losses[0][name], right) for name, right in want.losses[0].items()},
         norms=(trace.grad_norms[0], want.grad_norms[0]),
         flows={name: (x, alone[name]) for name, x in zip(alone, flows, strict=True)},
-        ledger={key: (total.calls, total.bytes) for key, total in ledger.table().items()},
+        traffic=found[0],
+        peak=found[1],
     )
+
+
+def _measure(
+    case: Case, mesh: Mesh, whole: traffic.Counted
+) -> tuple[list[traffic.Traffic], tuple[float, float]]:
+    """Compare what a step has sent, and what a micro-batch sends and saves, with theory."""
+    model, optimizer = build(case, mesh)
+    batch = global_batch(case, 0).part(mesh.data_rank, 0, case.packed)
+    ledger = Ledger(mesh)
+    tokens, documents = layers(model, batch, ledger)
+    one = counts(ledger)
+    layers_wanted = traffic.micro_batch(model, mesh, case, tokens, documents, ledger)
+    step_wanted = traffic.step(mesh, case, optimizer, tokens, ledger)
+    beside = traffic.beside_layers(whole, one, case.microbatches)
+    lines = [
+        *traffic.compare("micro-batch", one, layers_wanted),
+        *traffic.compare("step", beside, step_wanted),
+    ]
+    return lines, peak(case, lambda c: build(c, mesh)[0], batch)
 
 
 def _held(seen: Seen, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

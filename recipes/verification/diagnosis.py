@@ -13,7 +13,8 @@ from typing import Any
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
 
-from .case import TOLERANCE, Case, Outcome, Share
+from .case import TOLERANCE, Outcome, Share
+from .plan import Case
 
 CLOSE = 1e-6  # a share of the largest element: far above rounding, far below any bug
 AXES = ("tp", "cp", "pp", "dp", "rep", "ep", "etp")

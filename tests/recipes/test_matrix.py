@@ -14,7 +14,8 @@ from tests.pairwise import covering, uncovered
 
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
-from warploom.recipes.verification.case import TOLERANCE, Case, prove
+from warploom.recipes.verification.case import TOLERANCE, prove
+from warploom.recipes.verification.plan import Case
 from warploom.recipes.verification.shrink import built_in
 
 DENSE = ("tp", "cp", "pp", "dp", "rep")

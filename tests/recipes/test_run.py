@@ -8,6 +8,7 @@ from warploom.models.families import llama
 from warploom.recipes.errors import UserError
 from warploom.recipes.runner import run as module
 from warploom.recipes.runner.learning_rate import Cosine
+from warploom.recipes.runner.parallel import Parallel
 from warploom.recipes.runner.run import AdamW, Muon, Run, check, describe, fingerprint, flatten
 
 CPU = torch.device("cpu")
@@ -22,12 +23,15 @@ def tiny(**changes):
     ("changes", "words"),
     [
         ({"mesh": "tp2,zz4"}, "degrees of tp.*'zz4'"),
-        ({"mesh": "cp2"}, "cp1 in this version.*cp2.*use tp, dp and rep"),
-        ({"mesh": "pp2"}, "pp1 in this version"),
-        ({"mesh": "ep2"}, "ep1 in this version"),
-        ({"mesh": "tp3"}, r"architecture.heads \(4\) must be divisible.*\(3\)"),
-        ({"mesh": "tp4"}, r"architecture.kv_heads \(2\) must be divisible.*\(4\)"),
-        ({"mesh": "tp2", "optimizer": Muon()}, "Muon needs whole matrices.*tp2"),
+        ({"mesh": "ep2"}, "ep2 splits experts, but the model is dense"),
+        ({"mesh": "pp3"}, r"layers \(2\) must be at least the pipeline stages \(3\)"),
+        ({"mesh": "cp4,uly8"}, r"uly \(8\) must divide cp \(4\): 1, 2, 4 would"),
+        ({"mesh": "tp3"}, r"tp \(3\) must divide heads \(4\).*kv_heads \(2\): 1, 2, 4 would"),
+        ({"mesh": "tp8"}, r"tp \(8\) must divide heads \(4\)"),
+        ({"recompute": "half"}, "recompute must be none, full, selective or a list"),
+        ({"parallel": Parallel(schedule="zbv")}, "need pipeline stages: put pp2 or more"),
+        ({"parallel": Parallel(balance="document")}, "needs context parallelism: put cp2"),
+        ({"parallel": Parallel(context="all_gather")}, "ranks between which keys travel"),
         ({"sequence": 1024}, r"sequence \(1024\).*max_positions \(512\)"),
         ({"batch_tokens": 1000}, r"batch_tokens \(1000\).*sequence \(64\): 960 or 1024 fits"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
@@ -60,6 +64,16 @@ def test_clip_may_be_none():
         ({"mesh": "dp3"}, 2, r"3 ranks.*world size \(2\): start 3 processes"),
         ({"micro_batch": 3}, 1, r"64 x 3 x 1 = 192\): 960 or 1152 fits"),
         ({}, 16, r"64 x 2 x 16 = 2048\): 2048 fits"),
+        (
+            {"mesh": "pp2", "micro_batch": 8, "parallel": Parallel(schedule="dualpipev")},
+            2,
+            r"dualpipev: microbatches .*\(2\).* 4.*: change batch_tokens or micro_batch",
+        ),
+        (
+            {"mesh": "pp2", "parallel": Parallel(stage_layers=(1, 2))},
+            2,
+            r"stage_layers \(1, 2\) must name 2 stages",
+        ),
     ],
 )
 def test_check_refuses_with_the_world(changes, world, words):

@@ -1,25 +1,17 @@
 """`warploom verify`: it proves what is right, and names the module and the axis of what is not."""
 
-import json
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 import torch
 
-from warploom import cli
-from warploom.models.families import llama, mixtral
-from warploom.parallel import collectives, data, step
-from warploom.parallel.expert import MoE
-from warploom.parallel.mesh import Degrees
+from warploom.parallel import collectives, step
 from warploom.parallel.parity import failures
-from warploom.parallel.sharding import Declares
 from warploom.parallel.tensor import linear
 from warploom.recipes import verify
-from warploom.recipes.errors import UserError
 from warploom.recipes.verification.case import prove
 from warploom.recipes.verification.diagnosis import diagnose
-from warploom.recipes.verification.shrink import shrink
 
 # Each breaks something on the ranks of a mesh, and leaves one process as it is.
 

@@ -1,0 +1,95 @@
+"""One micro-batch through the stages of a rank, without its pipeline: what travels, what stays."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from warploom.models.batch import Batch
+from warploom.models.cost import activations
+from warploom.models.decoder import Decoder
+from warploom.parallel.collectives import Call, observed
+from warploom.parallel.collectives.ledger import Ledger
+from warploom.parallel.memory import track
+
+from . import traffic
+from .plan import Case
+
+
+def counts(ledger: Ledger) -> traffic.Counted:
+    """Return what a ledger has counted so far."""
+    return {key: (float(calls), float(sent)) for key, (calls, sent) in ledger.table().items()}
+
+
+class Gate:
+    """A ledger that counts only while it is open."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger, self.open = ledger, False
+
+    def __call__(self, call: Call) -> AbstractContextManager[object]:
+        """Count one collective, or let it pass."""
+        return self.ledger(call) if self.open else nullcontext()
+
+
+def _run(model: Decoder, batch: Batch, backward: bool) -> Tensor:
+    """Run each stage of this rank by itself, on random activations where one comes before it."""
+    total = torch.zeros((), dtype=torch.float64)
+    for stage in model.held:
+        x = None
+        if stage:
+            shape, dtype = model.boundary(stage - 1, batch)
+            x = torch.randn(shape, dtype=dtype).requires_grad_()
+        y, terms = model.stage(stage, x, batch)
+        total = sum((term.weight * term.sum for term in terms), total)
+        total = total if y is None else total + y.sum()
+        if backward:
+            total.backward()
+            total = total.detach() * 0
+    return total
+
+
+def layers(model: Decoder, batch: Batch, ledger: Ledger) -> tuple[int, int]:
+    """Run a micro-batch forward and backward, seen by a ledger; a collective call.
+
+    Returns:
+        Tokens that this context-parallel rank holds, padding included, and documents in all.
+    """
+    with observed(ledger):
+        _run(model, batch, backward=True)
+    for parameter in model.parameters():
+        parameter.grad = None
+    lengths = batch.document_lengths
+    return _tokens(model, batch), len(batch.tokens if lengths is None else lengths)
+
+
+def _tokens(model: Decoder, batch: Batch) -> int:
+    """Return the tokens of this context-parallel rank, padding included."""
+    shape, _ = model.boundary(0, batch)
+    return shape[0] * (1 if model.mesh is None else model.mesh.degree("tp"))
+
+
+def peak(case: Case, build: Callable[[Case], Decoder], batch: Batch) -> tuple[float, float]:
+    """Return the bytes that a micro-batch saves for its backward, and what the cost model predicts.
+
+    Of rows without packing and without the z-loss, as the prediction is; a collective call.
+
+    Returns:
+        Bytes on this rank; the prediction is NaN where models/cost.py has none: experts, stages,
+        context parallelism, recomputation of chosen operators, shared key/value heads.
+    """
+    d, a = case.degrees, case.architecture
+    model = build(replace(case, z_loss=0.0))
+    rows = Batch(batch.tokens, batch.targets)
+    with track(model=model) as seen:
+        _run(model, rows, backward=False)
+        held = seen.highest["activations"]
+    known = a.experts is None and d.pp == d.cp == 1 and case.recompute in ("none", "full")
+    tokens = _tokens(model, rows)
+    if not known or a.kv_heads % d.tp or tokens != batch.tokens.numel():
+        return float(held), math.nan
+    wanted = activations(a, tokens, dtype=torch.float64, tp=d.tp, recompute=case.recompute)
+    return float(held), float(wanted)

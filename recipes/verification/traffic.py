@@ -1,0 +1,250 @@
+"""What a model's layers and a step should communicate, in closed form, and what they do.
+
+A micro-batch, of what one rank sends; R tensor-parallel ranks, t tokens of a context-parallel rank,
+u = (R - 1) t / R x D elements; M members of a ring, each with e elements of keys and values:
+
+    column, row        an all-gather of u here, a reduce-scatter of u there; backward the adjoint
+    embedding, head    a reduce-scatter, an all-gather; the head merges 3 t elements by all-reduces
+    ring               M - 1 exchanges of e; backward twice as many
+    all_gather         an all-gather of (M - 1) e; backward a reduce-scatter
+    Ulysses            all-to-alls of q, k and v, and of the output; backward the same
+    experts            all-to-alls as the router has it: their number alone
+    selective, full    the gathers, or all of a block's forward, again in the backward
+
+A step: each stage sends its micro-batches on and their gradients back; ZeRO-1 and 2 scatter each
+gradient over its replicas (2: of each micro-batch) and gather the parameters.
+
+Source: Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2; Liu et al. 2023,
+https://arxiv.org/abs/2310.01889; Jacobs et al. 2023, https://arxiv.org/abs/2309.14509, section 3.2;
+Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 7.
+"""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from warploom.models.decoder import Decoder
+from warploom.parallel.collectives import Group
+from warploom.parallel.collectives.ledger import Ledger, ring_bytes
+from warploom.parallel.mesh import Mesh
+from warploom.parallel.optimizer import ShardedOptimizer
+
+from .plan import Case
+
+ITEM = 8  # bytes of a float64
+GATHER, SCATTER, REDUCE = "all_gather", "reduce_scatter", "all_reduce"
+SWAP, EXCHANGE = "all_to_all", "exchange"
+RECOMPUTED = ("none", "selective", "full")  # of others there is no formula here
+
+Key = tuple[str, str, str]
+Counted = dict[Key, tuple[float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One kind of collective.
+
+    Attributes:
+        where: `micro-batch` or `step`.
+        axis: Over which group.
+        op: Which collective.
+        phase: `forward` or `backward`; of a step `forward` is all that is no backward.
+        calls: How many there were.
+        calls_wanted: How many there should be; NaN without a formula.
+        bytes: What this rank sent.
+        bytes_wanted: What it should have; NaN without a formula, as where a router decides.
+    """
+
+    where: str
+    axis: str
+    op: str
+    phase: str
+    calls: float
+    calls_wanted: float
+    bytes: float
+    bytes_wanted: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether what was counted is what should be, as far as there is a formula."""
+        pairs = ((self.calls, self.calls_wanted), (self.bytes, self.bytes_wanted))
+        return all(math.isnan(wanted) or got == wanted for got, wanted in pairs)
+
+
+class _Theory:
+    """Adds up calls and bytes."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.found: Counted = defaultdict(lambda: (0.0, 0.0))
+
+    def add(self, group: Group, op: str, phase: str, calls: float, sent: float) -> None:
+        """Count `calls` that send `sent` bytes in all."""
+        if group is not None and calls:
+            key = (self.ledger.axis(group), op, phase)
+            before = self.found[key]
+            self.found[key] = (before[0] + calls, before[1] + sent)
+
+
+def micro_batch(
+    model: Decoder, mesh: Mesh, case: Case, tokens: int, documents: int, ledger: Ledger
+) -> Counted | None:
+    """Return what the layers of this rank send in one micro-batch, without its pipeline.
+
+    Args:
+        model: The model.
+        mesh: The mesh.
+        case: How it trains.
+        tokens: Tokens t that this context-parallel rank holds, padding included.
+        documents: Documents of the micro-batch.
+        ledger: Names the groups.
+
+    Returns:
+        Calls and bytes by axis, collective and phase; `None` where there is no formula.
+    """
+    if (recompute := case.recompute) not in RECOMPUTED:
+        return None
+    a, theory = model.architecture, _Theory(ledger)
+    ranks = mesh.degree("tp")
+    unit = (ranks - 1) * tokens // ranks * a.width * ITEM
+
+    def tensor(op: str, phase: str, calls: float) -> None:
+        theory.add(mesh.tp, op, phase, calls, calls * unit)
+
+    for number in map(int, model.blocks):
+        experts = a.routed(number)
+        pairs = 2 if experts is None or experts.shared else 1
+        for phase in ("forward", "backward"):
+            tensor(GATHER, phase, pairs)
+            tensor(SCATTER, phase, pairs)
+        _attention(theory, model, mesh, case, tokens)
+        if experts is not None:
+            _experts(theory, model, mesh, number, documents, recompute == "full")
+        if recompute == "selective":
+            tensor(GATHER, "backward", 2 if experts is None else 1)
+        elif recompute == "full":
+            tensor(GATHER, "backward", pairs)
+            tensor(SCATTER, "backward", 1 if experts is None else pairs)
+    if hasattr(model, "embedding"):
+        tensor(SCATTER, "forward", 1)
+        tensor(GATHER, "backward", 1)
+    if hasattr(model, "head"):
+        tensor(GATHER, "forward", 1)
+        tensor(SCATTER, "backward", 1)
+        for parts in (1, 2):
+            theory.add(
+                mesh.tp, REDUCE, "forward", 1, ring_bytes(REDUCE, ranks, parts * tokens * ITEM)
+            )
+    return dict(theory.found)
+
+
+def _attention(theory: _Theory, model: Decoder, mesh: Mesh, case: Case, tokens: int) -> None:
+    a, again = model.architecture, case.recompute == "full"
+    tp, uly = mesh.degree("tp"), mesh.degree("uly")
+    heads, keys = a.heads // tp, max(a.kv_heads // tp, 1)
+    members = mesh.degree("cp") // uly
+    travels = max(keys // uly, 1) * tokens * uly * a.head_dim * 2 * ITEM * (members - 1)
+    times = 2 if again else 1
+    if mesh.ring is not None and case.context == "ring":
+        theory.add(mesh.ring, EXCHANGE, "forward", members - 1, travels)
+        backward = (2 + again) * (members - 1)
+        theory.add(mesh.ring, EXCHANGE, "backward", backward, (2 + again) * travels)
+    elif mesh.ring is not None:
+        theory.add(mesh.ring, GATHER, "forward", 1, travels)
+        theory.add(mesh.ring, SCATTER, "backward", 1, travels)
+        theory.add(mesh.ring, GATHER, "backward", again, again * travels)
+    if mesh.ulysses is not None:
+        spread = max(keys, uly)  # keys that are fewer than the ranks travel several times
+        brought = (heads + 2 * spread, heads)
+        sent = sum(ring_bytes(SWAP, uly, n * tokens * a.head_dim * ITEM) for n in brought)
+        theory.add(mesh.ulysses, SWAP, "forward", 2, sent)
+        theory.add(mesh.ulysses, SWAP, "backward", 2 * times, times * sent)
+
+
+def _experts(
+    theory: _Theory, model: Decoder, mesh: Mesh, number: int, documents: int, again: bool
+) -> None:
+    experts = model.architecture.routed(number)
+    assert experts is not None
+    routed = math.nan
+    if mesh.ep is not None:
+        theory.add(mesh.ep, SWAP, "forward", 3, routed)
+        theory.add(mesh.ep, SWAP, "backward", 5 if again else 2, routed)
+    if mesh.etp is not None:
+        theory.add(mesh.etp, GATHER, "forward", 1, routed)
+        theory.add(mesh.etp, SWAP, "forward", 2, routed)
+        theory.add(mesh.etp, GATHER, "backward", again, routed)
+        theory.add(mesh.etp, SWAP, "backward", 4 if again else 2, routed)
+    # without a dispatch behind them nothing in the backward needs the losses again
+    again = again and not (mesh.ep is None and mesh.etp is None)
+    losses = (experts.balance > 0) + (experts.router_z > 0)
+    for phase in ("forward", "backward") if again else ("forward",):
+        if experts.balance > 0:
+            for group in (mesh.cp, mesh.tp):
+                table = documents * (experts.count + 1) * ITEM
+                size = 1 if group is None else group.size()
+                theory.add(group, REDUCE, phase, 1, ring_bytes(REDUCE, size, table))
+        if losses:
+            ranks = mesh.degree("tp")
+            theory.add(mesh.tp, REDUCE, phase, 1, ring_bytes(REDUCE, ranks, losses * ITEM))
+
+
+def step(
+    mesh: Mesh, case: Case, optimizer: ShardedOptimizer, tokens: int, ledger: Ledger
+) -> Counted:
+    """Return what a rank sends in a step beside its layers: calls are without formula.
+
+    Args:
+        mesh: The mesh.
+        case: How it trains.
+        optimizer: Knows the parameters.
+        tokens: Tokens t that this context-parallel rank holds, padding included.
+        ledger: Names the groups.
+    """
+    theory = _Theory(ledger)
+    own, place = mesh.coordinate("pp"), case.stages.placement
+    boundary = tokens // mesh.degree("tp") * case.architecture.width * ITEM
+    for s, rank in enumerate(place):
+        ends = [n for n in (s - 1, s + 1) if 0 <= n < len(place) and place[n] != rank]
+        if rank == own:
+            for _ in ends:
+                theory.add(mesh.pp, EXCHANGE, "", math.nan, case.microbatches * boundary)
+    known = case.optimizer == "adamw" and case.zero in (1, 2)
+    for path, parameter in optimizer.parameters.items():
+        group = mesh.edp if optimizer.layouts[path].expert else mesh.shard
+        if group is None:
+            continue
+        ranks = group.size()
+        rows = -(-parameter.shape[0] // ranks)
+        sent = (ranks - 1) * rows * math.prod(parameter.shape[1:]) * ITEM if known else math.nan
+        times = case.microbatches if case.zero == 2 else 1
+        theory.add(group, SCATTER, "", math.nan, times * sent)
+        theory.add(group, GATHER, "", math.nan, sent)
+    return dict(theory.found)
+
+
+def beside_layers(counted: Counted, layers: Counted, microbatches: int) -> Counted:
+    """Take the layers' share from a step's, over both phases."""
+    found: Counted = defaultdict(lambda: (0.0, 0.0))
+    for share, table in ((1, counted), (-microbatches, layers)):
+        for (axis, op, _), (calls, sent) in table.items():
+            before = found[(axis, op, "")]
+            found[(axis, op, "")] = (before[0] + share * calls, before[1] + share * sent)
+    judged = (SCATTER, GATHER, EXCHANGE)
+    return {key: value for key, value in found.items() if key[1] in judged and any(value)}
+
+
+def compare(where: str, counted: Counted, wanted: Counted | None) -> list[Traffic]:
+    """Lay what was counted beside what should be; without a formula all of it, without judging."""
+    nothing = (0.0, 0.0) if wanted is not None else (math.nan, math.nan)
+    found = wanted or {}
+    return [
+        Traffic(where, *key, *_mixed(counted.get(key, (0.0, 0.0)), found.get(key, nothing)))
+        for key in sorted({*counted, *found})
+    ]
+
+
+def _mixed(
+    got: tuple[float, float], wanted: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    return got[0], wanted[0], got[1], wanted[1]
