@@ -193,12 +193,29 @@ class Decoder(nn.Module):
             RuntimeError: If the model is split into pipeline stages.
         """
         self._refuse_stages("forward")
+        return self.infer(0, None, tokens, document_lengths)
+
+    def infer(
+        self, stage: int, x: Tensor | None, tokens: Tensor, document_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Run one pipeline stage without targets.
+
+        Args:
+            stage: Its number, from 0.
+            x: What the stage before gave `[T/R, D]`; `None` for the first.
+            tokens: As for `forward`, on every stage.
+            document_lengths: As for `forward`.
+
+        Returns:
+            The stream for the next stage `[T/R, D]`; from the last, the logits, as `forward`.
+        """
         where = self._sequences(tokens, document_lengths)
-        hidden, _ = self._stage(0, None, tokens, where)
+        hidden, _ = self._stage(stage, x, tokens, where)
+        if stage < self.stages.last:
+            return hidden
         logits: Tensor = self.head(hidden)
-        count = tokens.numel()
         if where.split is None:
-            return logits[:count].view(*tokens.shape, -1)
+            return logits[: tokens.numel()].view(*tokens.shape, -1)
         assert self.mesh is not None
         return unshard(logits, where.split, group=self.mesh.cp).view(*tokens.shape, -1)
 

@@ -31,6 +31,7 @@ def check(architecture: Architecture, degrees: Degrees, *, stages: int | None = 
         _need(d.tp, "tp", f"hidden ({a.hidden})", lambda tp: a.hidden % tp == 0)
     if a.experts is not None and (shared := a.experts.shared):
         _need(d.tp, "tp", f"experts.shared ({shared})", lambda tp: shared % tp == 0)
+    _need(d.uly, "uly", f"cp ({d.cp})", lambda uly: d.cp % uly == 0)
     own = a.heads // d.tp
     _need(d.uly, "uly", f"the heads of a tensor-parallel rank ({own})", lambda uly: own % uly == 0)
     if a.experts is None:

@@ -34,6 +34,7 @@ def of_architecture(architecture: Architecture) -> ModuleType:
         if family.writes(architecture):
             return family
     raise ValueError(
-        f"no family ({', '.join(family.MODEL_TYPE for family in _FAMILIES)}) has a config.json "
-        f"that describes {architecture}: keep such a model in checkpoints"
+        f"an architecture must be that of a family that is saved for transformers "
+        f"({', '.join(family.MODEL_TYPE for family in _FAMILIES)}); none describes "
+        f"qk_norm={architecture.qk_norm} with {architecture.experts}"
     )

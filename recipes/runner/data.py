@@ -64,13 +64,13 @@ class Data:
 
     @property
     def rank(self) -> int:
-        """This rank among those that see different tokens."""
-        return 0 if self.mesh.tokens is None else self.mesh.tokens.rank()
+        """This rank among those that get different rows."""
+        return self.mesh.data_rank
 
     @property
     def ranks(self) -> int:
-        """How many ranks see different tokens."""
-        return 1 if self.mesh.tokens is None else self.mesh.tokens.size()
+        """How many ranks get different rows."""
+        return self.mesh.data_ranks
 
     def rows(self, split: str) -> PackedRows:
         """Return the rows of a split, `train` or `heldout`."""

@@ -17,6 +17,7 @@ from warploom.parallel.step import divisors
 
 from ..errors import StoppedError
 from ..evaluation.baselines import ngram_baselines, xz_baseline
+from .data import to_device
 from .environment import environment
 from .evaluate import HeldOut
 from .job import Job
@@ -38,6 +39,8 @@ def measure(job: Job, held: HeldOut) -> dict[str, Any]:
     memory = gather_json(peak_memory_gib(job.world.device), job.mesh.world)
     run = job.run
     described = describe(run)
+    with job.step.opened():
+        samples = _samples(job)
     facts: dict[str, Any] = {
         "folder": run.folder,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -63,7 +66,7 @@ def measure(job: Job, held: HeldOut) -> dict[str, Any]:
             ),
         },
         "flops": _flops(job),
-        "samples": _samples(job),
+        "samples": samples,
         "sampling": f"Each beginning goes on at temperature {_TEMPERATURE}, and then greedily.",
         "corpus": _corpus(job),
         "fingerprint": fingerprint(described),
@@ -94,27 +97,39 @@ def _parameters(job: Job) -> dict[str, int]:
 
 
 def _flops(job: Job) -> dict[str, Any]:
-    """Compare planned and counted FLOPs of one micro-batch, and plan those of the run."""
+    """Compare planned and counted FLOPs of one micro-batch (of a pipeline, all), and plan the run.
+
+    Under pp the planned FLOPs of a rank are the mean over the stages, which differ.
+    """
     run = job.run
-    batch = job.data.train().micro_batches(
+    batches = job.data.train().micro_batches(
         run.steps - 1, rank=job.data.rank, ranks=job.data.ranks, micro=run.micro_batch
-    )[0]
-    if batch.document_lengths is not None:
-        lengths = batch.document_lengths.tolist()
-    else:
-        lengths = [run.sequence] * batch.tokens.shape[0]
+    )
+    batches = [to_device(b, job.data.device) for b in batches[: None if job.mesh.pp else 1]]
+    lengths: list[int] = []
+    for batch in batches:
+        if batch.document_lengths is None:
+            lengths += [run.sequence] * batch.tokens.shape[0]
+        else:
+            lengths += batch.document_lengths.tolist()
     planned = flops_per_token(run.architecture, run.sequence, document_lengths=lengths).training
-    by = divisors(job.model, [batch], job.mesh)
-    measured = measured_flops(lambda: job.step.accumulate([batch], by))
+    by = divisors(job.model, batches, job.mesh)
+    measured = measured_flops(lambda: job.step.accumulate(batches, by))
     job.step.gradients.zero()
     return {
-        "planned": planned * batch.tokens.numel() / job.mesh.degree("tp"),
+        "planned": planned * sum(lengths) / _ways(job),
         "measured": measured,
         "note": "counted by torch over forward and backward; recomputed products count again",
         "run": planned * run.steps * run.batch_tokens,
         "formula": "planned: 6 a matrix parameter and token, head included, and causal attention "
         "within each document, half of its square",
     }
+
+
+def _ways(job: Job) -> int:
+    """Count the ranks that share one micro-batch's work."""
+    degrees = job.mesh.degrees
+    return degrees.tp * degrees.cp * degrees.pp
 
 
 def _samples(job: Job) -> list[dict[str, str]]:
@@ -182,7 +197,8 @@ def _export(job: Job, facts: dict[str, Any]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     barrier(job.mesh.world)
     try:
-        hf.save(job.model, folder, job.data.store.folder / "tokenizer", card(facts))
+        with job.step.opened(whole=True):
+            hf.save(job.model, folder, job.data.store.folder / "tokenizer", card(facts))
     except OSError as error:
         raise StoppedError(
             f"{error}; the steps are done and kept in {job.folder.checkpoints}: start the same "

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from warploom.models.decoder import Decoder
 from warploom.parallel import optimizer as optimizers
-from warploom.parallel.checkpoint import AsyncSaver, CheckpointError, latest, load
+from warploom.parallel.checkpoint import AsyncSaver, CheckpointError, Entry, latest, load
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
@@ -22,6 +22,7 @@ from ..tokens.store import TokenStore
 from .data import Data
 from .environment import environment
 from .folder import RunFolder, write_json
+from .parallel import schedule, stages
 from .peak import Peak, peak
 from .run import DTYPES, AdamW, Run
 from .world import World
@@ -43,11 +44,17 @@ class Job:
     peak: Peak
     byte_counts: Tensor
 
+    def entries(self) -> list[Entry]:
+        """List the tensors that a checkpoint keeps."""
+        return [*self.optimizer.entries(), *self.model.buffer_entries()]
+
 
 def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
     """Build mesh, model, optimizer and step."""
     mesh = Mesh.build(run.mesh)
     dtype = DTYPES[run.precision]
+    microbatches = run.batch_tokens // (run.sequence * run.micro_batch * mesh.data_ranks)
+    table = schedule(run.parallel, mesh.degrees, microbatches)
     device_peak = peak(mesh, world.device, dtype)
     model = Decoder.create(
         run.architecture,
@@ -55,6 +62,9 @@ def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
         mesh=mesh,
         recompute=run.recompute,
         z_loss=run.z_loss,
+        context=run.parallel.context,
+        balance=run.parallel.balance,
+        stages=stages(run.parallel, run.architecture.layers, table),
         dtype=dtype,
         device=world.device,
     )
@@ -68,7 +78,15 @@ def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
         data=Data(run=run, store=store, mesh=mesh, device=world.device),
         model=model,
         optimizer=optimizer,
-        step=Step(model, layouts, optimizer, mesh, clip=run.clip),
+        step=Step(
+            model,
+            layouts,
+            optimizer,
+            mesh,
+            clip=run.clip,
+            zero=run.parallel.zero,
+            schedule=table,
+        ),
         saver=AsyncSaver(keep=run.keep, patience_s=45.0),
         peak=device_peak,
         byte_counts=torch.from_numpy(store.tokenizer.byte_counts()),
@@ -86,6 +104,7 @@ def make_optimizer(run: Run, model: Decoder, mesh: Mesh) -> ShardedOptimizer:
             betas=chosen.betas,
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,
+            offload=run.parallel.offload,
         )
     return optimizers.Muon(
         parameters,
@@ -97,6 +116,7 @@ def make_optimizer(run: Run, model: Decoder, mesh: Mesh) -> ShardedOptimizer:
         eps=chosen.eps,
         weight_decay=chosen.weight_decay,
         rest_rate=chosen.rest_rate,
+        offload=run.parallel.offload,
     )
 
 
@@ -112,7 +132,7 @@ def resume(job: Job) -> int:
     done = 0
     if chosen is not None:
         try:
-            state = load(chosen, job.optimizer.entries(), job.mesh)
+            state = load(chosen, job.entries(), job.mesh)
         except CheckpointError as error:
             names = " and ".join(map(str, error.damaged)) or str(chosen)
             which = "them" if len(error.damaged) > 1 else "it"

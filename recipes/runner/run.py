@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import torch
 
+from warploom.models.architecture import Architecture
 from warploom.models.cost import memory
-from warploom.models.decoder import Architecture
+from warploom.models.families import of_architecture
+from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Degrees
 
 from ..errors import UserError
 from .learning_rate import WSD, Schedule
+from .parallel import Parallel, check_mesh, schedule, stages
 
 _GIB = 2**30
 _MOST = 2**40  # of anything that is counted: far above any run, far below what overflows
@@ -41,7 +44,7 @@ _COUNTS = (
 # What a run may change when it goes on: nothing of the trace (of the mesh and of the way a batch is
 # cut into micro-batches only its rounding).
 FREE = ("folder", "log_every", "checkpoint_every", "keep", "prompts", "sample_tokens")
-LAYOUT = ("mesh", "micro_batch", "recompute")
+LAYOUT = ("mesh", "micro_batch", "recompute", "parallel")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +137,10 @@ class Run:
     corpus: Corpus = Corpus()
     """The text."""
     mesh: str = ""
-    """Degrees of parallelism such as `tp2,dp4`; an absent dp is what is left of the ranks."""
+    """Degrees of parallelism such as `tp2,cp2,pp2,dp4,rep2,ep4,etp2`; an absent dp is what is left
+    of the ranks; ep and etp fold into tp x cp x dp."""
+    parallel: Parallel = Parallel()
+    """How the axes of the mesh do their work."""
     optimizer: AdamW | Muon = AdamW()
     """The optimizer."""
     learning_rate: float = 3e-4
@@ -153,8 +159,9 @@ class Run:
     """Optimizer steps."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: weights and activations in bf16, master weights and gradient sums in float32."""
-    recompute: Literal["none", "full"] = "none"
-    """full: keep the input of each block and run it again in the backward pass."""
+    recompute: str = "none"
+    """What runs again in the backward pass: `none`, `full` (whole blocks), `selective` (norms with
+    the gather behind them), or a list of norm, attention, feed_forward, moe."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition; 0 leaves the term out."""
     deterministic: bool = True
@@ -181,7 +188,12 @@ class Run:
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        _check_mesh(self)
+        check_mesh(self.architecture, self.mesh, self.parallel)
+        try:
+            Recompute.parse(self.recompute)
+            of_architecture(self.architecture)  # the weights are exported at the end
+        except ValueError as error:
+            raise UserError(str(error)) from None
         a = self.architecture
         if self.sequence > a.max_positions:
             raise UserError(
@@ -232,31 +244,6 @@ def _check_numbers(run: Run) -> None:
         raise UserError(f"folder must name where the run is kept, got {run.folder!r}")
 
 
-def _check_mesh(run: Run) -> None:
-    try:
-        degrees = Degrees.parse(run.mesh)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    for axis in ("cp", "pp", "ep", "etp"):
-        if (degree := getattr(degrees, axis)) > 1:
-            raise UserError(
-                f"mesh must have {axis}1 in this version, which has no layers for that axis yet; "
-                f"got {axis}{degree} in {run.mesh!r}: use tp, dp and rep"
-            )
-    a = run.architecture
-    for name in ("heads", "kv_heads", "hidden"):
-        if (size := getattr(a, name)) % degrees.tp:
-            raise UserError(
-                f"architecture.{name} ({size}) must be divisible by the tensor-parallel size "
-                f"({degrees.tp}): change tp in the mesh {run.mesh!r}"
-            )
-    if degrees.tp > 1 and isinstance(run.optimizer, Muon):
-        raise UserError(
-            f"Muon needs whole matrices, but the mesh {run.mesh!r} splits them over tp"
-            f"{degrees.tp}: use tp1, or a run with AdamW"
-        )
-
-
 def check(run: Run, world: int, device: torch.device, *, local_ranks: int = 1) -> Degrees:
     """Refuse what does not fit the ranks or the machine, before anything is allocated.
 
@@ -271,7 +258,8 @@ def check(run: Run, world: int, device: torch.device, *, local_ranks: int = 1) -
 
     Raises:
         UserError: If the mesh does not multiply to `world`, the batch does not divide over data
-            ranks and micro-batches, or the memory is less than the run needs.
+            ranks and micro-batches, the pipeline schedule cannot run, or the memory is less than
+            the run needs.
     """
     try:
         degrees = Degrees.parse(run.mesh).resolve(world)
@@ -285,6 +273,8 @@ def check(run: Run, world: int, device: torch.device, *, local_ranks: int = 1) -
             f"data ranks ({run.sequence} x {run.micro_batch} x {ranks} = {unit}): "
             f"{nearest(run.batch_tokens, unit)} fits"
         )
+    microbatches = run.batch_tokens // unit
+    stages(run.parallel, run.architecture.layers, schedule(run.parallel, degrees, microbatches))
     _check_memory(run, degrees, device, local_ranks)
     return degrees
 

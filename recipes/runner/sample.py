@@ -5,6 +5,9 @@ from collections.abc import Sequence
 import torch
 
 from warploom.models.decoder import Decoder
+from warploom.parallel.mesh import Mesh
+
+from .forward import logits
 
 
 @torch.no_grad()
@@ -32,18 +35,19 @@ def continue_ids(
     Returns:
         The new ids.
     """
-    device = model.norm.weight.device
+    device = next(model.parameters()).device
+    mesh = model.mesh or Mesh.alone()
     draws = torch.Generator().manual_seed(seed)
     longest = model.architecture.max_positions
     text = list(ids)
     for _ in range(count):
         window = torch.tensor([text[-longest:]], device=device)
-        logits = model(window)[0, -1, :vocabulary].double().cpu()
+        last = logits(model, window, mesh)[0, -1, :vocabulary].double().cpu()
         if temperature > 0:
-            chances = torch.softmax(logits / temperature, dim=-1)
+            chances = torch.softmax(last / temperature, dim=-1)
             drawn = int(torch.multinomial(chances, 1, generator=draws))
         else:
-            drawn = int(logits.argmax())
+            drawn = int(last.argmax())
         if drawn == stop:
             break
         text.append(drawn)

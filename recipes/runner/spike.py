@@ -6,8 +6,9 @@ no rank stops early, because the others wait for it in their collectives. The ea
 all ranks is the one that is told.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from warploom.parallel.collectives import gather_json
-from warploom.parallel.mesh import Mesh
+from warploom.parallel.step import Step, divisors
 
 
 class SpikeError(RuntimeError):
@@ -27,33 +28,37 @@ class SpikeError(RuntimeError):
 class _Watch:
     """Remembers the first value that is not finite."""
 
+    stage: int = 0
     batch: int = 0
     looks: int = 0
     found: dict[str, Any] | None = None
     handles: list[RemovableHandle] = field(default_factory=list)
 
-    def see(self, value: Any, what: str, phase: str) -> None:
-        self.looks += 1  # the ranks run the same program: what they see has the same order
+    def see(self, value: Any, what: str, phase: str, batch: int) -> None:
+        self.looks += 1  # the ranks of a stage run the same program: what they see has one order
         if self.found is not None:
             return
         for tensor in _tensors(value):
             if not bool(torch.isfinite(tensor).all()):
                 kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-                at = {"phase": phase, "batch": self.batch, "look": self.looks}
+                at = {"phase": phase, "batch": batch, "look": self.looks, "stage": self.stage}
                 self.found = {**at, "what": what, "kind": kind}
                 return
 
     def attach(self, name: str, module: nn.Module) -> None:
-        def gradient(value: Tensor) -> None:
-            self.see(value, f"the gradient of the output of {name}", "backward")
+        what = f"the output of {name}"
 
         def after(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            self.see(output, f"the output of {name}", "forward")
+            batch = self.batch
+            self.see(output, what, "forward", batch)
             for tensor in _tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(gradient)
+                    tensor.register_hook(partial(self.look_back, f"the gradient of {what}", batch))
 
         self.handles.append(module.register_forward_hook(after))
+
+    def look_back(self, what: str, batch: int, gradient: Tensor) -> None:
+        self.see(gradient, what, "backward", batch)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -64,38 +69,53 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def locate(model: Any, batches: Sequence[Any], by: Mapping[str, float], mesh: Mesh) -> str:
+def locate(step: Step, batches: Sequence[Any]) -> str:
     """Run the micro-batches of a step again and say where the first bad value arose.
 
     Args:
-        model: A module with `loss`.
+        step: What trains the model; no parameter changes.
         batches: This rank's micro-batches of the step; a collective call.
-        by: Global count of each term.
-        mesh: The ranks.
 
     Returns:
         Part of a sentence, the same on every rank.
     """
-    watch = _Watch()
-    for parameter in model.parameters():
-        parameter.grad = None
+    model, mesh = step.model, step.mesh
+    watch = _Watch(stage=mesh.coordinate("pp"))
+    numbers = {id(batch): number for number, batch in enumerate(batches)}
+    run = model.stage
+
+    def stage(number: int, x: Tensor | None, batch: Any) -> Any:
+        watch.batch = numbers[id(batch)]
+        y, terms = run(number, x, batch)
+        for term in terms:
+            watch.see(term.sum, f"the loss term {term.name}", "forward", watch.batch)
+        return y, terms
+
+    step.gradients.zero()
     for name, module in model.named_modules():
         if name:
             watch.attach(name, module)
+    model.stage = stage
     try:
-        for watch.batch, batch in enumerate(batches):
-            terms = model.loss(batch)
-            for term in terms:
-                watch.see(term.sum, f"the loss term {term.name}", "forward")
-            sum(term.weight * term.sum / by[term.name] for term in terms).backward()
+        step.accumulate(batches, divisors(model, batches, mesh))
     finally:
+        del model.stage
         for handle in watch.handles:
             handle.remove()
     if watch.found is None:
         for name, parameter in model.named_parameters():
-            watch.see(parameter.grad, f"the gradient of {name}", "backward")
+            watch.see(parameter.grad, f"the gradient of {name}", "backward", len(batches) - 1)
+    step.gradients.zero()
     found = gather_json(watch.found, mesh.world)
     return _tell([(rank, one) for rank, one in enumerate(found) if one is not None])
+
+
+def _order(found: tuple[int, dict[str, Any]]) -> tuple[int, ...]:
+    """Sort by what came first: forwards go up the stages, backwards down."""
+    rank, one = found
+    backward = one["phase"] == "backward"
+    stage = -one["stage"] if backward else one["stage"]
+    return backward, one["batch"], stage, one["look"], rank
 
 
 def _tell(found: list[tuple[int, dict[str, Any]]]) -> str:
@@ -104,7 +124,7 @@ def _tell(found: list[tuple[int, dict[str, Any]]]) -> str:
             "each rank's own values are finite when the step is run again: their sum over "
             "micro-batches and ranks overflows"
         )
-    rank, one = min(found, key=lambda f: (f[1]["look"], f[0]))
+    rank, one = min(found, key=_order)
     others = [str(r) for r, _ in found if r != rank]
     also = f" (and on rank {', '.join(others)})" if others else ""
     return (

@@ -19,7 +19,7 @@ from typing import Any
 from warploom.models.batch import Batch
 from warploom.models.cost import flops_per_token, mfu
 from warploom.parallel.checkpoint import latest
-from warploom.parallel.step import NonFiniteError, StepResult, divisors
+from warploom.parallel.step import NonFiniteError, StepResult
 
 from ..errors import StoppedError, UserError
 from . import finish, spike
@@ -103,7 +103,10 @@ def loop(job: Job, start: int) -> HeldOut:
     finally:
         progress.close()
         metrics.close()
-    return held or evaluate(job.model, held_batches, job.byte_counts, job.mesh)
+    if held is None:
+        with job.step.opened():
+            held = evaluate(job.model, held_batches, job.byte_counts, job.mesh)
+    return held
 
 
 def advance(job: Job, number: int, batches: list[Batch], rate: float) -> StepResult:
@@ -115,7 +118,7 @@ def advance(job: Job, number: int, batches: list[Batch], rate: float) -> StepRes
     try:
         return job.step(batches, learning_rate=rate)
     except NonFiniteError as error:
-        where = spike.locate(job.model, batches, divisors(job.model, batches, job.mesh), job.mesh)
+        where = spike.locate(job.step, batches)
         _finish_saving(job)
         good = latest(job.folder.checkpoints)
         found = str(error).partition(": ")[2]
@@ -164,7 +167,8 @@ def document_lengths(batches: list[Batch]) -> list[int] | None:
 
 def _evaluate(job: Job, batches: list[Batch], metrics: Metrics, done: int) -> HeldOut:
     began = time.perf_counter()
-    held = evaluate(job.model, batches, job.byte_counts, job.mesh)
+    with job.step.opened():
+        held = evaluate(job.model, batches, job.byte_counts, job.mesh)
     metrics.add(
         done,
         held_out_loss=held.nats_per_token,
@@ -182,7 +186,7 @@ def checkpoint(job: Job, done: int) -> None:
     """
     state = {"step": done, "seed": job.run.seed, "store": job.data.store.fingerprint}
     try:
-        job.saver.start(job.folder.checkpoints, job.optimizer.entries(), state, job.mesh)
+        job.saver.start(job.folder.checkpoints, job.entries(), state, job.mesh)
     except RuntimeError as error:
         _stop(error)
 

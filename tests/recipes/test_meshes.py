@@ -1,0 +1,52 @@
+"""A run on meshes of every axis: the same losses as on one process, on any of them resumed."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.recipes.tiny import corpus, losses, tiny_run, train_on
+
+from warploom.models.architecture import Experts
+from warploom.recipes.runner.parallel import Parallel
+
+EXPERTS = Experts(count=4, top_k=2, hidden=64, score="softmax_after", balance=0.01)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def _near(got, want):
+    assert [step for step, _, _ in got] == [step for step, _, _ in want]
+    for (_, a, b), (_, c, d) in zip(got, want, strict=True):
+        assert abs(float(a) - float(c)) < 2e-5 * abs(float(c))
+        assert abs(float(b) - float(d)) < 2e-4 * abs(float(d))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("pp2", {"parallel": Parallel(schedule="zbv"), "recompute": "selective"}),
+        ("cp2", {"parallel": Parallel(balance="document", zero=3)}),
+        ("dp2,ep2", {"parallel": Parallel(zero=2, offload=True)}),
+    ],
+)
+def test_a_run_is_the_same_on_any_mesh(text, tmp_path, mesh, options):
+    def run(folder, **changes):
+        made = tiny_run(text, tmp_path / folder, steps=6, **changes)
+        layers = {"layers": 4, "experts": EXPERTS if "ep" in mesh else None}
+        return dataclasses.replace(
+            made, architecture=dataclasses.replace(made.architecture, **layers)
+        )
+
+    code, words = train_on(run("one"), 1, tmp_path / "one.txt")
+    assert code == [0], words
+    code, words = train_on(run("many", mesh=mesh, **options), 2, tmp_path / "many.txt")
+    assert code == [0, 0], words
+    _near(losses(tmp_path / "many"), losses(tmp_path / "one"))
+    saved = [load_file(tmp_path / f / "model" / "model.safetensors") for f in ("one", "many")]
+    assert saved[0].keys() == saved[1].keys()
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, atol=1e-3, rtol=0, msg=name)
