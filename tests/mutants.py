@@ -484,6 +484,7 @@ def copied(root: Path, to: Path) -> None:
 def tried(tree: Path, tests: tuple[str, ...], limit: float) -> tuple[str, str]:
     """Run tests in a tree until one fails: `killed`, `survived`, `timeout` or `broken`, and why."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # starts in half the time
     environment["PYTHONPATH"] = f"{tree / 'src'}:{tree / 'tests'}"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line"]
     with tempfile.TemporaryFile("w+") as output:
