@@ -25,7 +25,7 @@ from .collectives import all_reduce_, device_of
 from .data import BUCKET_ELEMENTS, Gradients, Units, unit_of
 from .mesh import Mesh
 from .optimizer import ShardedOptimizer
-from .pipeline import Schedule
+from .pipeline import Schedule, execute
 from .sharding import Layout, Piece, owned
 
 
@@ -291,7 +291,6 @@ class Step:
 
     def _pipeline(self, schedule: Schedule, batches: Sequence[Any], tally: _Tally) -> None:
         """Run the stages of this rank by the schedule; a batch travels with its number."""
-        from .pipeline import execute
 
         def bind(number: int) -> Callable[[Tensor | None, Any], tuple[Tensor | None, Any]]:
             def stage(x: Tensor | None, batch: Any) -> tuple[Tensor | None, Tensor | None]:
