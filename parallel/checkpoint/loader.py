@@ -10,7 +10,7 @@ the processor has SHA instructions. A rank that needs columns of a chunk reads a
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,7 @@ def load(
     asked = _asked([piece.name for _, piece in wanted], index, mesh)
     plan: list[tuple[Entry, Piece, list[tuple[Chunk, Box]]]] = []
     try:
-        _check_names(path, [p.name for _, p in wanted], index, () if allow_unexpected else asked)
-        _check_kinds(path, wanted, index)
+        _check_fit(path, wanted, index, () if allow_unexpected else asked)
         plan = [(entry, piece, _meeting(path, piece, index)) for entry, piece in wanted]
     except (CheckpointError, ValueError) as caught:
         error = caught
@@ -164,36 +163,37 @@ def _asked(names: Sequence[str], index: Index, mesh: Mesh | None) -> list[str]:
     """Return the tensors of the index that no rank asks for; a collective call."""
     group = None if mesh is None else mesh.world
     own = set(names)
-    told = sorted(index.tensors)
+    told = list(index.tensors)
     seen = torch.tensor([name in own for name in told], dtype=torch.int32, device=device_of(group))
     all_reduce_(seen, group, op="max")
     return [name for name, there in zip(told, seen.tolist(), strict=True) if not there]
 
 
-def _check_names(path: Path, names: Sequence[str], index: Index, unexpected: Sequence[str]) -> None:
-    missing = sorted({name for name in names if name not in index.tensors})
+def _check_fit(
+    path: Path, wanted: Sequence[tuple[Entry, Piece]], index: Index, unexpected: Sequence[str]
+) -> None:
+    """Compare names, shapes and dtypes, and tell all that differ in one sentence."""
+    names = dict.fromkeys(piece.name for _, piece in wanted)
     parts = []
-    if missing:
+    if missing := [name for name in names if name not in index.tensors]:
         parts.append(f"lacks {len(missing)} tensors that are asked for: {shown(missing)}")
     if unexpected:
         parts.append(f"holds {len(unexpected)} that are not: {shown(unexpected)}")
+    if wrong := list(dict.fromkeys(_wrong_kinds(wanted, index))):
+        parts.append(f"differs in {len(wrong)}: {shown(wrong)}")
     if parts:
         raise ValueError(f"{path} {', and '.join(parts)}")
 
 
-def _check_kinds(path: Path, wanted: Sequence[tuple[Entry, Piece]], index: Index) -> None:
-    wrong = []
+def _wrong_kinds(wanted: Sequence[tuple[Entry, Piece]], index: Index) -> Iterator[str]:
     for entry, piece in wanted:
-        record = index.tensors[piece.name]
+        if (record := index.tensors.get(piece.name)) is None:
+            continue
         if record.shape != tuple(piece.shape):
-            wrong.append(
-                f"{piece.name} has shape {record.shape}, {tuple(piece.shape)} is asked for"
-            )
+            yield f"{piece.name} has shape {record.shape}, {tuple(piece.shape)} is asked for"
         dtype = dtype_name(entry.tensor.dtype)
         if record.dtype != dtype:
-            wrong.append(f"{piece.name} is {record.dtype}, {dtype} is asked for")
-    if wrong:
-        raise ValueError(f"{path} does not fit: {shown(wrong)}")
+            yield f"{piece.name} is {record.dtype}, {dtype} is asked for"
 
 
 def _meeting(path: Path, piece: Piece, index: Index) -> list[tuple[Chunk, Box]]:
