@@ -215,7 +215,7 @@ class Outcome:
         norms: Norm of the gradient in the first step: found, and of one process.
         flows: Sum of squares of what each part adds to the stream in the first step, in the order
             of the forward pass: found, and of one process. Padding counts.
-        traffic: What rank 0 communicates, and what it should.
+        traffic: What all ranks send, and what they should.
         peak: Bytes that rank 0 saves for the backward of one micro-batch: the most at a time, and
             what models/cost.py predicts; NaN without a prediction.
     """
@@ -283,7 +283,7 @@ def _measure(
         *traffic.compare("micro-batch", one, layers_wanted),
         *traffic.compare("step", beside, step_wanted),
     ]
-    return lines, peak(case, lambda c: build(c, mesh)[0], batch)
+    return traffic.over_ranks(lines, mesh), peak(case, lambda c: build(c, mesh)[0], batch)
 
 
 def _held(seen: Seen, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -80,9 +80,9 @@ def _axis(case: Case, outcome: Outcome, run: Run) -> tuple[tuple[str, ...], Case
     smallest, last = case, outcome
     for name in [name for name in AXES if (getattr(case.degrees, name) or 1) > 1]:
         fewer = _without(smallest, name)
-        found = None if fewer is None else run(fewer)
-        if fewer and found and failures(found.differences, tolerance=TOLERANCE):
-            smallest, last = fewer, found
+        less = None if fewer is None else run(fewer)
+        if fewer and less and failures(less.differences, tolerance=TOLERANCE):
+            smallest, last = fewer, less
         else:
             mended.append(name)
     return tuple(mended), smallest, last

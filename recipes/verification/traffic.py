@@ -21,10 +21,10 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 7.
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from warploom.models.decoder import Decoder
-from warploom.parallel.collectives import Group
+from warploom.parallel.collectives import Group, gather_json
 from warploom.parallel.collectives.ledger import Ledger, ring_bytes
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
@@ -45,13 +45,13 @@ class Traffic:
     """One kind of collective.
 
     Attributes:
-        where: `micro-batch` or `step`.
+        where: `micro-batch`, of the layers alone, or `step`, all but the layers.
         axis: Over which group.
         op: Which collective.
         phase: `forward` or `backward`; of a step `forward` is all that is no backward.
         calls: How many there were.
         calls_wanted: How many there should be; NaN without a formula.
-        bytes: What this rank sent.
+        bytes: What was sent.
         bytes_wanted: What it should have; NaN without a formula, as where a router decides.
     """
 
@@ -69,6 +69,16 @@ class Traffic:
         """Whether what was counted is what should be, as far as there is a formula."""
         pairs = ((self.calls, self.calls_wanted), (self.bytes, self.bytes_wanted))
         return all(math.isnan(wanted) or got == wanted for got, wanted in pairs)
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        """Add that of another rank."""
+        return replace(
+            self,
+            calls=self.calls + other.calls,
+            calls_wanted=self.calls_wanted + other.calls_wanted,
+            bytes=self.bytes + other.bytes,
+            bytes_wanted=self.bytes_wanted + other.bytes_wanted,
+        )
 
 
 class _Theory:
@@ -248,3 +258,13 @@ def _mixed(
     got: tuple[float, float], wanted: tuple[float, float]
 ) -> tuple[float, float, float, float]:
     return got[0], wanted[0], got[1], wanted[1]
+
+
+def over_ranks(lines: list[Traffic], mesh: Mesh) -> list[Traffic]:
+    """Add up the lines of all ranks; what a rank has none of counts nothing."""
+    total: dict[tuple[str, str, str, str], Traffic] = {}
+    for own in gather_json([asdict(line) for line in lines], mesh.world):
+        for line in (Traffic(**values) for values in own):
+            key = (line.where, line.axis, line.op, line.phase)
+            total[key] = total[key] + line if key in total else line
+    return [total[key] for key in sorted(total)]
