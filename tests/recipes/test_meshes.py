@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tests.recipes.tiny import corpus, losses, tiny_run, train_on
 
 from warploom.models.architecture import Experts
+from warploom.models.families import llama
 from warploom.recipes.runner.parallel import Parallel
 
 EXPERTS = Experts(count=4, top_k=2, hidden=64, score="softmax_after", balance=0.01)
@@ -34,12 +35,14 @@ def _near(got, want):
     ],
 )
 def test_a_run_is_the_same_on_any_mesh(text, tmp_path, mesh, options):
+    experts = EXPERTS if "ep" in mesh else None
+    sizes = dataclasses.replace(
+        llama.tiny(), layers=4, vocabulary=300, width=32, head_dim=8, hidden=64, max_positions=128
+    )
+    made = dataclasses.replace(sizes, tied=experts is None, experts=experts)
+
     def run(folder, **changes):
-        made = tiny_run(text, tmp_path / folder, steps=6, **changes)
-        layers = {"layers": 4, "experts": EXPERTS if "ep" in mesh else None}
-        return dataclasses.replace(
-            made, architecture=dataclasses.replace(made.architecture, **layers)
-        )
+        return tiny_run(text, tmp_path / folder, steps=6, architecture=made, **changes)
 
     code, words = train_on(run("one"), 1, tmp_path / "one.txt")
     assert code == [0], words
