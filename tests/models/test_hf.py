@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from warploom.models import hf
 from warploom.models.decoder import Decoder
-from warploom.models.families import llama, qwen3
+from warploom.models.families import llama, mixtral, qwen3
+from warploom.models.stages import Stages
+from warploom.parallel.memory import track
 from warploom.parallel.mesh import Mesh
+from warploom.parallel.pipeline import Schedule
 
+MIXTRAL = replace(mixtral.tiny(), layers=4, rope_base=1e4)
 BASE = replace(llama.tiny(), tied=False, rope_base=500_000.0)
 
 
@@ -38,7 +43,9 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("made", [BASE, llama.tiny(), qwen3.tiny()], ids=["llama", "tied", "qwen3"])
+@pytest.mark.parametrize(
+    "made", [BASE, llama.tiny(), qwen3.tiny(), MIXTRAL], ids=["llama", "tied", "qwen3", "mixtral"]
+)
 def test_a_round_trip_changes_no_bit(made, dtype, tmp_path):
     model = Decoder.create(made, seed=3, dtype=dtype)
     hf.save(model, tmp_path / "one")
@@ -105,7 +112,9 @@ def test_fields_that_cannot_be_honoured_are_listed(folder):
     with pytest.raises(ValueError, match=r"layer_types=\['sliding_attention'\]"):
         hf.load(folder)
     _config(folder, layer_types=None, model_type="gpt2")
-    with pytest.raises(ValueError, match="model_type must be one of llama, qwen3, mixtral; got 'gpt2'"):
+    with pytest.raises(
+        ValueError, match="model_type must be one of llama, qwen3, mixtral; got 'gpt2'"
+    ):
         hf.load(folder)
     _config(folder, model_type="llama", vocab_size=...)
     with pytest.raises(ValueError, match="config.json must have 'vocab_size'"):
@@ -255,3 +264,139 @@ def test_two_ranks_save_and_load_as_one(ranks, tmp_path):
             one, two = (tmp_path / f"{kind}-{n}" / file for n in "12")
             assert one.read_bytes() == two.read_bytes(), file
     shutil.rmtree(tmp_path / "0-1")
+
+
+def test_transformers_loads_our_mixtral_and_we_load_its(tmp_path):
+    import transformers as t
+
+    model = Decoder.create(MIXTRAL, seed=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(8.0 if "router" in name else 2.0)
+    hf.save(model, tmp_path / "ours", shard_bytes=100_000)
+    peer, told = t.MixtralForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokens = torch.randint(MIXTRAL.vocabulary, (2, 12))
+    torch.testing.assert_close(peer(tokens).logits, model(tokens), atol=1e-5, rtol=0)
+    peer.save_pretrained(tmp_path / "theirs")
+    again = hf.load(tmp_path / "theirs")
+    assert again.architecture == MIXTRAL
+    _equal(again, model)
+
+
+MESHES = {
+    2: ["tp2", "pp2", "pp2 zbv", "cp2", "dp2,ep2", "rep2", "tp2,etp2"],
+    4: ["tp4", "tp2,cp2,ep2,etp2", "pp2,dp2,ep2", "pp2,tp2 interleaved", "pp4", "dp4,ep4"],
+    8: ["tp2,pp2,cp2,ep2,etp2 zbv", "tp4,dp2,ep8", "pp4,dp2,ep2"],
+}
+FORMS = {
+    "dense": replace(BASE, layers=4),
+    "tied": replace(llama.tiny(), layers=4, vocabulary=255),  # 256 rows on two ranks
+    "mixtral": replace(MIXTRAL, vocabulary=255),
+}
+
+
+def _over(text, made, seed):
+    """Build a decoder on the mesh and the stages that `text` names."""
+    text, _, name = text.partition(" ")
+    mesh = Mesh.build(text)
+    placement = range(mesh.degree("pp"))
+    if name:
+        virtual = 2 if name == "interleaved" else 1
+        placement = Schedule.named(name, mesh.degree("pp"), 4, virtual=virtual).placement
+    stages = Stages.deal(made.layers, placement)
+    return Decoder.create(made, mesh=mesh, stages=stages, seed=seed)
+
+
+class _Counts:
+    """Spies on the tensors that a load takes from files: bytes read, and most alive at a time."""
+
+    def __init__(self, monkeypatch):
+        self.read = self.alive = self.most = 0
+        real = hf.safe_open
+        monkeypatch.setattr(hf, "safe_open", lambda *a, **k: self._file(real(*a, **k)))
+
+    def _file(self, opened):
+        spy, slices = self, opened.get_slice
+
+        class File:
+            def __enter__(self):
+                opened.__enter__()
+                return self
+
+            def __exit__(self, *error):
+                return opened.__exit__(*error)
+
+            def keys(self):
+                return opened.keys()
+
+            def get_slice(self, name):
+                stored = slices(name)
+
+                class Slice:
+                    get_shape, get_dtype = stored.get_shape, stored.get_dtype
+
+                    def __getitem__(self, index):
+                        return spy.took(stored[index])
+
+                return Slice()
+
+        return File()
+
+    def took(self, tensor):
+        self.read += tensor.nbytes
+        self.alive += tensor.nbytes
+        self.most = max(self.most, self.alive)
+        weakref.finalize(tensor, self._gone, tensor.nbytes)
+        return tensor
+
+    def _gone(self, size):
+        self.alive -= size
+
+
+def _from_any_to_any(root, made, texts):
+    import torch.distributed as dist
+
+    monkeypatch = pytest.MonkeyPatch()
+    shard_bytes, rank = 100_000, dist.get_rank()
+    largest = made.vocabulary * made.width * 4
+    for at, text in enumerate(texts):
+        model = _over(text, made, seed=3)
+        own = sum(p.nbytes for p in model.parameters())
+        with track(model=model) as seen:
+            hf.save(model, root / str(at), shard_bytes=shard_bytes)
+        held = seen.peak.total - own
+        assert held <= (shard_bytes + 3 * largest if rank == 0 else 2 * largest), (text, held)
+        if rank == 0:
+            for file in (root / "alone").iterdir():
+                assert file.read_bytes() == (root / str(at) / file.name).read_bytes(), (text, file)
+        empty = _over(text, made, seed=4)
+        with monkeypatch.context() as patch:
+            counts = _Counts(patch)
+            hf.load_into(empty, root / "alone")
+        _equal(empty, model)
+        pieces = [p for layout in empty.logical_layouts().values() for p in layout.pieces]
+        sizes = [torch.Size(p.sizes).numel() * 4 for p in pieces]
+        assert counts.read == sum(sizes), text  # no byte that another rank holds
+        assert counts.most <= 2 * max(sizes), text  # the next is there before the last is gone
+    dist.barrier()
+
+
+def _export_and_import(pool, tmp_path, world, form):
+    made = FORMS[form]
+    hf.save(Decoder.create(made, seed=3), tmp_path / "alone", shard_bytes=100_000)
+    assert len(list((tmp_path / "alone").glob("model-*.safetensors"))) > 6
+    texts = [t for t in MESHES[world] if form == "mixtral" or ",e" not in t]
+    pool(world, _from_any_to_any, tmp_path, made, texts)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_ranks_export_and_import_tensor_by_tensor(pool, tmp_path, form):
+    _export_and_import(pool, tmp_path, 2, form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [4, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_more_ranks_export_and_import_tensor_by_tensor(pool, tmp_path, form, world):
+    _export_and_import(pool, tmp_path, world, form)
