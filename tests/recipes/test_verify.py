@@ -1,17 +1,23 @@
 """`warploom verify`: it proves what is right, and names the module and the axis of what is not."""
 
+import json
 from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
-import torch
 
+from warploom import cli
+from warploom.models.architecture import Experts
+from warploom.models.decoder import Decoder
+from warploom.models.families import llama, mixtral
 from warploom.parallel import collectives, step
+from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
 from warploom.parallel.tensor import linear
 from warploom.recipes import verify
-from warploom.recipes.verification.case import prove
+from warploom.recipes.verification.case import prove, reference
 from warploom.recipes.verification.diagnosis import diagnose
+from warploom.recipes.verification.shrink import shrink
 
 # Each breaks something on the ranks of a mesh, and leaves one process as it is.
 
@@ -44,14 +50,7 @@ def _norm_of_data_ranks_alone(self, shards, losses, inner=step.Step._norm):
         return inner(self, shards, losses)
 
 
-def _half_as_much(self, batches, *, learning_rate, inner=step.Step.__call__):
-    with patch.object(torch, "_foreach_mul_", lambda xs, c: [x.mul_(c / 2) for x in xs]):
-        return inner(self, batches, learning_rate=learning_rate)
-
-
 def _breaks():
-    from warploom.models.decoder import Decoder
-
     return {
         "gather doubles": patch.object(linear, "gather_linear", _twice),
         "partial dropped": patch.object(Decoder, "layouts", _without("partial", Decoder.layouts)),
@@ -64,8 +63,6 @@ def _breaks():
 
 def broken(what, case):
     """Prove a case with something broken, against one process that is not."""
-    from warploom.recipes.verification.case import reference
-
     reference(case)  # kept, so that what follows finds it as it should be
     with _breaks()[what]:
         return prove(case)
@@ -97,3 +94,122 @@ def test_what_is_broken_is_named(pool, what, mesh, axis, module, cause):
     assert found.axis == axis
     assert module in found.module
     assert cause in found.cause
+
+
+def broken_prove(case, measure=False):
+    """What `warploom verify` runs on the ranks, with the partial sums left out."""
+    return broken("partial dropped", case)
+
+
+def test_the_command_proves_what_is_right(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    assert cli.main(["verify", "--mesh", "tp2,etp2", "--json", str(file)]) == 0
+    shown = capsys.readouterr().out
+    assert "proven in" in shown
+    assert "gradient of feed_forward.experts.down" in shown
+    found = json.loads(file.read_text())
+    assert found["proven"]
+    assert found["failures"] == {}
+    assert {line["op"] for line in found["traffic"]} >= {"all_gather", "reduce_scatter"}
+    assert found["case"]["architecture"]["experts"]["count"] == 4
+
+
+def test_the_command_names_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "prove", broken_prove)
+    file = tmp_path / "found.json"
+    assert cli.main(["verify", "pretrain/stdlib-smoke", "--mesh", "tp2", "--json", str(file)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not proven" in shown
+    assert "norm" in shown
+    assert "on axis tp (mesh tp2)" in shown
+    found = json.loads(file.read_text())
+    assert not found["proven"]
+    assert found["diagnosis"]["axis"] == "tp"
+    assert "their sum is missing" in found["diagnosis"]["cause"]
+
+
+def _sent_twice(x, group):
+    collectives.all_gather_rows(x.detach(), group)
+    return collectives.scatter(x, group)
+
+
+def prove_sending_twice(case, measure=False):
+    """Prove with one all-gather too many beside each row-parallel layer."""
+    with patch.object(linear, "scatter", _sent_twice):
+        return prove(case, measure)
+
+
+def test_a_collective_too_many_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(verify, "prove", prove_sending_twice)
+    assert cli.main(["verify", "pretrain/stdlib-smoke", "--mesh", "tp2"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "not proven" not in shown
+    assert "on axis tp a micro-batch makes" in shown
+    assert "all_gather calls forward" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("", "verify needs a mesh"),
+        ("--mesh tp3,ep2", "ep x etp (2 x 1) must divide tp x cp x dp"),
+        ("--mesh dp128", "at most 64; dp128 has 128"),
+        ("--mesh cp2,uly4", "uly (4) must divide cp (2)"),
+        (
+            "--mesh pp2 --schedule dualpipev --micro-batches 2",
+            "must be at least 4, twice the ranks",
+        ),
+        ("--mesh pp2 --schedule interleaved --micro-batches 3", "must be a multiple of the ranks"),
+        ("--mesh pp2 --stage-layers 1 1 1", "must name 2 stages"),
+        ("--mesh dp2 --schedule zbv", "schedule zbv needs pipeline ranks"),
+        ("--mesh dp2 --balance document", "need context-parallel ranks"),
+        ("--mesh cp2,uly2 --context all_gather", "context all_gather has no ranks left"),
+        ("--mesh dp2 --recompute everything", "recompute must be none, full, selective"),
+        ("--mesh dp2 --micro-batches 0", "micro_batches must be at least 1; got 0"),
+        ("--mesh dp2 --json /nowhere/found.json", "json must be a file in a folder that exists"),
+        ("pretrain/llama3-8b --mesh tp3", "tp (3) must divide heads (32)"),
+        ("pretrain/llama3-8b --mesh dp2,ep2", "the model is dense: leave ep out"),
+        ("pretrain/stdlib-smoke --mesh pp4", "layers (2) must be at least the pipeline stages (4)"),
+        ("pretrain/llama --mesh tp2", "pretrain/llama is neither"),
+        ("tests --mesh tp2", "tests must hold config.json"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_any_process(words, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "Pool", None)
+    assert cli.main(["verify", *words.split()]) == 2
+    shown = capsys.readouterr()
+    assert sentence in shown.err
+    assert shown.err.count("\n") == 1
+    assert not shown.out
+
+
+@pytest.mark.parametrize("family", [llama, mixtral])
+def test_a_folder_is_read_for_its_sizes_alone(family, tmp_path):
+    a = replace(llama.llama3_8b(), tied=True)
+    if family is mixtral:
+        a = replace(a, experts=Experts(count=8, top_k=2, hidden=a.hidden, score="softmax_after"))
+    (tmp_path / "config.json").write_text(json.dumps(family.write(a)))
+    mesh = "tp2,ep4,dp2" if family is mixtral else "tp2,dp2"
+    case = verify.plan(verify.Verify(subject=str(tmp_path), mesh=mesh))
+    assert case.architecture.tied
+    assert case.architecture.heads == 4 * case.architecture.kv_heads
+    assert (case.architecture.experts is None) == (family is llama)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "stages"), [("tp2", 1), ("tp8,pp2", 2), ("tp4,cp2,uly2", 1), ("dp4,ep4", 3)]
+)
+def test_shrinking_keeps_what_layers_trip_over(mesh, stages):
+    experts = Experts(count=256, top_k=8, hidden=2048, groups=8, top_groups=4, dense_layers=3)
+    a = replace(llama.llama3_70b(), experts=experts, tied=True, qk_norm=True)
+    d = replace(Degrees.parse(mesh), dp=Degrees.parse(mesh).dp or 1)
+    small = shrink(a, d, stages)
+    assert small.heads // small.kv_heads == a.heads // a.kv_heads
+    assert (small.kv_heads % d.tp == 0) == (a.kv_heads % d.tp == 0)
+    assert (small.tied, small.qk_norm) == (True, True)
+    assert small.layers >= max(stages, 2)
+    assert small.routed(0) is None
+    assert small.routed(small.layers - 1) is not None
+    assert small.experts.count % d.ep == 0
+    assert small.experts.count % small.experts.groups == 0
+    assert small.width * small.vocabulary < 50_000
