@@ -233,7 +233,9 @@ def test_a_start_has_the_stated_deviations():
         want = 0.02 / 4 if narrow else 0.02
         assert abs(p.std().item() / want - 1) < 0.05, path
     again, other = Decoder.create(made, seed=5, names=str.upper), Decoder.create(made, seed=6)
-    assert torch.equal(model.blocks["3"].attention.qkv.weight, again.blocks["3"].attention.qkv.weight)
+    assert torch.equal(
+        model.blocks["3"].attention.qkv.weight, again.blocks["3"].attention.qkv.weight
+    )
     assert not torch.equal(model.head.weight, other.head.weight)
     assert again.layouts()["norm.weight"].pieces[0].name == "NORM.WEIGHT"
 
@@ -333,7 +335,7 @@ def test_wrong_documents_are_refused(lengths, words):
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="recompute must be none, full, selective or a list of .*; got 'some'"):
+    with pytest.raises(ValueError, match="recompute must be none, full.* got 'some'"):
         Decoder(SMALL, recompute="some")
     with pytest.raises(ValueError, match="z_loss must be at least 0; got -1"):
         Decoder(SMALL, z_loss=-1)
