@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -31,6 +32,9 @@ PRELOADED = (
 )
 _HOST = "127.0.0.1"
 _DYING_S = 2.0  # how long the trace of a rank that hangs, or of the first that failed, is awaited
+
+
+_LOST = re.compile(r"closed by peer|reset by peer|Broken pipe|Connection closed", re.IGNORECASE)
 
 
 class RankError(RuntimeError):
@@ -100,7 +104,9 @@ class Pool:
         self.jobs += 1
         chosen = self._workers[:size]
         try:
-            for worker in chosen:
+            for rank, worker in enumerate(chosen):
+                if not worker.process.is_alive():
+                    raise RankError(f"rank {rank} of {size} died before it began")
                 worker.line.send((self.jobs, size, timeout_s, fn, args))
             return self._collect(chosen, timeout_s)
         except BaseException:
@@ -156,6 +162,7 @@ class Pool:
                 rank = waiting.pop(line)
                 failed, answer = _receive(line)
                 if failed:
+                    rank, answer = _first_cause(waiting, rank, answer)
                     raise RankError(f"rank {rank} of {len(chosen)}:\n{answer}")
                 if rank == 0:
                     result = answer
@@ -166,9 +173,25 @@ def _receive(line: Connection) -> tuple[bool, Any]:
     """Return whether a rank failed, and its answer or its trace."""
     try:
         failed, answer = line.recv()
-    except EOFError:
+    except (EOFError, OSError):
         return True, "the process died"
     return failed, answer
+
+
+def _first_cause(waiting: dict[Connection, int], rank: int, answer: str) -> tuple[int, str]:
+    """Return the rank and the trace of what failed by itself, not for want of another rank."""
+    end = time.monotonic() + _DYING_S
+    while _LOST.search(answer) and waiting:
+        ready = wait(list(waiting), max(0.0, end - time.monotonic()))
+        for line in ready:
+            assert isinstance(line, Connection)
+            other = waiting.pop(line)
+            failed, text = _receive(line)
+            if failed and not _LOST.search(text):
+                return other, text
+        if not ready:
+            break
+    return rank, answer
 
 
 def _stacks(worker: _Worker) -> str:

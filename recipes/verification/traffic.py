@@ -185,24 +185,23 @@ def _experts(
         theory.add(mesh.etp, SWAP, "forward", 2, routed)
         theory.add(mesh.etp, GATHER, "backward", again, routed)
         theory.add(mesh.etp, SWAP, "backward", 4 if again else 2, routed)
-    # without a dispatch behind them nothing in the backward needs the losses again
-    again = again and not (mesh.ep is None and mesh.etp is None)
-    losses = (experts.balance > 0) + (experts.router_z > 0)
-    for phase in ("forward", "backward") if again else ("forward",):
-        if experts.balance > 0:
-            for group in (mesh.cp, mesh.tp):
-                table = documents * (experts.count + 1) * ITEM
-                size = 1 if group is None else group.size()
-                theory.add(group, REDUCE, phase, 1, ring_bytes(REDUCE, size, table))
-        if losses:
-            ranks = mesh.degree("tp")
-            theory.add(mesh.tp, REDUCE, phase, 1, ring_bytes(REDUCE, ranks, losses * ITEM))
+    losses = (experts.balance > 0) + (experts.router_z > 0)  # no backward needs them again
+    if experts.balance > 0:
+        table = documents * (experts.count + 1) * ITEM
+        for group in (mesh.cp, mesh.tp):
+            size = 1 if group is None else group.size()
+            theory.add(group, REDUCE, "forward", 1, ring_bytes(REDUCE, size, table))
+    if losses:
+        sent = ring_bytes(REDUCE, mesh.degree("tp"), losses * ITEM)
+        theory.add(mesh.tp, REDUCE, "forward", 1, sent)
 
 
 def step(
     mesh: Mesh, case: Case, optimizer: ShardedOptimizer, tokens: int, ledger: Ledger
-) -> Counted:
+) -> Counted | None:
     """Return what a rank sends in a step beside its layers: calls are without formula.
+
+    There is none for Muon, whose owners of matrices gather and scatter them.
 
     Args:
         mesh: The mesh.
@@ -211,6 +210,8 @@ def step(
         tokens: Tokens t that this context-parallel rank holds, padding included.
         ledger: Names the groups.
     """
+    if case.optimizer != "adamw":
+        return None
     theory = _Theory(ledger)
     own, place = mesh.coordinate("pp"), case.stages.placement
     boundary = tokens // mesh.degree("tp") * case.architecture.width * ITEM
@@ -219,7 +220,7 @@ def step(
         if rank == own:
             for _ in ends:
                 theory.add(mesh.pp, EXCHANGE, "", math.nan, case.microbatches * boundary)
-    known = case.optimizer == "adamw" and case.zero in (1, 2)
+    known = case.zero in (1, 2)
     for path, parameter in optimizer.parameters.items():
         group = mesh.edp if optimizer.layouts[path].expert else mesh.shard
         if group is None:
