@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
 from warploom.kernels.rope import rotary
 from warploom.parallel import context as context_parallel
-from warploom.parallel.collectives import Group
+from warploom.parallel.collectives import Group, place
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
 from .norm import RMSNorm
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        size = 1 if group is None else group.size()
+        _, size = place(group)
         if heads % size or (kv_heads % size and size % kv_heads):
             raise ValueError(
                 f"the tensor-parallel size ({size}) must divide heads ({heads}), and divide "

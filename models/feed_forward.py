@@ -9,7 +9,7 @@ Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6.
 
 from torch import Tensor, nn
 
-from warploom.parallel.collectives import Group
+from warploom.parallel.collectives import Group, place
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 from warploom.parallel.tensor.product import swiglu_linear
 
@@ -28,7 +28,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, group: Group) -> None:
         super().__init__()
-        size = 1 if group is None else group.size()
+        _, size = place(group)
         if hidden % size:
             raise ValueError(
                 f"hidden ({hidden}) must be divisible by the tensor-parallel size ({size})"

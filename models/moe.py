@@ -5,6 +5,7 @@ Source: Jiang et al. 2024, https://arxiv.org/abs/2401.04088, section 2.1 (expert
 
 from torch import Tensor
 
+from warploom.parallel.collectives import place
 from warploom.parallel.expert import MoE
 from warploom.parallel.mesh import Mesh
 
@@ -48,8 +49,7 @@ def route_and_serve(
     layer: MoE, x: Tensor, sequences: Sequences
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Serve the tokens `[T/R, D]` of a block, and return the sums of the losses by name."""
-    group = layer.tp_group
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    rank, size = place(layer.tp_group)
     documents = sequences.documents.chunk(size)[rank]
     y, sums = layer(x, documents, sequences.count)
     return y, sums

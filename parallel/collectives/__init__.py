@@ -22,6 +22,7 @@ from .plain import (
     device_of,
     exchange_begin,
     gather_json,
+    place,
     reduce_scatter_rows,
     reduce_scatter_rows_begin,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "join",
     "observed",
     "observers",
+    "place",
     "reduce",
     "reduce_scatter_rows",
     "reduce_scatter_rows_begin",

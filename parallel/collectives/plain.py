@@ -53,6 +53,22 @@ class Pending:
         self._works, self._kept = [], None
 
 
+def place(group: Group) -> tuple[int, int]:
+    """Return this rank's place in the group, and the group's size.
+
+    Raises:
+        ValueError: If this rank is not in the group, which is then no group at all.
+    """
+    if group is None:
+        return 0, 1
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group must be a process group that this rank is in, or None for one rank; got "
+            f"{group}: build a layer on the ranks of its group alone"
+        )
+    return group.rank(), group.size()
+
+
 def device_of(group: Group) -> torch.device:
     """Return the device on which small tensors travel over `group`."""
     if group is None or "nccl" not in dist.get_backend_config(group):

@@ -4,29 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
 
-from ..collectives import Group
+from ..collectives import Group, place
 from .split import Split
 
 Tensors = tuple[Tensor, Tensor, Tensor]
-
-
-def place(group: Group) -> tuple[int, int]:
-    """Return this rank's place in the group, and the group's size.
-
-    Raises:
-        ValueError: If this rank is not in the group.
-    """
-    if group is None:
-        return 0, 1
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be one that this rank is part of, got {group}")
-    return group.rank(), group.size()
 
 
 def check(

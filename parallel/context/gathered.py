@@ -24,11 +24,12 @@ from ..collectives import (
     Group,
     all_gather_rows_begin,
     observers,
+    place,
     reduce_scatter_rows_begin,
     watched,
 )
 from .blocks import Attention, flat_blocks, own_keys
-from .entry import attend, order, place
+from .entry import attend, order
 from .split import Split
 
 

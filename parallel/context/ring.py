@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..collectives import Group, exchange_begin, observers, watched
+from ..collectives import Group, exchange_begin, observers, place, watched
 from .blocks import Attention, own_keys, pair_blocks
-from .entry import attend, place
+from .entry import attend
 from .split import Split
 
 

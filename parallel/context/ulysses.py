@@ -24,8 +24,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..collectives import Group, swap
-from .entry import Tensors, attend, attend_whole, check, place
+from ..collectives import Group, place, swap
+from .entry import Tensors, attend, attend_whole, check
 from .gathered import all_gather
 from .ring import ring
 from .split import Split

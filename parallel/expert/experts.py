@@ -20,18 +20,10 @@ from torch import Tensor, nn
 from warploom.kernels.activation import swiglu
 from warploom.kernels.gemm import grouped_gemm, grouped_gemm_weight_gradient
 
-from ..collectives import Group
+from ..collectives import Group, place
 from ..initialise import draw_seed, normal_
 from ..sharding import Layout, Piece, rows
 from ..tensor.product import deferred
-
-
-def _size(group: Group) -> int:
-    return 1 if group is None else group.size()
-
-
-def _rank(group: Group) -> int:
-    return 0 if group is None else group.rank()
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -79,21 +71,21 @@ class Experts(nn.Module):
             raise ValueError(
                 f"width, hidden and experts must be at least 1; got {width}, {hidden}, {experts}"
             )
-        if experts % _size(group):
+        rank, ranks = place(group)
+        part, parts = place(etp_group)
+        if experts % ranks:
             raise ValueError(
-                f"experts ({experts}) must be divisible by the expert-parallel size "
-                f"({_size(group)})"
+                f"experts ({experts}) must be divisible by the expert-parallel size ({ranks})"
             )
-        if hidden % _size(etp_group):
+        if hidden % parts:
             raise ValueError(
-                f"hidden ({hidden}) must be divisible by the expert-tensor-parallel size "
-                f"({_size(etp_group)})"
+                f"hidden ({hidden}) must be divisible by the expert-tensor-parallel size ({parts})"
             )
         self.width, self.hidden = width, hidden
-        self.held = experts // _size(group)
-        self.first = _rank(group) * self.held
-        self.part = hidden // _size(etp_group)
-        self.start = _rank(etp_group) * self.part
+        self.held = experts // ranks
+        self.first = rank * self.held
+        self.part = hidden // parts
+        self.start = part * self.part
         self.gate_up = nn.Parameter(torch.empty(self.held * 2 * self.part, width))
         self.down = nn.Parameter(torch.empty(self.held * width, self.part))
         for name, layout in self.declare_layouts().items():

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from ..collectives import Group, Pending, all_reduce_, device_of, exchange_begin
+from ..collectives import Group, Pending, all_reduce_, device_of, exchange_begin, place
 from ..tensor.product import WeightGradients
 from .messages import Message
 from .schedule import Schedule
@@ -85,7 +85,7 @@ def execute(
             above; all but the last before anything is sent.
         RuntimeError: If the ranks run different schedules.
     """
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    rank, size = place(group)
     if size != schedule.ranks:
         raise ValueError(f"the schedule is for {schedule.ranks} ranks; the group has {size}")
     held = [stage for stage, place in enumerate(schedule.placement) if place == rank]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Group, copy, reduce, scatter
+from ..collectives import Group, copy, place, reduce, scatter
 from ..initialise import draw_seed, normal_
 from ..sharding import Layout, Piece, rows, whole
 from .overlap import Plan, gather_linear, linear_scatter
@@ -36,26 +36,18 @@ class _Share(NamedTuple):
     shared: bool = False
 
 
-def _size(group: Group) -> int:
-    return 1 if group is None else group.size()
-
-
-def _rank(group: Group) -> int:
-    return 0 if group is None else group.rank()
-
-
 def _share(total: int, group: Group, name: str) -> _Share:
-    ranks = _size(group)
+    rank, ranks = place(group)
     if total % ranks:
         raise ValueError(
             f"{name} ({total}) must be divisible by the tensor-parallel size ({ranks})"
         )
-    return _Share(total // ranks, _rank(group) * (total // ranks))
+    return _Share(total // ranks, rank * (total // ranks))
 
 
 def _share_heads(total: int, heads: int, group: Group, name: str) -> _Share:
     """Split whole heads; where they are fewer than the ranks, give R/G ranks the same one."""
-    ranks = _size(group)
+    rank, ranks = place(group)
     if total % heads or (heads % ranks and ranks % heads):
         raise ValueError(
             f"{name}: its heads ({heads}) must divide its features ({total}), and the "
@@ -64,7 +56,7 @@ def _share_heads(total: int, heads: int, group: Group, name: str) -> _Share:
     if heads % ranks == 0:
         return _share(total, group, name)
     head = total // heads
-    return _Share(head, _rank(group) * heads // ranks * head, shared=True)
+    return _Share(head, rank * heads // ranks * head, shared=True)
 
 
 def _plan(
@@ -223,7 +215,7 @@ class RowLinear(nn.Module):
     def declare_layouts(self) -> dict[str, Layout]:
         """Say which columns this rank holds."""
         features, size = self.weight.shape
-        first = _rank(self.group) * size
+        first = place(self.group)[0] * size
         slices = ((0, features, 1), (first, first + size, 1))
         own = {
             "weight": Layout(

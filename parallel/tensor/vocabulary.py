@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import Group, copy, gather, join, reduce, scatter
+from ..collectives import Group, copy, gather, join, place, reduce, scatter
 from ..initialise import draw_seed, normal_
 from ..sharding import Layout, rows
 from .loss import linear_cross_entropy
@@ -31,7 +31,7 @@ class _Vocabulary(nn.Module):
 
     def __init__(self, vocabulary: int, width: int, *, group: Group) -> None:
         super().__init__()
-        size, rank = (1, 0) if group is None else (group.size(), group.rank())
+        rank, size = place(group)
         self.group = group
         self.vocabulary = vocabulary
         self.held = -(-vocabulary // size)

@@ -108,3 +108,26 @@ def test_rows_that_do_not_divide_get_a_sentence():
 
     with pytest.raises(ValueError, match=r"rows to scatter \(3\) must be divisible by the group"):
         scatter(torch.ones(3, 1), Two())
+
+
+def _outside_a_group_nothing_is_built():
+    import torch.distributed as dist
+
+    from warploom.parallel.expert import Experts
+    from warploom.parallel.tensor import ColumnLinear, VocabEmbedding
+
+    group = dist.new_group([0])
+    if dist.get_rank() == 0:
+        ColumnLinear(4, 4, group=group)
+        return
+    for build in (
+        lambda: ColumnLinear(4, 4, group=group),
+        lambda: VocabEmbedding(4, 4, group=group),
+        lambda: Experts(4, 4, 4, group=group, etp_group=None),
+    ):
+        with pytest.raises(ValueError, match="group must be a process group that this rank is in"):
+            build()
+
+
+def test_outside_a_group_nothing_is_built(ranks):
+    ranks(2, _outside_a_group_nothing_is_built)
