@@ -283,7 +283,7 @@ def _measure(
         *traffic.compare("micro-batch", one, layers_wanted),
         *traffic.compare("step", beside, step_wanted),
     ]
-    return traffic.over_ranks(lines, mesh), peak(case, lambda c: build(c, mesh)[0], batch)
+    return traffic.over_ranks(lines, mesh), peak(model, case, batch)
 
 
 def _held(seen: Seen, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

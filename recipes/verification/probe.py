@@ -1,9 +1,7 @@
 """One micro-batch through the stages of a rank, without its pipeline: what travels, what stays."""
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,24 +70,38 @@ def _tokens(model: Decoder, batch: Batch) -> int:
     return shape[0] * (1 if model.mesh is None else model.mesh.degree("tp"))
 
 
-def peak(case: Case, build: Callable[[Case], Decoder], batch: Batch) -> tuple[float, float]:
+def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
     """Return the bytes that a micro-batch saves for its backward, and what the cost model predicts.
 
-    Of rows without packing and without the z-loss, as the prediction is; a collective call.
+    A collective call.
 
     Returns:
-        Bytes on this rank; the prediction is NaN where models/cost.py has none: experts, stages,
-        context parallelism, recomputation of chosen operators, shared key/value heads.
+        Bytes on this rank; the prediction is NaN where the router decides, with ep or etp.
     """
-    d, a = case.degrees, case.architecture
-    model = build(replace(case, z_loss=0.0))
-    rows = Batch(batch.tokens, batch.targets)
     with track(model=model) as seen:
-        _run(model, rows, backward=False)
+        _run(model, batch, backward=False)
         held = seen.highest["activations"]
-    known = a.experts is None and d.pp == d.cp == 1 and case.recompute in ("none", "full")
-    tokens = _tokens(model, rows)
-    if not known or a.kv_heads % d.tp or tokens != batch.tokens.numel():
+    d = case.degrees
+    if d.ep > 1 or d.etp > 1:
         return float(held), math.nan
-    wanted = activations(a, tokens, dtype=torch.float64, tp=d.tp, recompute=case.recompute)
+    tokens, total = _tokens(model, batch), batch.tokens.numel()
+    lengths = batch.document_lengths
+    documents = 0 if lengths is None else len(lengths)
+    if lengths is None and d.cp == d.uly > 1:
+        documents = len(batch.tokens)
+    if d.cp == 1 and tokens > total:
+        documents = (documents or len(batch.tokens)) + 1
+    wanted = activations(
+        case.architecture,
+        tokens,
+        dtype=torch.float64,
+        degrees=d,
+        recompute=case.recompute,
+        z_loss=case.z_loss > 0,
+        context=case.context,
+        stages=case.stages,
+        held=model.held,
+        total=total,
+        documents=documents,
+    )
     return float(held), float(wanted)
