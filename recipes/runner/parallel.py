@@ -32,6 +32,8 @@ class Parallel:
     parameters too; 0 nothing."""
     offload: bool = False
     """Keep masters and moments of the optimizer in host memory."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in host memory until then."""
 
 
 def schedule(parallel: Parallel, degrees: Degrees, microbatches: int) -> Schedule | None:

@@ -23,6 +23,7 @@ from warploom.parallel.mesh import Degrees
 from ..errors import UserError
 from .learning_rate import WSD, Schedule
 from .parallel import Parallel, check_mesh, schedule, stages
+from .watch import Watch
 
 _GIB = 2**30
 _MOST = 2**40  # of anything that is counted: far above any run, far below what overflows
@@ -43,7 +44,7 @@ _COUNTS = (
 
 # What a run may change when it goes on: nothing of the trace (of the mesh and of the way a batch is
 # cut into micro-batches only its rounding).
-FREE = ("folder", "log_every", "checkpoint_every", "keep", "prompts", "sample_tokens")
+FREE = ("folder", "log_every", "checkpoint_every", "keep", "prompts", "sample_tokens", "watch")
 LAYOUT = ("mesh", "micro_batch", "recompute", "parallel")
 
 
@@ -141,6 +142,8 @@ class Run:
     of the ranks; ep and etp fold into tp x cp x dp."""
     parallel: Parallel = Parallel()
     """How the axes of the mesh do their work."""
+    watch: Watch = Watch()
+    """What watches over the ranks."""
     optimizer: AdamW | Muon = AdamW()
     """The optimizer."""
     learning_rate: float = 3e-4

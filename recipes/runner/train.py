@@ -13,12 +13,15 @@ started again by the same command writes the same losses, bit for bit.
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from warploom.models.batch import Batch
 from warploom.models.cost import flops_per_token, mfu
 from warploom.parallel.checkpoint import latest
+from warploom.parallel.faults import Stragglers
+from warploom.parallel.memory import offloaded
 from warploom.parallel.step import NonFiniteError, StepResult
 
 from ..errors import StoppedError, UserError
@@ -31,6 +34,7 @@ from .metrics import JsonLines, Metrics, Sink, TensorBoard
 from .peak import peak_memory_gib
 from .progress import Progress
 from .run import Run, check
+from .watch import tell, watching
 from .world import World, from_environment, is_broken, joined, set_deterministic, set_threads
 
 
@@ -57,10 +61,11 @@ def train(run: Run) -> None:
     try:
         folder.wait_for_claim(run)
         store = open_store(run, folder.path / "tokens", verify=world.local_rank == 0)
-        with joined(world):
+        with joined(world) as meeting:
             job = build(run, world, folder, store)
             start = resume(job)
-            held = loop(job, start)
+            with watching(run.watch, meeting, job.mesh) as times:
+                held = loop(job, start, times)
             facts = finish.measure(job, held)
         if world.rank == 0:
             finish.report(job, facts)
@@ -73,8 +78,14 @@ def train(run: Run) -> None:
             lock.close()
 
 
-def loop(job: Job, start: int) -> HeldOut:
-    """Train from step `start` to the last, and return the last evaluation."""
+def loop(job: Job, start: int, times: Stragglers | None = None) -> HeldOut:
+    """Train from step `start` to the last, and return the last evaluation.
+
+    Args:
+        job: What was built.
+        start: Steps that are done.
+        times: Compares how long the ranks take; `None` does not.
+    """
     run = job.run
     shown = job.world.rank == 0
     metrics = Metrics(_sinks(job, start) if shown else ())
@@ -88,7 +99,8 @@ def loop(job: Job, start: int) -> HeldOut:
                 began = time.perf_counter()
                 batches, waited = ahead.take()
                 rate = run.learning_rate * run.schedule.factor(number, run.steps)
-                result = advance(job, number, batches, rate)
+                with nullcontext() if times is None else times.section("step"):
+                    result = advance(job, number, batches, rate)
                 seconds = time.perf_counter() - began
                 done = number + 1
                 metrics.add(done, **line(job, result, batches, rate, seconds, waited))
@@ -96,6 +108,8 @@ def loop(job: Job, start: int) -> HeldOut:
                     held = _evaluate(job, held_batches, metrics, done)
                 if newest := metrics.flush():
                     progress.update(newest)
+                if times is not None and (slow := times.step()) is not None:
+                    progress.say(tell(slow))
                 if done % run.checkpoint_every == 0 or done == run.steps:
                     metrics.sync()
                     checkpoint(job, done)
@@ -115,8 +129,10 @@ def advance(job: Job, number: int, batches: list[Batch], rate: float) -> StepRes
     Raises:
         SpikeError: On every rank.
     """
+    away = offloaded() if job.run.parallel.offload_activations else nullcontext()
     try:
-        return job.step(batches, learning_rate=rate)
+        with away:
+            return job.step(batches, learning_rate=rate)
     except NonFiniteError as error:
         where = spike.locate(job.step, batches)
         _finish_saving(job)

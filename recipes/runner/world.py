@@ -93,13 +93,13 @@ def set_deterministic(on: bool) -> None:
 
 
 @contextmanager
-def joined(world: World) -> Iterator[list[dict[str, Any]]]:
-    """Join the process group for a block; gives host and process id of each rank."""
+def joined(world: World) -> Iterator[Store | None]:
+    """Join the process group for a block; gives the store that all ranks reach, if several."""
     own = {"host": platform.node(), "pid": os.getpid()}
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.size == 1:
-        yield [own]
+        yield None
         return
     roster: list[dict[str, Any] | None] = [None] * world.size
     try:
@@ -109,7 +109,7 @@ def joined(world: World) -> Iterator[list[dict[str, Any]]]:
         dist.init_process_group(
             backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT
         )
-        yield [one for one in roster if one is not None]
+        yield store
     except LostError:
         raise
     except Exception as error:

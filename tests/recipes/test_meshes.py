@@ -10,6 +10,7 @@ from tests.recipes.tiny import corpus, losses, tiny_run, train_on
 from warploom.models.architecture import Experts
 from warploom.models.families import llama
 from warploom.recipes.runner.parallel import Parallel
+from warploom.recipes.runner.watch import Watch
 
 EXPERTS = Experts(count=4, top_k=2, hidden=64, score="softmax_after", balance=0.01)
 
@@ -30,8 +31,14 @@ def _near(got, want):
     ("mesh", "options"),
     [
         ("pp2", {"parallel": Parallel(schedule="zbv"), "recompute": "selective"}),
-        ("cp2", {"parallel": Parallel(balance="document", zero=3)}),
-        ("dp2,ep2", {"parallel": Parallel(zero=2, offload=True)}),
+        (
+            "cp2",
+            {
+                "parallel": Parallel(balance="document", zero=3),
+                "watch": Watch(fingerprints=True, stragglers_every=3),
+            },
+        ),
+        ("dp2,ep2", {"parallel": Parallel(zero=2, offload=True, offload_activations=True)}),
     ],
 )
 def test_a_run_is_the_same_on_any_mesh(text, tmp_path, mesh, options):
@@ -48,6 +55,7 @@ def test_a_run_is_the_same_on_any_mesh(text, tmp_path, mesh, options):
     assert code == [0], words
     code, words = train_on(run("many", mesh=mesh, **options), 2, tmp_path / "many.txt")
     assert code == [0, 0], words
+    assert ("the others wait most for rank" in words) == ("watch" in options)
     _near(losses(tmp_path / "many"), losses(tmp_path / "one"))
     saved = [load_file(tmp_path / f / "model" / "model.safetensors") for f in ("one", "many")]
     assert saved[0].keys() == saved[1].keys()
