@@ -24,9 +24,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from warploom.parallel.memory import Recompute
-
 from .architecture import Architecture
+from .memory_cost import Memory, activations, memory
+
+__all__ = [
+    "Flops",
+    "Memory",
+    "activations",
+    "active_parameters",
+    "flops_per_token",
+    "measured_flops",
+    "memory",
+    "mfu",
+    "parameters",
+]
 
 
 def parameters(architecture: Architecture) -> dict[str, int]:
@@ -119,117 +130,6 @@ def mfu(tokens_per_s: float, training_flops_per_token: float, peak_flops: float)
         peak_flops: FLOP/s of all devices together; say which peak beside the result.
     """
     return tokens_per_s * training_flops_per_token / peak_flops
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Memory:
-    """Bytes on one rank.
-
-    Attributes:
-        parameters: In the model's dtype.
-        gradients: In float32 at least, where they are accumulated.
-        optimizer: AdamW's two moments, and float32 masters where the model's dtype is narrower.
-        activations: Saved by a micro-batch's forward for its backward.
-    """
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """The sum of all."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-def memory(
-    architecture: Architecture,
-    tokens: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    tp: int = 1,
-    shards: int = 1,
-    recompute: str = "none",
-) -> Memory:
-    """Return the bytes on one rank of training with AdamW, without what is alive for a moment.
-
-    Args:
-        architecture: Sizes.
-        tokens: Tokens T of a micro-batch.
-        dtype: Of parameters and activations.
-        tp: Tensor-parallel size R.
-        shards: Ranks over which the optimizer's state is sharded.
-        recompute: As in `Decoder`.
-    """
-    a = architecture
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    count = parameters(a)
-    rows = -(-a.vocabulary // tp)
-    held = count["norm"] + (count["attention"] + count["feed_forward"]) // tp
-    held += rows * a.width * (1 if a.tied else 2)
-    state = 2 * wide + (wide if dtype.itemsize < wide else 0)
-    return Memory(
-        parameters=held * dtype.itemsize,
-        gradients=held * wide,
-        optimizer=-(-held // shards) * state,
-        activations=activations(a, tokens, dtype=dtype, tp=tp, recompute=recompute),
-    )
-
-
-def activations(
-    architecture: Architecture,
-    tokens: int,
-    *,
-    dtype: torch.dtype = torch.float32,
-    tp: int = 1,
-    recompute: str = "none",
-) -> int:
-    """Return the bytes that `Decoder.loss` (without z-loss) saves for its backward on one rank.
-
-    Counted once however many operators save them; parameters are not counted.
-
-    Args:
-        architecture: Sizes.
-        tokens: Tokens T of a micro-batch, a multiple of `tp`; rows without packed documents.
-        dtype: Of the activations.
-        tp: Tensor-parallel size R.
-        recompute: As in `Decoder`.
-
-    Raises:
-        ValueError: If `recompute` is unknown.
-    """
-    a = architecture
-    operators = Recompute.parse(recompute).operators
-    narrow = dtype.itemsize
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    own = tokens // tp
-    stream = own * a.width * narrow
-    layer = stream if "block" in operators else _layer(a, tokens, dtype, tp)
-    rows = -(-a.vocabulary // tp)
-    loss = tokens * a.width * narrow + rows * a.width * wide  # the gradients of hidden and head
-    final_norm = stream + own * wide
-    tables = 2 * tokens * a.head_dim // 2 * 4
-    ids = tokens * 8
-    return a.layers * layer + final_norm + loss + tables + ids
-
-
-def _layer(a: Architecture, tokens: int, dtype: torch.dtype, tp: int) -> int:
-    """Count what one block saves: for each operator, its tensors that no other has saved."""
-    narrow = dtype.itemsize
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    own = tokens // tp
-    queries, keys = a.heads // tp * a.head_dim, a.kv_heads // tp * a.head_dim
-    hidden = a.hidden // tp
-    norms = 2 * own * (a.width * narrow + wide)  # each: the sum, and a statistic a token
-    projections = 2 * tokens * a.width * narrow  # inputs of qkv and gate_up, gathered
-    values = queries + 2 * keys if a.qk_norm else keys  # all of qkv, or a copy of v alone
-    attention = tokens * (values + 2 * queries + keys) * narrow  # with rotated q and k, the output
-    attention += tokens * a.heads // tp * wide  # log-sum-exp
-    if a.qk_norm:
-        attention += tokens * (a.heads + a.kv_heads) // tp * wide
-    feed_forward = tokens * 2 * hidden * narrow  # gate and up: their product is made again
-    return norms + projections + attention + feed_forward
 
 
 def measured_flops(run: Callable[[], Any]) -> int:

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ import torch
 from warploom.models.architecture import Architecture
 from warploom.models.cost import memory
 from warploom.models.families import of_architecture
+from warploom.parallel.context import Split
 from warploom.parallel.memory import Recompute
-from warploom.parallel.mesh import Degrees
+from warploom.parallel.mesh import NAMED, Degrees
 
 from ..errors import UserError
 from .learning_rate import WSD, Schedule
@@ -282,37 +284,86 @@ def check(run: Run, world: int, device: torch.device, *, local_ranks: int = 1) -
     return degrees
 
 
-def needed_bytes(run: Run, degrees: Degrees) -> int:
-    """Return the bytes that training takes on one rank, without what is alive for a moment."""
-    return memory(
+def needed_bytes(run: Run, degrees: Degrees, *, host: bool = False) -> int:
+    """Return the bytes that training takes on one rank, without what is alive for a moment.
+
+    Of the pipeline rank that needs most, with as many micro-batches as its schedule has in flight.
+
+    Args:
+        run: The run.
+        degrees: Of its mesh, resolved.
+        host: Whether what offload keeps in host memory counts too: on a machine without GPUs.
+    """
+    d, options = degrees, run.parallel
+    lengths = [run.sequence] * run.micro_batch
+    split = Split.build(lengths, d.cp, multiple=d.tp, balance=options.balance, ulysses=d.uly)
+    microbatches = run.batch_tokens // (run.sequence * run.micro_batch * (d.dp or 1) * d.rep)
+    table = schedule(options, d, microbatches)
+    found = memory(
         run.architecture,
-        -(-run.micro_batch * run.sequence // degrees.tp) * degrees.tp,
+        split.tokens,
         dtype=DTYPES[run.precision],
-        tp=degrees.tp,
-        shards=degrees.dp or 1,
+        degrees=d,
+        zero=options.zero,
+        optimizer="muon" if isinstance(run.optimizer, Muon) else "adamw",
+        offload=options.offload,
         recompute=run.recompute,
-    ).total
+        z_loss=run.z_loss > 0,
+        context=options.context,
+        stages=stages(options, run.architecture.layers, table),
+        schedule=table,
+    )
+    return found.total + (found.host if host else 0)
 
 
 def _check_memory(run: Run, degrees: Degrees, device: torch.device, local_ranks: int) -> None:
-    needed = needed_bytes(run, degrees)
-    if device.type == "cuda":
-        there, what = torch.cuda.get_device_properties(device).total_memory, "a GPU"
-    else:
+    host = device.type != "cuda"
+    if host:
         there, what = _machine_bytes() // local_ranks, "a rank"
+    else:
+        there, what = torch.cuda.get_device_properties(device).total_memory, "a GPU"
+    needed = needed_bytes(run, degrees, host=host)
     if needed <= there:
         return
-    others = {
-        "--recompute full": dataclasses.replace(run, recompute="full"),
-        "--micro-batch 1": dataclasses.replace(run, micro_batch=1),
-        "both": dataclasses.replace(run, recompute="full", micro_batch=1),
-    }
-    sizes = {name: needed_bytes(other, degrees) for name, other in others.items()}
-    fit = [f"{name} ({size / _GIB:.1f} GiB)" for name, size in sizes.items() if size <= there]
-    advice = f"nearest that fit are {', '.join(fit)}" if fit else "use more ranks, or a larger tp"
+    sizes = {words: needed_bytes(*other, host=host) for words, other in _smaller(run, degrees)}
+    fit = [f"{words} ({size / _GIB:.1f} GiB)" for words, size in sizes.items() if size <= there]
+    least = f"the least is {min(sizes.values()) / _GIB:.1f} GiB, with {min(sizes, key=sizes.__getitem__)}"
+    advice = f"nearest that fit are {', '.join(fit[:4])}" if fit else f"{least}: use more ranks"
     raise UserError(
         f"run needs {needed / _GIB:.1f} GiB {what}, there are {there / _GIB:.1f}: {advice}"
     )
+
+
+def _smaller(run: Run, degrees: Degrees) -> Iterator[tuple[str, tuple[Run, Degrees]]]:
+    """Yield what saves memory, each by itself and then all at once: words, run and degrees."""
+    changes: dict[str, Run] = {}
+    if run.recompute != "full":
+        changes["--recompute full"] = dataclasses.replace(run, recompute="full")
+    if run.micro_batch > 1:
+        changes["--micro-batch 1"] = dataclasses.replace(run, micro_batch=1)
+    sharded = run.parallel
+    if sharded.zero < 3 and (degrees.dp or 1) * degrees.cp > 1:
+        sharded = dataclasses.replace(sharded, zero=3)
+        changes["--parallel.zero 3"] = dataclasses.replace(run, parallel=sharded)
+    yield from ((words, (other, degrees)) for words, other in changes.items())
+    yield from _more_tp(run, degrees)
+    least = dataclasses.replace(run, recompute="full", micro_batch=1, parallel=sharded)
+    yield " ".join(changes) or "no change", (least, degrees)
+
+
+def _more_tp(run: Run, degrees: Degrees) -> Iterator[tuple[str, tuple[Run, Degrees]]]:
+    """Yield the meshes of as many ranks that have more tp and less dp."""
+    tp, dp = 2 * degrees.tp, (degrees.dp or 1) // 2
+    while dp * tp == (degrees.dp or 1) * degrees.tp:
+        other = dataclasses.replace(degrees, tp=tp, dp=dp)
+        named = {axis: getattr(other, axis) for axis in NAMED}
+        mesh = ",".join(f"{axis}{n}" for axis, n in named.items() if n > 1)
+        try:
+            check_mesh(run.architecture, mesh, run.parallel)
+        except UserError:
+            return
+        yield f"--mesh {mesh}", (run, other)
+        tp, dp = 2 * tp, dp // 2
 
 
 def _machine_bytes() -> int:
