@@ -11,6 +11,9 @@ Chunk c of a rank is its rows `c t : (c + 1) t`, so that a chunk over all ranks 
 run r comes from rank r, or goes to it, and the tokens keep the order that they have without chunks.
 Chunk c + 1 travels in while chunk c multiplies; chunk c travels out while chunk c + 1 multiplies.
 
+Without chunks the operands are kept before the product runs, and recomputation that needs no more
+than these stops there. In chunks the gathered input is whole only afterwards: the product runs too.
+
 `regather` keeps only this rank's x for the backward and gathers it again there, behind the product
 that gives dx. `symmetric` hands both to the fused operators of `torch.ops.symm_mem`, which pipeline
 by themselves: it has run on no hardware here and is unproven.
@@ -30,13 +33,14 @@ from warploom.kernels.library import first_derivative_only
 
 from ..collectives import (
     Pending,
+    all_gather_rows,
     all_gather_rows_begin,
     device_of,
     observers,
     reduce_scatter_rows_begin,
     watched,
 )
-from .product import WeightGradients, current_queue
+from .product import WeightGradients, current_queue, kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +99,18 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) ->
     """
     x, weight = _autocast(x, weight)
     queue = current_queue() if weight.requires_grad and torch.is_grad_enabled() else None
-    seen = (weight, bias, None) if queue is None else (None, None, queue.anchor)
-    y: Tensor = _Gather.apply(x.flatten(0, -2), *seen, (weight, bias), plan, queue)
+    seen = (weight, bias) if queue is None else (None, None)
+    own, full, token = x.flatten(0, -2), None, None
+    if _trains(x, weight, bias) and plan.chunks == 1 and not plan.symmetric:
+        if plan.regather:
+            token = kept(own, weight)
+        with torch.no_grad():
+            full = all_gather_rows(own, plan.group)
+        if not plan.regather:
+            token = kept(full if weight.requires_grad else None, weight)
+    elif queue is not None:
+        token = kept()
+    y: Tensor = _Gather.apply(own, *seen, token, full, (weight, bias), plan, queue)
     whole: Tensor = y.unflatten(0, (x.shape[0] * plan.group.size(), *x.shape[1:-1]))
     return whole
 
@@ -118,10 +132,15 @@ def linear_scatter(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         )
     x, weight = _autocast(x, weight)
     queue = current_queue() if weight.requires_grad and torch.is_grad_enabled() else None
-    seen = (weight, None) if queue is None else (None, queue.anchor)
-    y: Tensor = _Scatter.apply(x.flatten(0, -2), *seen, weight, plan, queue)
+    rows, seen = x.flatten(0, -2).contiguous(), weight if queue is None else None
+    token = kept(rows, weight) if _trains(x, weight) else None
+    y: Tensor = _Scatter.apply(rows, seen, token, weight, plan, queue)
     whole: Tensor = y.unflatten(0, (x.shape[0] // plan.group.size(), *x.shape[1:-1]))
     return whole
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,14 +220,19 @@ class _Gather(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        anchor: Tensor | None,
+        token: Tensor | None,
+        full: Tensor | None,
         held: tuple[Tensor, Tensor | None],
         plan: Plan,
         queue: WeightGradients | None,
     ) -> Tensor:
         wanted = ctx.needs_input_grad[1] or queue is not None
-        y, full = _gathered_product(x, held[0].t(), plan, wanted and not plan.regather)
-        ctx.save_for_backward(x if plan.regather else full, held[0])
+        if full is not None:
+            y = full @ held[0].t()
+        else:
+            y, full = _gathered_product(x, held[0].t(), plan, wanted and not plan.regather)
+            ctx.save_for_backward(x if plan.regather else full, held[0])
+        ctx.saved = None if token is None else token.grad_fn
         ctx.held, ctx.plan, ctx.queue, ctx.observers = held, plan, queue, observers()
         return y if held[1] is None else y.add_(held[1])
 
@@ -216,12 +240,12 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("a column-parallel product")
         (dy,), plan, (weight, bias), queue = dys, ctx.plan, ctx.held, ctx.queue
-        kept, value = ctx.saved_tensors
+        own, value = ctx.saved_tensors or ctx.saved.saved_tensors
         wanted = ctx.needs_input_grad[1] or queue is not None
         dx = dweight = dbias = None
         with watched(ctx.observers or observers()):
             again = wanted and plan.regather
-            full = all_gather_rows_begin(kept, plan.group) if again else Pending(kept)
+            full = all_gather_rows_begin(own, plan.group) if again else Pending(own)
             if ctx.needs_input_grad[0]:
                 dx = _product_scattered_begin(dy.contiguous(), value, plan)
             x = full.wait()
@@ -233,7 +257,7 @@ class _Gather(torch.autograd.Function):
                 dweight = dy.t() @ x
             if ctx.needs_input_grad[2]:
                 dbias = dy.sum(0)
-            return None if dx is None else dx.wait(), dweight, dbias, None, None, None, None
+            return None if dx is None else dx.wait(), dweight, dbias, *(None,) * 5
 
 
 class _Scatter(torch.autograd.Function):
@@ -244,21 +268,21 @@ class _Scatter(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
-        anchor: Tensor | None,
+        token: Tensor | None,
         held: Tensor,
         plan: Plan,
         queue: WeightGradients | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, held)
+        ctx.saved = None if token is None else token.grad_fn
         ctx.held, ctx.plan, ctx.queue, ctx.observers = held, plan, queue, observers()
-        y: Tensor = _product_scattered_begin(x.contiguous(), held.t(), plan).wait()
+        y: Tensor = _product_scattered_begin(x, held.t(), plan).wait()
         return y
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("a row-parallel product")
         (dy,), queue = dys, ctx.queue
-        x, value = ctx.saved_tensors
+        x, value = ctx.saved.saved_tensors
         wanted = ctx.needs_input_grad[1] or queue is not None
         with watched(ctx.observers or observers()):
             dx, full = _gathered_product(dy.contiguous(), value, ctx.plan, wanted)

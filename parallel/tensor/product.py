@@ -15,7 +15,9 @@ behind them: a parameter accumulates once a queue, its hooks run, and a weight t
 slice, a cast) passes its gradient on.
 
 Under recomputation the queue must be open in the backward too, so that the products that run again
-save the same tensors as at first; `parallel/pipeline` does this.
+save the same tensors as at first; `parallel/pipeline` does this. A product at the end of what is
+recomputed does not run again: its operands are kept by `kept`, before it runs, and a checkpoint
+that has them stops there.
 
 Source: Qi et al. 2023, https://arxiv.org/abs/2401.10241, section 2 (the split backward).
 """
@@ -39,8 +41,6 @@ class WeightGradients:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[Tensor, Callable[[], Tensor]]] = []
-        self.anchor = torch.empty(0, requires_grad=True)
-        """An input for a function that must have a backward even if nothing else asks for one."""
 
     def __len__(self) -> int:
         """Count the gradients that wait."""
@@ -97,6 +97,36 @@ class _Wait(torch.autograd.Function):
         return gradient(), None
 
 
+class _Keep(torch.autograd.Function):
+    """A node that holds tensors for the one that follows it."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, tensors: tuple[Tensor | None, ...]) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def kept(*tensors: Tensor | None) -> Tensor:
+    """Save tensors for the backward of an `autograd.Function`, before it computes anything.
+
+    A function saves only once its forward is over. Give it the token as an input: it then has a
+    backward, whatever else it is given, and reads there `token.grad_fn.saved_tensors`, once.
+
+    Args:
+        tensors: What to save; their graphs are not passed.
+
+    Returns:
+        An empty tensor that requires a gradient; None is a right one.
+    """
+    token: Tensor = _Keep.apply(torch.empty(0, requires_grad=True), tensors)
+    return token
+
+
 class _Split(torch.autograd.Function):
     """Computes the gradient of `x` in its backward and leaves that of `held` to the queue.
 
@@ -107,7 +137,7 @@ class _Split(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        anchor: Tensor,
+        token: Tensor,
         held: tuple[Tensor, Tensor | None],
         queue: WeightGradients,
         forward: Callable[..., Tensor],
@@ -115,9 +145,8 @@ class _Split(torch.autograd.Function):
         weight_gradient: Callable[..., Tensor],
     ) -> Tensor:
         weight, bias = held
-        ctx.save_for_backward(x, weight)
         # Recomputation gives saved tensors back as copies without a graph: keep the originals.
-        ctx.held, ctx.queue = held, queue
+        ctx.saved, ctx.held, ctx.queue = token.grad_fn, held, queue
         ctx.input_gradient, ctx.weight_gradient = input_gradient, weight_gradient
         return forward(x, weight) if bias is None else forward(x, weight, bias)
 
@@ -125,7 +154,7 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("a product with a deferred weight gradient")
         (dy,) = dys
-        x, value = ctx.saved_tensors
+        x, value = ctx.saved.saved_tensors
         weight, bias = ctx.held
         later = ctx.weight_gradient
         ctx.queue.put(weight, lambda: later(dy, x))
@@ -157,8 +186,8 @@ def deferred(
     queue = _QUEUE.get()
     if queue is None or not (torch.is_grad_enabled() and weight.requires_grad):
         return forward(x, weight) if bias is None else forward(x, weight, bias)
-    held = (weight, bias)
-    y: Tensor = _Split.apply(x, queue.anchor, held, queue, forward, input_gradient, weight_gradient)
+    token, held = kept(x, weight), (weight, bias)
+    y: Tensor = _Split.apply(x, token, held, queue, forward, input_gradient, weight_gradient)
     return y
 
 
