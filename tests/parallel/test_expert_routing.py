@@ -20,6 +20,7 @@ from tests.parallel.test_expert import (
     logical,
     oracle,
 )
+from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from warploom.parallel.collectives import Group
@@ -281,19 +282,17 @@ def test_transformers_agrees():
     torch.testing.assert_close(ours(x.view(22, D))[0], want.view(22, D), rtol=1e-5, atol=1e-6)
 
 
-class _Three:
-    def size(self):
-        return 3
-
-    def rank(self):
-        return 1
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group": _Three()}, r"experts \(8\) must be divisible by the expert-parallel size \(3\)"),
-        ({"etp_group": _Three()}, r"hidden \(8\) must be divisible by .*-tensor-parallel size \(3"),
+        (
+            {"group": ProcessGroup(0, 3)},
+            r"experts \(8\) must be divisible by .*-parallel size \(3\)",
+        ),
+        (
+            {"etp_group": ProcessGroup(0, 3)},
+            r"hidden \(8\) must be divisible by .*size \(3",
+        ),
         ({"top_k": 9}, r"top_k \(9\) must be from 1 to the number of experts \(8\)"),
         ({"groups": 3}, r"groups \(3\) must divide the experts \(8\)"),
         ({"capacity": 0.0}, "capacity must be above 0 and finite.*got 0.0"),
