@@ -326,12 +326,20 @@ def _check_memory(run: Run, degrees: Degrees, device: torch.device, local_ranks:
     if needed <= there:
         return
     sizes = {words: needed_bytes(*other, host=host) for words, other in _smaller(run, degrees)}
-    fit = [f"{words} ({size / _GIB:.1f} GiB)" for words, size in sizes.items() if size <= there]
-    least = f"the least is {min(sizes.values()) / _GIB:.1f} GiB, with {min(sizes, key=sizes.__getitem__)}"
-    advice = f"nearest that fit are {', '.join(fit[:4])}" if fit else f"{least}: use more ranks"
+    shown = [f"{words} ({n / _GIB:.1f} GiB)" for words, n in sorted(sizes.items(), key=_by_size)]
+    fit = shown[: sum(size <= there for size in sizes.values())][-3:]
+    advice = "use more ranks"
+    if fit:
+        advice = f"nearest that fit are {', '.join(fit[::-1])}"
+    elif shown:
+        advice = f"the least, {shown[0]}, does not fit either: use more ranks"
     raise UserError(
         f"run needs {needed / _GIB:.1f} GiB {what}, there are {there / _GIB:.1f}: {advice}"
     )
+
+
+def _by_size(named: tuple[str, int]) -> int:
+    return named[1]
 
 
 def _smaller(run: Run, degrees: Degrees) -> Iterator[tuple[str, tuple[Run, Degrees]]]:
@@ -348,7 +356,8 @@ def _smaller(run: Run, degrees: Degrees) -> Iterator[tuple[str, tuple[Run, Degre
     yield from ((words, (other, degrees)) for words, other in changes.items())
     yield from _more_tp(run, degrees)
     least = dataclasses.replace(run, recompute="full", micro_batch=1, parallel=sharded)
-    yield " ".join(changes) or "no change", (least, degrees)
+    if changes:
+        yield " ".join(changes), (least, degrees)
 
 
 def _more_tp(run: Run, degrees: Degrees) -> Iterator[tuple[str, tuple[Run, Degrees]]]:

@@ -1,7 +1,6 @@
 """One micro-batch through the stages of a rank, without its pipeline: what travels, what stays."""
 
-import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from warploom.models.cost import activations
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
 from warploom.parallel.collectives.ledger import Ledger
+from warploom.parallel.expert import Experts, record_routing
 from warploom.parallel.memory import track
 
 from . import traffic
@@ -73,17 +73,23 @@ def _tokens(model: Decoder, batch: Batch) -> int:
 def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
     """Return the bytes that a micro-batch saves for its backward, and what the cost model predicts.
 
-    A collective call.
+    A collective call. Rows that experts serve are the router's decision: they are counted here.
 
     Returns:
-        Bytes on this rank; the prediction is NaN where the router decides, with ep or etp.
+        Bytes on this rank.
     """
-    with track(model=model) as seen:
+    served: list[int] = []
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, Experts):
+                hook = module.register_forward_pre_hook(lambda _, x: served.append(len(x[0])))
+                stack.callback(hook.remove)
+        seen = stack.enter_context(track(model=model))
+        chosen = stack.enter_context(record_routing())
         _run(model, batch, backward=False)
         held = seen.highest["activations"]
+    sent = [int((indices >= 0).sum()) for indices in chosen]
     d = case.degrees
-    if d.ep > 1 or d.etp > 1:
-        return float(held), math.nan
     tokens, total = _tokens(model, batch), batch.tokens.numel()
     lengths = batch.document_lengths
     documents = 0 if lengths is None else len(lengths)
@@ -103,5 +109,6 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         held=model.held,
         total=total,
         documents=documents,
+        rows=list(zip(sent, served, strict=True)),
     )
     return float(held), float(wanted)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from warploom.models.families import llama
+from warploom.parallel.mesh import Degrees
 from warploom.recipes.errors import UserError
 from warploom.recipes.runner import run as module
 from warploom.recipes.runner.learning_rate import Cosine
@@ -97,6 +98,42 @@ def test_check_refuses_what_memory_does_not_hold(monkeypatch):
     check(run, 1, CPU)
     with pytest.raises(UserError):  # two ranks share the machine
         check(run, 1, CPU, local_ranks=2)
+
+
+def test_check_names_the_nearest_that_fit(monkeypatch):
+    run = tiny(mesh="dp2", sequence=512, batch_tokens=512 * 64, micro_batch=16, precision="bf16")
+    degrees = check(run, 2, CPU)
+    needed = module.needed_bytes(run, degrees)
+    monkeypatch.setattr(module, "_machine_bytes", lambda: needed - 1)
+    with pytest.raises(
+        UserError, match=r"nearest that fit are (--\S+ \S+ \(.* GiB\)(, )?)+"
+    ) as caught:
+        check(run, 2, CPU)
+    assert "--mesh tp2" in str(caught.value)
+    monkeypatch.setattr(module, "_machine_bytes", lambda: 1)
+    with pytest.raises(UserError, match=r"the least, .* does not fit either: use more ranks"):
+        check(run, 2, CPU)
+
+
+def test_needed_bytes_know_every_axis():
+    run = tiny(batch_tokens=64 * 64, micro_batch=2)
+
+    def needed(mesh, **changes):
+        degrees = Degrees.parse(mesh).resolve(2)
+        return module.needed_bytes(dataclasses.replace(run, mesh=mesh, **changes), degrees)
+
+    one = module.needed_bytes(run, Degrees.parse("").resolve(1))
+    for mesh in ("tp2", "cp2", "pp2"):
+        assert needed(mesh) < one
+    sharded = [needed("dp2", parallel=Parallel(zero=zero)) for zero in (0, 1, 2)]
+    assert sharded == sorted(set(sharded), reverse=True)
+    gpipe, other = (needed("pp2", parallel=Parallel(schedule=s)) for s in ("gpipe", "1f1b"))
+    assert other < gpipe
+    away = Parallel(offload=True)
+    assert needed("dp2", parallel=away) < needed("dp2")
+    degrees = Degrees.parse("dp2").resolve(2)
+    there = dataclasses.replace(run, mesh="dp2", parallel=away)
+    assert module.needed_bytes(there, degrees, host=True) > module.needed_bytes(there, degrees)
 
 
 def test_describe_is_json_and_names_kinds():
