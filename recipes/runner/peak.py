@@ -1,5 +1,6 @@
 """What the machine can do at most, and what this process has used: the divisors of a report."""
 
+import logging
 import resource
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from warploom.parallel.collectives import all_reduce_, barrier, device_of
 from warploom.parallel.mesh import Mesh
 
 _GIB = 2**30
+_LOG = logging.getLogger(__name__)
 
 # Dense bf16 FLOP/s as NVIDIA publishes them (data sheets of H100, H200, B200, A100); the first name
 # that a device's name contains.
@@ -46,6 +48,7 @@ def peak(mesh: Mesh, device: torch.device, dtype: torch.dtype) -> Peak:
                 words = f"published dense bf16 peak of {mesh.size} x {name}"
                 return Peak(flops * mesh.size, words)
     barrier(mesh.world)
+    _LOG.info("measuring what this machine multiplies a second, for the MFU")
     best = max(matmul_ceiling(device, dtype) for _ in range(3))  # a busy moment is no peak
     own = torch.tensor(best, dtype=torch.float64)
     total = all_reduce_(own.to(device_of(mesh.world)), mesh.world)
