@@ -10,10 +10,14 @@ from warploom.models.architecture import Experts
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.models.families import llama, qwen3
+from warploom.models.stages import Stages
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.expert import MoE, record_routing
 from warploom.parallel.memory import track
 from warploom.parallel.mesh import Mesh
+from warploom.parallel.optimizer import AdamW
+from warploom.parallel.pipeline import Schedule
+from warploom.parallel.step import Step
 
 DENSE = replace(llama.tiny(), layers=3)
 NORMS = replace(qwen3.tiny(), layers=2)
@@ -83,38 +87,188 @@ def _both(made, batch, mesh, dtype=torch.float32, **options):
     return measured, predicted
 
 
-def _both_on_all(cases):
+PACKED = [20, 6, 26, 3, 23, 26]
+OPERATORS = "norm,feed_forward,moe"
+KV = replace(DENSE, heads=8, kv_heads=2, head_dim=8)  # fewer key/value heads than ranks
+V = Stages.deal(3, (0, 1, 1, 0), (1, 1, 1, 0))
+ON_TWO = [  # mesh, architecture, lengths of documents, dtype, options
+    ("tp2", MOE, PACKED, torch.float32, {"z_loss": 0.1}),
+    ("tp2", NORMS, None, torch.bfloat16, {"length": 25, "recompute": OPERATORS}),
+    ("cp2", DENSE, PACKED, torch.bfloat16, {}),
+    ("cp2", NORMS, None, torch.float32, {"context": "all_gather", "recompute": "selective"}),
+    ("cp2,uly2", DENSE, None, torch.float32, {"length": 25}),
+    ("cp2,uly2", NORMS, PACKED, torch.bfloat16, {"recompute": "attention"}),
+    ("pp2", DENSE, None, torch.float32, {}),
+    ("pp2", MOE, PACKED, torch.bfloat16, {"recompute": "full"}),
+    ("pp2", DENSE, None, torch.float32, {"stages": V, "recompute": "selective"}),
+    ("dp2,ep2", MOE, None, torch.bfloat16, {}),
+    ("dp2,etp2", MOE, PACKED, torch.float32, {"recompute": "moe"}),
+    ("tp2,ep2", MOE, None, torch.float32, {"length": 25, "recompute": OPERATORS}),
+]
+ON_FOUR = [
+    ("tp4", KV, None, torch.float32, {}),
+    ("tp2,cp2", KV, PACKED, torch.bfloat16, {"recompute": "selective"}),
+    ("cp4,uly2", KV, None, torch.float32, {"length": 25, "context": "all_gather"}),
+    ("tp2,dp2,ep2,etp2", MOE, None, torch.bfloat16, {}),
+    ("cp2,pp2,ep2", MOE, PACKED, torch.float32, {"recompute": "selective"}),
+]
+
+
+def _compared(cases):
     """Compare every case on every rank; return those that differ."""
     wrong, meshes = [], {}
     for text, made, lengths, dtype, options in cases:
-        if text not in meshes:
-            meshes[text] = Mesh.build(text)
-        mesh = meshes[text]
-        length = options.pop("length", 26)
-        batch = _batch(made, length=length, lengths=lengths)
+        mesh = meshes[text] = meshes.get(text) or Mesh.build(text)
+        options = dict(options)
+        batch = _batch(made, length=options.pop("length", 26), lengths=lengths)
         found = gather_json(_both(made, batch, mesh, dtype, **options), mesh.world)
         wrong += [(text, options, found)] * any(got != want for got, want in found)
     return wrong
 
 
-RECOMPUTE = (
-    "none",
-    "full",
-    "selective",
-    "attention",
-    "feed_forward",
-    "moe",
-    "norm,feed_forward,moe",
-)
-PACKED = [20, 6, 26, 3, 23, 26]
-
-
-@pytest.mark.parametrize("recompute", RECOMPUTE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", "attention", OPERATORS])
 @pytest.mark.parametrize("lengths", [None, PACKED])
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_one_rank_saves_what_was_predicted(recompute, dtype, lengths, z_loss):
-    for made in (DENSE, NORMS, MOE, PLAIN):
+def test_one_rank_saves_what_was_predicted(recompute, lengths):
+    for made, dtype, z_loss in (
+        (DENSE, torch.float32, 0.1),
+        (NORMS, torch.bfloat16, 0.0),
+        (MOE, torch.bfloat16, 0.1),
+        (PLAIN, torch.float64, 0.0),
+    ):
         batch = _batch(made, lengths=lengths)
         got, want = _both(made, batch, None, dtype, recompute=recompute, z_loss=z_loss)
         assert got == want
+
+
+@pytest.mark.parametrize(("size", "cases"), [(2, ON_TWO), (4, ON_FOUR)])
+def test_every_rank_saves_what_was_predicted(pool, size, cases):
+    assert pool(size, _compared, cases) == []
+
+
+def test_rows_are_one_pair_for_each_routed_block():
+    with pytest.raises(ValueError, match=r"each routed block that is held \(2\), got 1"):
+        cost.activations(MOE, 8, rows=[(8, 8)])
+
+
+def _tensor_and_context():
+    """Return what rank 0 saves alone, under tp2, and under cp2 by the ring and by all-gather."""
+    batch = _batch(DENSE)
+    tp, cp = Mesh.build("tp2"), Mesh.build("cp2")
+    runs = [
+        (None, {}),
+        (None, {"recompute": "selective"}),
+        (tp, {}),
+        (tp, {"recompute": "selective"}),
+    ]
+    runs += [(cp, {}), (cp, {"context": "all_gather"})]
+    return [_both(DENSE, batch, mesh, **options)[0] for mesh, options in runs]
+
+
+def test_tp_and_cp_divide_activations(pool):
+    alone, selective, tp, tp_selective, ring, gathered = pool(2, _tensor_and_context)
+    tokens, a, row = 4 * 26, DENSE, 4 * DENSE.width
+    shared = tokens * (4 * a.head_dim + 8)  # tables of angles and ids, on each tp rank
+    inputs = tokens * row  # of what follows a norm or the head, gathered on each tp rank
+    assert tp - shared - tokens == pytest.approx(
+        (alone - shared - (2 * a.layers + 1) * inputs) / 2 + (2 * a.layers + 1) * inputs, rel=1e-9
+    )
+    # recomputed norms keep no gathered input: but for the head's, all is divided
+    assert tp_selective - shared - tokens == (selective - shared - inputs) / 2 + inputs
+    head = a.vocabulary * row
+    assert ring - head == (alone - head) / 2  # O(S / R): the gradient of the head alone is whole
+    assert gathered - ring == a.layers * tokens * 2 * a.kv_heads * a.head_dim * 4
+
+
+def _pipelined(name, microbatches, recompute):
+    """Return, for each rank, the most saved bytes of a step and parameters; and as predicted."""
+    made = replace(DENSE, layers=4, tied=False)
+    mesh, table = Mesh.build("pp2"), Schedule.named(name, 2, microbatches)
+    stages = Stages.deal(4, table.placement)
+    model = Decoder.create(made, mesh=mesh, stages=stages, recompute=recompute)
+    optimizer = AdamW(dict(model.named_parameters()), model.layouts(), mesh)
+    step = Step(model, model.layouts(), optimizer, mesh, schedule=table)
+    batches = [_batch(made) for _ in range(microbatches)]
+    with track(model=model, optimizer=optimizer) as seen:
+        step(batches, learning_rate=1e-3)
+    step.close()
+    plan = cost.memory(
+        made,
+        4 * 26,
+        degrees=mesh.degrees,
+        recompute=recompute,
+        stages=stages,
+        schedule=table,
+        rank=mesh.rank,
+    )
+    causes = ("parameters", "gradients", "optimizer", "activations")
+    found = [[seen.highest[c] for c in causes], [getattr(plan, c) for c in causes]]
+    return gather_json(found, mesh.world)
+
+
+def test_pp_divides_parameters_and_schedules_bound_what_is_in_flight(pool):
+    found = {}
+    for name in ("gpipe", "1f1b", "zbv"):
+        found[name] = pool(2, _pipelined, name, 4, "none")
+        for got, want in found[name]:
+            assert got[:3] == want[:3]
+            shared = 1.0 if name != "zbv" else 0.97  # the stages of a rank share tables
+            assert want[3] * shared <= got[3] <= want[3]
+    made = replace(DENSE, layers=4, tied=False)
+    embedding = made.vocabulary * made.width * 4
+    blocks = 4 * sum(cost.parameters(made).values()) - 2 * embedding - made.width * 4
+    assert [rank[0][0] for rank in found["gpipe"]] == [
+        blocks / 2 + embedding,
+        blocks / 2 + embedding + made.width * 4,
+    ]
+    first, last = (rank[0][3] for rank in found["gpipe"])  # four micro-batches in flight
+    assert [rank[0][3] for rank in found["1f1b"]] == [first / 2, last / 4]
+
+
+def _sharded(made, dtype):
+    """Return for each ZeRO stage what rank 0 holds, measured and predicted, and its peak."""
+    mesh, found = Mesh.build("dp2"), []
+    for zero in range(4):
+        model = Decoder.create(made, mesh=mesh, dtype=dtype, recompute="full")
+        parameters, layouts = dict(model.named_parameters()), model.layouts()
+        optimizer = AdamW(parameters, layouts, mesh)
+        step = Step(model, layouts, optimizer, mesh, zero=zero, bucket_elements=made.width**2)
+        gradients, there = step.gradients, []
+
+        def note(*_, model=model, there=there):
+            there.append(sum(p.untyped_storage().nbytes() for p in model.parameters()))
+
+        for block in model.blocks.values():
+            block.register_forward_pre_hook(note)  # runs again in the backward: recompute is full
+        with track(model=model, optimizer=optimizer, gradients=gradients) as seen:
+            held = dict(seen.live)
+            step.accumulate([_batch(made, rows=1)] * 2, {"language_model": 1.0})
+            gradients.reduce()
+        with track(model=model, gradients=gradients) as after:
+            most = max(seen.highest["gradients"], after.live["gradients"])
+        plan = cost.memory(made, 26, dtype=dtype, degrees=mesh.degrees, zero=zero)
+        states = [held["parameters"], most, held["optimizer"]]
+        found.append((states, plan, seen.peak.total, max(there)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zero_divides_states(pool, dtype):
+    made = replace(DENSE, layers=12)
+    found = pool(2, _sharded, made, dtype)
+    for held, plan, *_ in found[:3]:
+        assert held == [plan.parameters, plan.gradients, plan.optimizer]
+    zeroth, first, second, third = (held for held, *_ in found)
+    assert first[2] == second[2] == zeroth[2] / 2
+    whole = 4 * sum(cost.parameters(made).values())
+    assert (second[1], third[1]) == (whole / 2, whole / 2)
+    # at rest there are own rows, which are the masters where nothing is narrower, and shapes
+    rows, shapes = zeroth[0] / 2, third[0]
+    assert third[2] == first[2] + rows
+    assert shapes == dtype.itemsize * (12 * 6 + 2)
+    # in a step there are the root and a unit, and one more on its way
+    away = dtype.itemsize * 11 * 6
+    plan, there = found[3][1].parameters, found[3][3] + rows - away
+    unit = (zeroth[0] - (made.vocabulary + 1) * made.width * dtype.itemsize) / 12
+    assert there == plan - unit < 0.75 * zeroth[0]
+    peaks = [peak for _, _, peak, _ in found[:3]]
+    assert peaks[0] > peaks[1] > peaks[2]
