@@ -6,14 +6,21 @@ import torch.distributed as dist
 
 from warploom.parallel.collectives import (
     all_gather_rows,
+    all_gather_rows_begin,
+    all_reduce_begin,
+    all_to_all_rows,
+    all_to_all_rows_begin,
     checked,
     copy,
+    exchange_begin,
     gather,
     gather_json,
     join,
     reduce,
+    reduce_scatter_rows_begin,
     scatter,
     split,
+    swap,
 )
 
 # What each tensor is on the group: S sharded, R replicated, P partial (module docstring of pairs).
@@ -73,6 +80,110 @@ def test_pair_keeps_the_logical_value_both_ways(ranks, name, size):
 def test_one_rank_is_the_identity(name):
     x = torch.randn(4, 2)
     assert PAIRS[name][0](x, None) is x
+
+
+def _own(rows, seed):
+    g = torch.Generator().manual_seed(100 * seed + dist.get_rank())
+    return torch.randn(rows, 3, generator=g, dtype=torch.float64)
+
+
+def _inner(x, y):
+    """Return <x, y> over all ranks."""
+    total = (x * y).sum()
+    dist.all_reduce(total)
+    return total
+
+
+def _adjoint(forth, back, rows, rows_after):
+    """Check <forth(x), y> = <x, back(y)>; each rank's part is drawn alone."""
+    x, y = _own(rows, 1), _own(rows_after, 2)
+    left, right = _inner(forth(x), y), _inner(x, back(y))
+    torch.testing.assert_close(left, right, atol=1e-12, rtol=1e-12)
+    assert left.abs() > 1e-6
+
+
+def _swaps_are_adjoint_to_those_back():
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    counts = [[(2 * a + 3 * b + a * b) % 4 for b in range(size)] for a in range(size)]
+    counts[1] = [0] * size  # one rank sends nothing
+    sent, got = counts[rank], [row[rank] for row in counts]
+    for parts, back, n, m in (
+        ((None, None), (None, None), 2 * size, 2 * size),
+        ((sent, got), (got, sent), sum(sent), sum(got)),
+    ):
+        _adjoint(
+            lambda x, p=parts: all_to_all_rows(x, group, *p),
+            lambda y, p=back: all_to_all_rows_begin(y, group, *p).wait(),
+            n,
+            m,
+        )
+        x, dy = _own(n, 3).requires_grad_(), _own(m, 4)
+        y = swap(x, group, *parts)
+        torch.testing.assert_close(swap(y.detach(), group, *back), x.detach(), atol=0, rtol=0)
+        (dx,) = torch.autograd.grad(y, x, dy)
+        torch.testing.assert_close(_inner(y.detach(), dy), _inner(x.detach(), dx))
+        torch.testing.assert_close(dx, all_to_all_rows(dy, group, *back), atol=0, rtol=0)
+    with pytest.raises(ValueError, match="must be the sum of those sent"):
+        swap(torch.ones(1, 3), group, [2] * size, [2] * size)
+    with pytest.raises(ValueError, match=rf"rows to swap \({size + 1}\) must be divisible"):
+        swap(torch.ones(size + 1, 3), group)
+
+
+def _what_is_begun_keeps_the_algebra():
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    out = torch.empty(4, 3, dtype=torch.float64)
+    into = torch.empty(4 * size, 3, dtype=torch.float64)
+    for full, part in ((None, None), (into, out)):
+        _adjoint(
+            lambda x, o=full: all_gather_rows_begin(x, group, out=o).wait(),
+            lambda y, o=part: reduce_scatter_rows_begin(y, group, out=o).wait(),
+            4,
+            4 * size,
+        )
+    _adjoint(
+        lambda x: all_reduce_begin(x.clone(), group).wait(),
+        lambda y: all_reduce_begin(y.clone(), group).wait(),
+        4,
+        4,
+    )
+    x = _own(4, 5)
+    assert torch.equal(all_reduce_begin(x.clone(), group, op="max").wait()[0], _most(x)[0])
+    after, before = (rank + 1) % size, (rank - 1) % size
+
+    def shift(x, to, source):
+        pairs = [torch.empty_like(part) for part in x.split((1, 3))]
+        sends, receives = [(p, to) for p in x.split((1, 3))], [(p, source) for p in pairs]
+        pending = exchange_begin(sends, receives, group)
+        return torch.cat(pending.wait())
+
+    _adjoint(lambda x: shift(x, after, before), lambda y: shift(y, before, after), 4, 4)
+    assert exchange_begin([], [], group).wait() == []
+
+
+def _most(x):
+    return all_gather_rows(x[None], dist.group.WORLD).amax(0)
+
+
+def _algebra():
+    _swaps_are_adjoint_to_those_back()
+    _what_is_begun_keeps_the_algebra()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_swaps_and_what_is_begun_are_adjoint(ranks, size):
+    ranks(size, _algebra)
+
+
+def test_one_rank_sends_nothing():
+    x, out = torch.randn(4, 2), torch.empty(4, 2)
+    assert swap(x, None) is x
+    for begin in (all_reduce_begin, all_to_all_rows_begin):
+        assert begin(x, None).wait() is x
+    for begin in (all_gather_rows_begin, reduce_scatter_rows_begin):
+        assert begin(x, None).wait() is x
+        assert begin(x, None, out=out).wait() is out
+        assert torch.equal(out, x)
+    assert exchange_begin([], [(out, 0)], None).wait() == [out]
 
 
 def _a_missing_reduction_is_an_error():
