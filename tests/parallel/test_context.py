@@ -266,7 +266,7 @@ def _bad_input():
             kind(q[:, :3], k, v, split, group=group)
         with pytest.raises(ValueError, match="one dtype"):
             kind(q.float(), k, v, split, group=group)
-        with pytest.raises(ValueError, match="this rank is part of"):
+        with pytest.raises(ValueError, match="that this rank is in"):
             kind(q, k, v, split, group=dist.GroupMember.NON_GROUP_MEMBER)
     with pytest.raises(ValueError, match=r"query heads \(3\) must be divisible by the Ulysses"):
         ulysses_attention(q[:, :3], k[:, :1], v[:, :1], split, group=group)

@@ -336,12 +336,7 @@ class Keep(torch.autograd.Function):
         return dy, None
 
 
-class _Two:
-    def size(self):
-        return 2
-
-    def rank(self):
-        return 1
+TWO = dist.ProcessGroup(1, 2)  # of a rank and a size, without a backend
 
 
 def _stage(x, batch):
@@ -357,13 +352,13 @@ CIRCLE = tuple(
     ("schedule", "stages", "batches", "group", "message"),
     [
         (Schedule.gpipe(2, 1), {0: _stage}, [0], None, "is for 2 ranks; the group has 1"),
-        (Schedule.gpipe(2, 1), {0: _stage}, [0], _Two(), r"rank 1 must hold the stages \[1\]; .*0"),
+        (Schedule.gpipe(2, 1), {0: _stage}, [0], TWO, r"rank 1 must hold the stages \[1\]; .*0"),
         (Schedule.gpipe(1, 2), {0: _stage}, [0], None, "for 2 micro-batches; got 1"),
         (
             Schedule("table", (0, 1), 1, CIRCLE),
             {1: _stage},
             [0],
-            _Two(),
+            TWO,
             r"circle: B0.0 \(rank 0\) waits for F0.0",
         ),
     ],
