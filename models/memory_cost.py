@@ -27,9 +27,9 @@ https://arxiv.org/abs/2104.04473, section 2.2 (micro-batches in flight).
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -133,6 +133,14 @@ def activations(
         narrow=dtype.itemsize,
         wide=torch.promote_types(dtype, torch.float32).itemsize,
     )
+    return sum(_kept(rank, stages, held, z_loss, rows).values())
+
+
+def _kept(
+    rank: _Rank, stages: Stages, held: Sequence[int], z_loss: bool, rows: Sequence[Rows] | None
+) -> Kept:
+    """Name what the stages `held` keep of a micro-batch."""
+    a = rank.a
     blocks = [(stage, n) for stage in held for n in stages.blocks(stage)]
     routed = [n for _, n in blocks if a.routed(n) is not None]
     if rows is None:
@@ -147,10 +155,10 @@ def activations(
     for stage, n in blocks:
         kept |= _block(rank, n, n == stages.blocks(stage).start, of_block.get(n, (0, 0)))
     if 0 in held:
-        kept["ids"] = tokens * (8 + (d.tp > 1))  # and which are on other ranks
+        kept["ids"] = rank.tokens * (8 + (rank.d.tp > 1))  # and which are on other ranks
     if stages.last in held:
         kept |= _loss(rank, z_loss)
-    return sum(kept.values())
+    return kept
 
 
 def _balanced(r: _Rank) -> Rows:
@@ -329,42 +337,20 @@ def memory(
             f"{schedule.placement}"
         )
 
-    def saved(stage: int) -> int:
-        return activations(
-            architecture,
-            tokens,
-            dtype=dtype,
-            degrees=degrees,
-            recompute=recompute,
-            z_loss=z_loss,
-            context=context,
-            stages=stages,
-            held=(stage,),
-        )
-
-    sizes = [saved(stage) for stage in range(len(stages.placement))]
+    options: dict[str, Any] = {"dtype": dtype, "degrees": degrees, "stages": stages}
+    options |= {"recompute": recompute, "z_loss": z_loss, "context": context}
+    count = len(stages.placement)
+    sizes = [activations(architecture, tokens, held=(s,), **options) for s in range(count)]
     flying = None if schedule is None else simulate(schedule).peak(sizes.__getitem__)
     found: list[Memory] = []
     for at in range(degrees.pp) if rank is None else (rank,):
         held = stages.on(at)
-        states = _states(
-            list(_parameters(architecture, degrees, stages, held)),
-            degrees,
-            dtype,
-            zero=zero,
-            muon=optimizer == "muon",
-            offload=offload,
-        )
-        parameters, gradients, device, host = states
-        found.append(
-            Memory(
-                parameters=parameters + _biases(architecture, stages, held),
-                gradients=gradients,
-                optimizer=device,
-                activations=sum(sizes[s] for s in held) if flying is None else int(flying[at]),
-                host=host,
-            )
-        )
+        saved = sum(sizes[s] for s in held) if flying is None else int(flying[at])
+        made = list(_parameters(architecture, degrees, stages, held))
+        muon = optimizer == "muon"
+        states = _states(made, degrees, dtype, zero=zero, muon=muon, offload=offload)
+        biases = _biases(architecture, stages, held)
+        found.append(replace(states, parameters=states.parameters + biases, activations=saved))
     return max(found, key=lambda one: one.total)
 
 
@@ -424,8 +410,8 @@ def _states(
     zero: int,
     muon: bool,
     offload: bool,
-) -> tuple[int, int, int, int]:
-    """Return bytes of parameters, gradients, and the optimizer's on the device and on the host."""
+) -> Memory:
+    """Return what lasts from step to step, and the gradients; no activations."""
     wide = torch.promote_types(dtype, torch.float32).itemsize
     narrow = dtype.itemsize < wide
     inner = d.tp * d.cp * (d.dp or 1)
@@ -451,4 +437,6 @@ def _states(
     root = units.pop(-1, 0)
     there = [units[n] for n in sorted(units)]
     values += root + max((x + y for x, y in pairwise(there)), default=sum(there))
-    return values, gradients, device, host
+    return Memory(
+        parameters=values, gradients=gradients, optimizer=device, activations=0, host=host
+    )
