@@ -6,6 +6,7 @@ milliseconds. The ranks are forked from a server that has imported torch, and di
 
 import contextlib
 import faulthandler
+import gc
 import multiprocessing
 import os
 import re
@@ -213,6 +214,7 @@ def _serve(
     store = TCPStore(_HOST, port, is_master=False)
     if prepare is not None:
         prepare()
+    gc.freeze()
     with trace.open("w") as file:
         faulthandler.register(signal.SIGUSR1, file=file)
         while True:
@@ -245,6 +247,7 @@ def _run(
         )
         result = fn(*args)
         dist.destroy_process_group()
+        gc.collect()  # groups that a cycle holds keep gloo's threads
     except Exception:
         return True, traceback.format_exc()
     return False, result if rank == 0 else None
