@@ -77,19 +77,32 @@ class Block(nn.Module):
         Returns:
             What this block adds, the stream, and the sums of the routers' losses by name.
         """
-        qkv, stream = self.recompute.run("norm", self._into_attention, added, stream)
-        mixed = self.recompute.run("attention", self.attention.mix, qkv, sequences)
-        added = self.attention.out(mixed)
+        added, stream = self._attend(added, stream, sequences)
         if isinstance(self.feed_forward, MoE):
             h, stream = self.feed_forward_norm.add(added, stream)
             run = self.recompute.run
             y, sums = run("moe", route_and_serve, self.feed_forward, h, sequences)
             return y, stream, sums
+        return *self._feed(added, stream), {}
+
+    def _attend(
+        self, added: Tensor, stream: Tensor | None, sequences: Sequences
+    ) -> tuple[Tensor, Tensor]:
+        if not self.recompute.operators & {"norm", "attention"}:
+            h, stream = self.attention_norm.add(added, stream)
+            return self.attention(h, sequences), stream
+        qkv, stream = self.recompute.run("norm", self._into_attention, added, stream)
+        mixed = self.recompute.run("attention", self.attention.mix, qkv, sequences)
+        return self.attention.out(mixed), stream
+
+    def _feed(self, added: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         if "feed_forward" in self.recompute.operators:
-            y, stream = self.recompute.run("feed_forward", self._feed_forward, added, stream)
-            return y, stream, {}
+            return self.recompute.run("feed_forward", self._gated, added, stream)
+        if "norm" not in self.recompute.operators:
+            return self._gated(added, stream)
+        assert isinstance(self.feed_forward, FeedForward)
         gate_up, stream = self.recompute.run("norm", self._into_feed_forward, added, stream)
-        return self.feed_forward.leave(gate_up), stream, {}
+        return self.feed_forward.leave(gate_up), stream
 
     def _into_attention(self, added: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
         h, stream = self.attention_norm.add(added, stream)
@@ -100,7 +113,6 @@ class Block(nn.Module):
         h, stream = self.feed_forward_norm.add(added, stream)
         return self.feed_forward.gate_up(h), stream
 
-    def _feed_forward(self, added: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        assert isinstance(self.feed_forward, FeedForward)
-        gate_up, stream = self._into_feed_forward(added, stream)
-        return self.feed_forward.leave(gate_up), stream
+    def _gated(self, added: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        h, stream = self.feed_forward_norm.add(added, stream)
+        return self.feed_forward(h), stream

@@ -40,7 +40,7 @@ def _main(capsys, *words):
     [
         (["--mesh", "dp3"], "3 ranks) must multiply to the world size (1)"),
         (["--mesh", "tp3"], "tp (3) must divide heads (4)"),
-        (["--mesh", "pp2"], "mesh must have pp1 in this version"),
+        (["--mesh", "ep2"], "ep2 splits experts, but the model is dense"),
         (["--sequence", "256", "--batch-tokens", "2048"], "sequence (256) must be at most"),
         (["--batch-tokens", "1000"], "batch_tokens (1000) must be a multiple"),
         (["--corpus.paths", "nowhere"], "corpus path nowhere must be a folder or a file"),
