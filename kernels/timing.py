@@ -80,13 +80,15 @@ def matmul_ceiling(
     Args:
         device: CPU or CUDA device.
         dtype: Of the factors.
-        size: Rows, columns and depth; None takes 8192 on a GPU and 1024 on the CPU.
+        size: Rows, columns and depth; None takes 8192 on a GPU and 1024 on the CPU, where a dtype
+            that its processor cannot multiply (some 50 times slower) gets 192.
 
     Returns:
         FLOP/s, two to a multiply-add.
     """
     device = torch.device(device)
-    n = size or (8192 if device.type == "cuda" else 1024)
+    native = dtype.itemsize > 2 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    n = size or (8192 if device.type == "cuda" else 1024 if native else 192)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return 2 * n**3 / (time_ms(lambda: torch.mm(a, b, out=out), device) * 1e-3)
