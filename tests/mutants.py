@@ -48,7 +48,7 @@ EXEMPT = {
     "models/cost.py": "predicts",
     "models/memory_cost.py": "predicts",
 }
-NO_GRADIENT = {"barrier", "device_of", "gather_json", "place"}  # exported with a group, carry no gradient
+NO_GRADIENT = {"barrier", "device_of", "gather_json", "place"}  # exported, carry no gradient
 PAIRS = ("gather", "scatter", "copy", "reduce", "join", "split", "swap")
 ROWS = ("all_gather_rows", "reduce_scatter_rows", "all_to_all_rows")
 PLAIN = ("all_reduce", "exchange", "broadcast", *ROWS)
