@@ -44,7 +44,7 @@ from .norm import RMSNorm
 from .sequences import Sequences, sequences
 from .stages import Stages
 
-__all__ = ["Architecture", "Decoder", "Experts"]
+__all__ = ["Architecture", "Decoder", "Experts", "is_hidden"]
 
 INIT_STD = 0.02
 IGNORED = -100  # the target of a position that is not trained
@@ -257,7 +257,7 @@ class Decoder(nn.Module):
             )
         where = self._sequences_of(batch)
         y, sums = self._stage(stage, x, batch.tokens, where)
-        counts, weights = self.counts(batch), self._weights()
+        counts, weights = self.counts(batch) if sums else {}, self._weights()
         terms = [Term(name, total, counts[name], weights[name]) for name, total in sums.items()]
         if stage < self.stages.last:
             return y, tuple(terms)
@@ -337,9 +337,12 @@ class Decoder(nn.Module):
         return self.norm.add(added, stream)[0], sums
 
     def _sequences_of(self, batch: Batch) -> Sequences:
-        if batch not in self._made:
-            self._made[batch] = self._sequences(batch.tokens, batch.document_lengths)
-        return self._made[batch]
+        if (known := self._made.get(batch)) is not None:
+            return known
+        made = self._sequences(batch.tokens, batch.document_lengths)
+        if torch.is_grad_enabled():  # batches that evaluate live on, and would keep their tables
+            self._made[batch] = made
+        return made
 
     def _sequences(self, tokens: Tensor, lengths: Tensor | None) -> Sequences:
         rows, length = tokens.shape
@@ -351,6 +354,11 @@ class Decoder(nn.Module):
             balance=self.balance,
             device=tokens.device,
         )
+
+
+def is_hidden(path: str, parameter: Tensor) -> bool:
+    """Whether a parameter of a decoder is a hidden matrix, as Muon takes them: of a block."""
+    return path.startswith("blocks.") and parameter.dim() == 2
 
 
 def _plus(added: Tensor, stream: Tensor | None) -> Tensor:

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +19,8 @@ def _run(*words):
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_help_is_quick_because_it_does_not_import_torch():
-    start = time.perf_counter()
+def test_help_does_not_import_torch():
     done = _run("--help")
-    assert time.perf_counter() - start < 1.5  # 0.2 s on an idle machine
     assert done.returncode == 0
     assert all(name in done.stdout for name in cli.COMMANDS)
     probe = (

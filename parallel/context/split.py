@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..collectives import Group, join
+from ..collectives import Group, join, place
 
 BALANCES = ("contiguous", "zigzag", "document")
 _FEW = 8  # a document of more than 1 / 8 of a member's work is cut
@@ -312,7 +312,7 @@ def unshard(x: Tensor, split: Split, *, group: Group) -> Tensor:
     Raises:
         ValueError: If `x` does not hold a rank's tokens, or the split is for other ranks.
     """
-    size = 1 if group is None else group.size()
+    _, size = place(group)
     by_rows = x.shape[:2] == (split.rows, split.tokens // split.rows) and len(x) != split.tokens
     flat = x.flatten(0, 1) if by_rows else x
     if size != split.ranks or len(flat) != split.tokens:

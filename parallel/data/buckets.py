@@ -18,17 +18,16 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..collectives import Group
+from ..collectives import Group, place
 
 BUCKET_ELEMENTS = 1 << 24  # 64 MiB of float32: bounds the copy that a collective needs
 
 
 def shard_rows(rows: int, group: Group) -> tuple[int, int]:
     """Return the rows `start, stop` of a dim 0 of `rows` that this rank of `group` owns."""
-    if group is None:
-        return 0, rows
-    each = -(-rows // group.size())
-    start = min(group.rank() * each, rows)
+    rank, ranks = place(group)
+    each = -(-rows // ranks)
+    start = min(rank * each, rows)
     return start, min(start + each, rows)
 
 
@@ -49,7 +48,7 @@ class Bucket:
     @cached_property
     def ranks(self) -> int:
         """Ranks that share out the rows."""
-        return 1 if self.group is None else self.group.size()
+        return place(self.group)[1]
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -59,14 +58,14 @@ class Bucket:
     def pack(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Copy whole tensors into the flat form `[R, sum(sizes)]`."""
         flat = tensors[0].new_zeros(self.ranks, sum(self.sizes), dtype=dtype)
-        for tensor, place in self._places(tensors, flat):
-            place.copy_(tensor)
+        for tensor, part in self._places(tensors, flat):
+            part.copy_(tensor)
         return flat
 
     def spill(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
         """Overwrite contiguous whole tensors with the flat form."""
-        for tensor, place in self._places(tensors, flat):
-            tensor.copy_(place)
+        for tensor, part in self._places(tensors, flat):
+            tensor.copy_(part)
 
     def _places(self, tensors: Sequence[Tensor], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Pair the parts of each tensor with their places in the flat form."""
@@ -122,8 +121,8 @@ def make_buckets(
             closed.append(open_.pop(key))
             held = open_.setdefault(key, [])
         held.append(path)
-    place = {path: at for at, path in enumerate(tensors)}
+    order = {path: at for at, path in enumerate(tensors)}
     return [
         Bucket(tuple(paths), tuple(tuple(tensors[p].shape) for p in paths), group(paths[0]))
-        for paths in sorted((*closed, *open_.values()), key=lambda paths: place[paths[-1]])
+        for paths in sorted((*closed, *open_.values()), key=lambda paths: order[paths[-1]])
     ]

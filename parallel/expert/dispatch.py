@@ -41,6 +41,7 @@ from ..collectives import (
     all_to_all_rows,
     all_to_all_rows_begin,
     observers,
+    place,
     swap,
     watched,
 )
@@ -157,7 +158,7 @@ class _Chunk:
 
 def _plan(counts: Tensor, group: Group, etp_group: Group) -> list[_Chunk]:
     """Exchange the counts `[n, E]` of rows to send: one wait for the device, whatever n is."""
-    ranks = 1 if group is None else group.size()
+    _, ranks = place(group)
     chunks, experts = counts.shape
     leaving = counts.view(chunks, ranks, experts // ranks).transpose(0, 1).contiguous()
     own = all_to_all_rows(leaving, group).unsqueeze(0)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..collectives import Group, all_to_all_rows, gather_json
+from ..collectives import Group, all_to_all_rows, gather_json, place
 from ..sharding import Piece
 from .sharded import Shard
 
@@ -80,7 +80,7 @@ class Matrices:
 
     def __init__(self, shards: Mapping[str, Shard], group: Group) -> None:
         self.group = group
-        self.rank = 0 if group is None else group.rank()
+        self.rank, self.ranks = place(group)
         self.own: dict[_Part, tuple[str, Piece, tuple[int, ...]]] = {
             part: (path, piece, index)
             for path, shard in shards.items()
@@ -92,8 +92,7 @@ class Matrices:
             for matrix, rows, columns in line:
                 part = _Part(_matrix(matrix), tuple(rows), tuple(columns))
                 holders.setdefault(part, []).append(rank)
-        ranks = 1 if group is None else group.size()
-        self.owner = _share_out({part.matrix for part in holders}, ranks)
+        self.owner = _share_out({part.matrix for part in holders}, self.ranks)
         parts = sorted(holders)
         self.forth = [_Route(p, holders[p][0], self.owner[p.matrix]) for p in parts]
         self.back = [_Route(p, self.owner[p.matrix], r) for p in parts for r in holders[p]]
@@ -128,7 +127,7 @@ class Matrices:
         self, routes: Sequence[_Route], take: Callable[[_Part], Tensor], like: Tensor
     ) -> Iterator[tuple[_Part, Tensor]]:
         """Send the slices that begin here and yield those that end here."""
-        ranks = range(1 if self.group is None else self.group.size())
+        ranks = range(self.ranks)
         leaving = [[r for r in routes if r.source == self.rank and r.target == to] for to in ranks]
         coming = [[r for r in routes if r.target == self.rank and r.source == at] for at in ranks]
         sent, got = (

@@ -88,7 +88,7 @@ def execute(
     rank, size = place(group)
     if size != schedule.ranks:
         raise ValueError(f"the schedule is for {schedule.ranks} ranks; the group has {size}")
-    held = [stage for stage, place in enumerate(schedule.placement) if place == rank]
+    held = [stage for stage, at in enumerate(schedule.placement) if at == rank]
     if sorted(stages) != held:
         raise ValueError(f"rank {rank} must hold the stages {held}; it has {sorted(stages)}")
     if len(batches) != schedule.microbatches:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warploom.models.decoder import Decoder
+from warploom.models.decoder import Decoder, is_hidden
 from warploom.parallel import optimizer as optimizers
 from warploom.parallel.checkpoint import AsyncSaver, CheckpointError, Entry, latest, load
 from warploom.parallel.collectives import gather_json
@@ -110,7 +110,7 @@ def make_optimizer(run: Run, model: Decoder, mesh: Mesh) -> ShardedOptimizer:
         parameters,
         layouts,
         mesh,
-        hidden=lambda path, parameter: path.startswith("blocks.") and parameter.dim() == 2,
+        hidden=is_hidden,
         momentum=chosen.momentum,
         betas=chosen.betas,
         eps=chosen.eps,

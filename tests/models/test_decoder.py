@@ -153,6 +153,18 @@ def test_positions_start_again_with_each_document():
     assert torch.equal(tables.cos_TJ[29:], model._sequences(torch.zeros(1, 19), None).cos_TJ)
 
 
+def test_only_batches_that_train_keep_their_tables():
+    model, tokens = Decoder.create(SMALL), torch.randint(SMALL.vocabulary, (2, 12))
+    batch = Batch(tokens, tokens)
+    with torch.no_grad():  # such as held-out batches, which live as long as the run
+        model.loss(batch)
+    assert len(model._made) == 0
+    model.loss(batch)
+    assert len(model._made) == 1
+    del batch
+    assert len(model._made) == 0
+
+
 def test_recomputation_changes_no_bit():
     batch = _batch(SMALL, lengths=[10, 14, 24])
     seen = []

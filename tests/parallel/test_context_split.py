@@ -143,14 +143,14 @@ def test_many_documents_are_split_in_no_time():
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 60, (4400,), generator=g)
     for balance in BALANCES:
-        start = time.perf_counter()
+        start = time.process_time()
         split = Split.build(lengths, 16, balance=balance)
         split.indices(3), split.inverse
         own_keys(split, 3)
         for source in range(16):
             pair_blocks(split, 3, source, causal=True)
         flat_blocks(split, 3, causal=True)
-        assert time.perf_counter() - start < 1, balance
+        assert time.process_time() - start < 1, balance
 
 
 def test_bad_splits():

@@ -117,10 +117,10 @@ def test_the_cost_of_an_operator_does_not_grow_with_what_lives():
         x = torch.zeros(4)
         with track() as seen:
             kept = [x + 1 for _ in range(live)]
-            begin = time.perf_counter()
+            begin = time.process_time()
             for _ in range(300):
                 x + 1
-            took = time.perf_counter() - begin
+            took = time.process_time() - begin
             assert sum(seen.live.values()) == len(kept) * 16
         return took
 

@@ -89,9 +89,9 @@ def test_digits_are_cut_as_asked(tokenizer, request):
 
 def test_a_long_run_of_digits_costs_linear_time(tokenizer):
     """A look-ahead to the end of the run would be quadratic: minutes for these 200,000."""
-    start = time.perf_counter()
+    start = time.process_time()
     assert tokenizer.decode(tokenizer.encode("7" * 200_000)) == "7" * 200_000
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_the_special_tokens_are_frozen_and_last(small):
