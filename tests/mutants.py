@@ -7,9 +7,10 @@ every sum of gradients, every group that is taken from a mesh. Each is dropped, 
 another group, one mutant at a time, in a copy of the tree; the tests nearest to the file run, and
 must fail. A hang counts as a failure. `mutants_named.json` holds bugs that public projects had.
 
-Results are kept in build/mutants.json by mutant and by a hash of the file and of its tests, so that
-a run that was broken off goes on. A survivor needs a reason in `mutants_equivalent.json`, or the
-run fails. A whole run writes docs/mutants.md.
+Results are kept in build/mutants.json by mutant and by a hash of the file and of the tests that
+decided, so that a run that was broken off goes on, and one with more tests tries survivors alone.
+A survivor needs a reason in `mutants_equivalent.json`, or the run fails. A whole run writes
+docs/mutants.md.
 """
 
 import argparse
@@ -58,6 +59,7 @@ OTHER = {
     "ring": "ulysses", "pp": "tp", "ends": "pp",
 }  # fmt: skip
 DECLARED = ("partial", "spread", "expert")
+DEAD = ("killed", "timeout")
 
 
 # What a mutated source calls: `__import__("mutants").drop(gather)(x, group)`.
@@ -519,13 +521,25 @@ class Results:
         ]
         return hashlib.sha256(b"\0".join([*parts, text.encode()])).hexdigest()[:16]
 
-    def get(self, key: str, sources: str) -> str | None:
-        entry = self.known.get(key)
-        return entry["result"] if entry and entry["sources"] == sources else None
+    def get(self, mutant: Mutant, tests: tuple[str, ...]) -> str | None:
+        """Return a result that still holds: a death whoever brought it, a survival of all."""
+        entry = self.known.get(mutant.id)
+        if entry is None or not set(entry["tests"]) <= set(tests):
+            return None
+        if entry["sources"] != self.hash(mutant.path, tuple(entry["tests"]), mutant.text):
+            return None
+        result: str = entry["result"]
+        return result if result in DEAD or set(entry["tests"]) == set(tests) else None
 
-    def put(self, key: str, sources: str, result: str, why: str) -> None:
+    def put(self, mutant: Mutant, tests: tuple[str, ...], result: str, why: str) -> None:
+        """Keep a result, of the one test that failed or of all that did not."""
+        failed = re.match(r"(?:FAILED|ERROR) ([^:]+\.py)", why)
+        if result == "killed" and failed and failed[1] in tests:
+            tests = (failed[1],)
+        sources = self.hash(mutant.path, tests, mutant.text)
+        entry = {"result": result, "tests": tests, "sources": sources, "why": why}
         with self.lock:
-            self.known[key] = {"result": result, "sources": sources, "why": why}
+            self.known[mutant.id] = entry
             self.file.parent.mkdir(exist_ok=True)
             self.file.with_suffix(".new").write_text(json.dumps(self.known, indent=1))
             self.file.with_suffix(".new").replace(self.file)
@@ -563,8 +577,7 @@ class Workers:
         tests = self.chosen(mutant.path)
         if not tests:
             return "survived"
-        sources = self.results.hash(mutant.path, tests, mutant.text)
-        if (known_result := self.results.get(mutant.id, sources)) is not None:
+        if (known_result := self.results.get(mutant, tests)) is not None:
             return known_result
         tree = self.trees.get()
         try:
@@ -578,7 +591,7 @@ class Workers:
                 file.write_text(before)
         finally:
             self.trees.put(tree)
-        self.results.put(mutant.id, sources, result, why)
+        self.results.put(mutant, tests, result, why)
         return result
 
     def run(self, mutants: list[Mutant], jobs: int) -> dict[str, str]:
@@ -599,7 +612,7 @@ class Workers:
                     mutant = futures[future]
                     found[mutant.id] = future.result()
                     bar.advance(task)
-                    if found[mutant.id] not in ("killed", "timeout"):
+                    if found[mutant.id] not in DEAD:
                         bar.console.print(f"{found[mutant.id]}: {mutant.id} (line {mutant.line})")
             finally:
                 pool.shutdown(cancel_futures=True)
@@ -614,7 +627,7 @@ def report(mutants: list[Mutant], found: dict[str, str], reasons: dict[str, str]
         rows[mutant.path]["sites"] += mutant.how in ("drop", "other", "named")
     total = sum(rows.values(), collections.Counter())
     dead, all_ = total["killed"] + total["timeout"], len(mutants)
-    survivors = [m for m in mutants if found[m.id] not in ("killed", "timeout")]
+    survivors = [m for m in mutants if found[m.id] not in DEAD]
     lines = [
         "# Mutation score",
         "",
@@ -677,7 +690,7 @@ def main(words: list[str] | None = None, root: Path = Path(__file__).parents[1])
         (root / "docs/mutants.md").write_text(report(mutants, found, reasons))
     count = collections.Counter(found.values())
     print(", ".join(f"{n} {name}" for name, n in sorted(count.items())))
-    alive = [i for i, r in found.items() if r not in ("killed", "timeout") and i not in reasons]
+    alive = [i for i, r in found.items() if r not in DEAD and i not in reasons]
     if alive:
         print("these survive without a reason in tests/mutants_equivalent.json:", *alive, sep="\n")
     return int(bool(alive))
