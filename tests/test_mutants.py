@@ -1,17 +1,17 @@
 """The mutation tool finds every site of a small package, breaks it, and says what survives."""
 
-import importlib.util
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from tests import mutants
+from tests.mutants import __main__ as tool
+from tests.mutants import reach, sites
 
 ROOT = Path(__file__).parents[1]
-_SPEC = importlib.util.spec_from_file_location("mutants", ROOT / "tests/mutants.py")
-mutants = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(mutants)
 
 LAYER = '''"""A layer."""
 from .collectives import gather, reduce as total
@@ -50,8 +50,8 @@ FILES = {
     "sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))\n"
     "from parallel.layer import mean\n"
     "def test(): assert mean(6, 2, types.SimpleNamespace(tp=None, shard=None)) == 3\n",
-    "tests/mutants_equivalent.json": "{}",
-    "tests/mutants_named.json": json.dumps(
+    "tests/mutants/equivalent.json": "{}",
+    "tests/mutants/named.json": json.dumps(
         [{"thread": "Some #1", "what": "divides twice", "file": "parallel/layer.py",
           "find": r"mesh\.tp\) / count", "replace": "mesh.tp) / count / count"}]
     ),
@@ -60,6 +60,8 @@ FILES = {
 
 @pytest.fixture
 def package(tmp_path):
+    tools = shutil.ignore_patterns("*.json", "__pycache__")
+    shutil.copytree(ROOT / "tests/mutants", tmp_path / "tests/mutants", ignore=tools)
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -69,7 +71,7 @@ def package(tmp_path):
 
 
 def _ids(package):
-    return [m.id.removeprefix("parallel/layer.py:") for m in mutants.generated(package)]
+    return [m.id.removeprefix("parallel/layer.py:") for m in sites.generated(package)]
 
 
 def test_every_site_is_found_once(package):
@@ -88,7 +90,7 @@ def test_every_site_is_found_once(package):
 
 
 def test_a_mutant_changes_its_site_and_nothing_else(package):
-    changed = {m.id.split(":", 1)[1]: m.text for m in mutants.generated(package)}
+    changed = {m.id.split(":", 1)[1]: m.text for m in sites.generated(package)}
 
     def line(name):
         pairs = zip(LAYER.splitlines(), changed[name].splitlines(), strict=True)
@@ -99,25 +101,38 @@ def test_a_mutant_changes_its_site_and_nothing_else(package):
     assert line("mean:/:double") == "return ((total(x, mesh.tp)) / (2 * (count)))"
     assert line("mean:mesh.tp:other") == "return total(x, mesh.shard) / count"
     assert line("Layer.backward:mean:drop") == "return dx.add_(part).sum()"
-    assert line("Layer.declare:partial=:drop").startswith('whole("é", partial=__import__("mut')
+    assert line("Layer.declare:partial=:drop").startswith(
+        'whole("é", partial=__import__("tests.mut'
+    )
     for text in changed.values():
         compile(text, "layer", "exec")
 
 
+def test_functions_say_that_they_were_entered():
+    text = 'def one(x):\n    """Words."""\n    @wrap\n    def two(\n        y):\n        pass\n'
+    lines = reach.instrument("a.py", text + "class A:\n    def three(x): ...\n").splitlines()
+    assert [n for n, line in enumerate(lines) if "mark(" in line] == [2, 6]
+    assert lines[2].endswith('mark("a.py:one")')
+    assert lines[6].endswith('mark("a.py:one.two")')
+    for name in sites.mutated(ROOT):
+        compile(reach.instrument(name, (ROOT / name).read_text()), name, "exec")
+
+
 def test_survivors_need_a_reason(package, capsys, monkeypatch):
     words = ["--only", "parallel/layer.py", "--jobs", "1"]
-    assert mutants.main(["--list", *words], package) == 0
+    assert tool.main(["--list", *words], package) == 0
     assert "Some #1:divides twice:named" in capsys.readouterr().out
-    kept = [m for m in mutants.generated(package) if m.what == "/" and m.how == "double"]
-    monkeypatch.setattr(mutants, "generated", lambda root: kept)
-    assert mutants.main(["--jobs", "1"], package) == 1
+    kept = [m for m in sites.generated(package) if m.what == "/" and m.how == "double"]
+    monkeypatch.setattr(tool, "generated", lambda root: kept)
+    monkeypatch.setattr(tool, "IMPORTED", ("pytest",))
+    assert tool.main(["--jobs", "1"], package) == 1
     shown = capsys.readouterr().out
     assert "2 killed, 1 survived" in shown
     assert "parallel/layer.py:half:/:double" in shown.split("without a reason")[1]
     reasons = {m.id: "nothing calls it" for m in kept if m.place == "half"}
-    (package / "tests/mutants_equivalent.json").write_text(json.dumps(reasons))
-    monkeypatch.setattr(mutants, "tried", None)  # all is known: nothing runs again
-    assert mutants.main(["--jobs", "1"], package) == 0
+    (package / "tests/mutants/equivalent.json").write_text(json.dumps(reasons))
+    monkeypatch.setattr(tool, "Tree", None)  # all is known: nothing runs again
+    assert tool.main(["--jobs", "1"], package) == 0
     page = (package / "docs/mutants.md").read_text()
     assert "**2 of 3 killed** (0 by a hang), 1 survive,\n1 of these" in page
     assert "| `parallel/layer.py` | 3 | 2 | 0 | 1 |" in page
@@ -131,7 +146,7 @@ def test_a_patch_must_find_its_place(package):
     with pytest.raises(
         SystemExit, match=r"Some #1 \(divides twice\) must match once in parallel/la"
     ):
-        list(mutants.named(package))
+        list(sites.named(package))
 
 
 class _Group:
@@ -177,10 +192,10 @@ def test_what_a_mutated_collective_does():
 
 
 def test_every_collective_of_the_library_is_known():
-    unknown = [name for name in mutants.exported(ROOT) if not mutants.known(name)]
-    assert not unknown, f"say in tests/mutants.py what becomes of {unknown}, or that no gradient"
-    assert {m.path.split("/")[0] for m in mutants.generated(ROOT)} == {"parallel", "models"}
+    unknown = [name for name in sites.exported(ROOT) if not sites.known(name)]
+    assert not unknown, f"say in tests/mutants what becomes of {unknown}, or that no gradient"
+    assert {m.path.split("/")[0] for m in sites.generated(ROOT)} == {"parallel", "models"}
 
 
 def test_public_bugs_find_their_places():
-    assert all(m.text for m in mutants.named(ROOT))
+    assert all(m.text for m in sites.named(ROOT))
