@@ -38,18 +38,17 @@ from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
 from warploom.recipes.errors import UserError, unboxed
 from warploom.recipes.pretrain import RUNS
+from warploom.recipes.runner.parallel import Parallel, check_mesh
 from warploom.recipes.runner.run import Muon, Run
 from warploom.recipes.verification.case import TOLERANCE, Outcome, prove
 from warploom.recipes.verification.diagnosis import Diagnosis, diagnose
-from warploom.recipes.verification.plan import Case
+from warploom.recipes.verification.plan import Case, table
 from warploom.recipes.verification.pool import Pool, RankError
 from warploom.recipes.verification.shrink import built_in, shrink
 
 MOST = 64  # processes on one machine
 TIMEOUT_S = 300.0
 PEAK = 0.02  # how far saved activations may be from their prediction, as a share
-
-Schedules = Literal["gpipe", "1f1b", "interleaved", "zb_h1", "zbv", "dualpipev"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,29 +61,17 @@ class Verify:
     mesh: str = ""
     """Degrees such as tp2,pp2,cp2,ep2: one process for each of tp x cp x pp x dp x rep. An absent
     axis is 1. By default the mesh of the run."""
-    schedule: Schedules = "1f1b"
-    """How pp ranks share the micro-batches."""
-    virtual: int = 2
-    """Stages of each pp rank, for --schedule interleaved."""
-    stage_layers: tuple[int, ...] | None = None
-    """Blocks of each pipeline stage, of the model made small; by default dealt equally."""
-    zero: Literal[0, 1, 2, 3] = 1
-    """What the ranks that hold the same parameters share out: 0 nothing, 1 the optimizer's state,
-    2 gradients too, 3 parameters too."""
-    recompute: str | None = None
-    """none, selective, full, or operators such as norm,feed_forward; by default as the run has."""
-    optimizer: Literal["adamw", "muon"] | None = None
-    """By default that of the run, else adamw."""
+    parallel: Annotated[Parallel, tyro.conf.arg(name="")] = Parallel()
+    """How the axes of the mesh do their work; by default as the run says, as far as the mesh has
+    these axes."""
+    recompute: str = "none"
+    """none, selective, full, or operators such as norm,feed_forward."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What takes the three steps."""
     micro_batches: int | None = None
     """Micro-batches of each rank and step; by default twice the pp ranks, at least 2."""
     packed: bool = True
     """Whether a row holds several documents."""
-    context: Literal["ring", "all_gather"] = "ring"
-    """How attention crosses cp ranks; uly in the mesh exchanges heads instead."""
-    balance: Literal["zigzag", "document", "contiguous"] = "zigzag"
-    """How tokens are dealt to cp ranks."""
-    offload: bool = False
-    """Whether activations and the optimizer's state wait in host memory."""
     seed: int = 0
     """Of weights and batches."""
     json: Path | None = None
@@ -104,8 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: If what is asked cannot be: before any process starts.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    with unboxed():
-        asked = tyro.cli(Verify, prog="warploom verify", description=__doc__, args=words)
+    asked = _asked(words)
     case = plan(asked)
     if asked.json is not None and not asked.json.parent.is_dir():
         raise UserError(f"json must be a file in a folder that exists; got {asked.json}")
@@ -117,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RankError as error:
         console.print(f"[red]not proven[/red]: {error}", highlight=False)
         return 1
-    for table in tables(outcome):
-        console.print(table)
+    for shown in tables(outcome):
+        console.print(shown)
     taken = time.perf_counter() - start
     wrong, strange = failures(outcome.differences, tolerance=TOLERANCE), surprises(outcome)
     if asked.json is not None:
@@ -134,6 +120,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
+def _asked(words: list[str]) -> Verify:
+    """Read the words; a run that they name gives the defaults."""
+    options: dict[str, Any] = {"prog": "warploom verify", "description": __doc__, "args": words}
+    with unboxed():
+        asked: Verify = tyro.cli(Verify, **options)
+        run, _ = _read(asked.subject)
+        mesh = asked.mesh or ("" if run is None else run.mesh)
+        if run is None or not mesh:
+            return asked
+        parallel = replace(run.parallel, stage_layers=())  # of the model before it is made small
+        d = _degrees(mesh)
+        if d.pp == 1:
+            parallel = replace(parallel, schedule="1f1b")
+        if d.cp == 1:
+            parallel = replace(parallel, balance="zigzag")
+        if d.cp == d.uly:
+            parallel = replace(parallel, context="ring")
+        optimizer: Literal["adamw", "muon"] = "muon" if isinstance(run.optimizer, Muon) else "adamw"
+        default = Verify(
+            mesh=run.mesh, parallel=parallel, recompute=run.recompute, optimizer=optimizer
+        )
+        return tyro.cli(Verify, default=default, **options)
+
+
 def plan(asked: Verify) -> Case:
     """Turn what is asked into a case that can run.
 
@@ -141,12 +151,10 @@ def plan(asked: Verify) -> Case:
         UserError: If it cannot.
     """
     run, architecture = _read(asked.subject)
-    mesh = asked.mesh or ("" if run is None else run.mesh)
-    if not mesh:
-        raise UserError(f"verify needs a mesh, such as --mesh tp2,pp2,cp2,ep2; got {mesh!r}")
+    if not asked.mesh:
+        raise UserError(f"verify needs a mesh, such as --mesh tp2,pp2,cp2,ep2; got {asked.mesh!r}")
     try:
-        degrees = _degrees(mesh)
-        return _case(asked, run, architecture, degrees, mesh)
+        return _case(asked, architecture, z_loss=1e-2 if run is None else run.z_loss)
     except UserError:
         raise
     except ValueError as error:
@@ -173,82 +181,59 @@ def _read(subject: str) -> tuple[Run | None, Architecture | None]:
 
 
 def _degrees(mesh: str) -> Degrees:
-    parsed = Degrees.parse(mesh)
-    d = replace(parsed, dp=parsed.dp or 1)
-    if d.world > MOST:
-        raise UserError(
-            f"verify starts one process a rank, at most {MOST}; {mesh} has {d.world}: what a layer "
-            f"does on an axis shows with degree 2 or 4"
-        )
-    return d.resolve(d.world)
+    """Return the degrees of a mesh that this machine can start.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        parsed = Degrees.parse(mesh)
+        d = replace(parsed, dp=parsed.dp or 1)
+        if d.world <= MOST:
+            return d.resolve(d.world)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    raise UserError(
+        f"verify starts one process a rank, at most {MOST}; {mesh} has {d.world}: what a layer "
+        f"does on an axis shows with degree 2 or 4"
+    )
 
 
-def _case(
-    asked: Verify, run: Run | None, architecture: Architecture | None, d: Degrees, mesh: str
-) -> Case:
-    optimizer = asked.optimizer
-    if optimizer is None:
-        optimizer = "muon" if run is not None and isinstance(run.optimizer, Muon) else "adamw"
-    recompute = asked.recompute
-    if recompute is None:
-        recompute = "none" if run is None else run.recompute
-    several = {"interleaved": asked.virtual, "zbv": 2, "dualpipev": 2}
-    stages = d.pp * (several.get(asked.schedule, 1) if d.pp > 1 else 1)
-    stages = max(stages, len(asked.stage_layers or ()))
+def _case(asked: Verify, architecture: Architecture | None, *, z_loss: float) -> Case:
+    """Make the case that is asked for.
+
+    Raises:
+        ValueError: In one sentence, if it cannot run or asks for what would do nothing.
+    """
+    d, parallel = _degrees(asked.mesh), asked.parallel
+    if asked.micro_batches is not None and asked.micro_batches < 1:
+        raise ValueError(f"micro_batches must be at least 1; got {asked.micro_batches}")
+    microbatches = asked.micro_batches or max(2, 2 * d.pp)
+    Recompute.parse(asked.recompute)
+    if (schedule := table(parallel, d, microbatches)) is not None:
+        schedule.validate()
+    stages = 1 if schedule is None else len(schedule.placement)
     made = built_in(d, stages) if architecture is None else shrink(architecture, d, stages)
-    if asked.stage_layers is not None:
-        made = replace(made, layers=sum(asked.stage_layers))
+    if parallel.stage_layers:
+        made = replace(made, layers=sum(parallel.stage_layers))
+    check_mesh(made, asked.mesh, parallel)
     case = Case(
         architecture=made,
-        mesh=mesh,
-        schedule=asked.schedule,
-        virtual=asked.virtual,
-        stage_layers=asked.stage_layers,
-        microbatches=asked.micro_batches or max(2, 2 * d.pp),
-        zero=asked.zero,
-        recompute=recompute,
-        optimizer=optimizer,
+        mesh=asked.mesh,
+        parallel=parallel,
+        microbatches=microbatches,
+        recompute=asked.recompute,
+        optimizer=asked.optimizer,
         packed=asked.packed,
-        context=asked.context,
-        balance=asked.balance,
-        offload=asked.offload,
-        z_loss=1e-2 if run is None else run.z_loss,
+        z_loss=z_loss,
         seed=asked.seed,
     )
-    _refuse(asked, case)
+    check(made, d, stages=len(case.stages.placement))
     return case
 
 
-def _refuse(asked: Verify, case: Case) -> None:
-    """Refuse what cannot run, or what would be asked in vain.
-
-    Raises:
-        ValueError: In one sentence.
-    """
-    d = case.degrees
-    if asked.micro_batches is not None and asked.micro_batches < 1:
-        raise ValueError(f"micro_batches must be at least 1; got {asked.micro_batches}")
-    if d.pp == 1 and (asked.schedule != "1f1b" or asked.stage_layers is not None):
-        what = "stage_layers" if asked.stage_layers is not None else f"schedule {asked.schedule}"
-        raise ValueError(f"{what} needs pipeline ranks: add pp2 to the mesh {case.mesh!r}")
-    if d.cp == 1 and (asked.context, asked.balance) != ("ring", "zigzag"):
-        raise ValueError(
-            f"context {asked.context} and balance {asked.balance} need context-parallel ranks: add "
-            f"cp2 to the mesh {case.mesh!r}"
-        )
-    if d.cp == d.uly > 1 and asked.context != "ring":
-        raise ValueError(
-            f"context {asked.context} has no ranks left: uly{d.uly} exchanges heads over all of cp"
-            f"{d.cp}; use a smaller uly"
-        )
-    Recompute.parse(case.recompute)
-    if (table := case.table) is not None:
-        table.validate()
-    check(case.architecture, d, stages=len(case.stages.placement))
-
-
 def _introduction(asked: Verify, case: Case) -> str:
-    a, d = case.architecture, case.degrees
+    a, d, how = case.architecture, case.degrees, case.parallel
     experts = ""
     if a.experts is not None:
         experts = f", {a.experts.count} experts of which {a.experts.top_k} a token"
@@ -258,10 +243,10 @@ def _introduction(asked: Verify, case: Case) -> str:
         f"{a.kv_heads} key/value heads, hidden {a.hidden}, vocabulary {a.vocabulary}{experts}"
         f"{', tied' if a.tied else ''}\n"
         f"{case.mesh}: {d.world} processes, {case.microbatches} micro-batches of "
-        f"{case.rows} x {case.sequence} tokens, {case.optimizer}, ZeRO-{case.zero}, "
+        f"{case.rows} x {case.sequence} tokens, {case.optimizer}, ZeRO-{how.zero}, "
         f"recompute {case.recompute}"
-        + (f", {case.schedule}" if d.pp > 1 else "")
-        + (f", {case.context}, {case.balance}" if d.cp > 1 else "")
+        + (f", {how.schedule}" if d.pp > 1 else "")
+        + (f", {how.context}, {how.balance}" if d.cp > 1 else "")
     )
 
 

@@ -75,6 +75,8 @@ def _mask_whole_parts(case: Case, targets: Tensor, lengths: list[list[list[list[
         return
     for m in range(microbatches):
         sizes = [n for row in lengths[0][m] for n in row] if case.packed else [length] * rows
-        split = Split.build(sizes, d.cp, multiple=d.tp, balance=case.balance, ulysses=d.uly)
+        split = Split.build(
+            sizes, d.cp, multiple=d.tp, balance=case.parallel.balance, ulysses=d.uly
+        )
         own = split.indices(d.cp - 1)
         targets[0, m].view(-1)[own[own >= 0]] = IGNORED

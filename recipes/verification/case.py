@@ -25,6 +25,7 @@ from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
 from warploom.parallel.parity import Subject, Trace, differences, record
 
+from ..runner.parallel import Parallel
 from . import traffic
 from .batches import global_batch
 from .plan import Case
@@ -46,15 +47,15 @@ def build(case: Case, mesh: Mesh) -> tuple[Decoder, ShardedOptimizer]:
         seed=case.seed,
         recompute=case.recompute,
         z_loss=case.z_loss,
-        context=case.context,
-        balance=case.balance,
+        context=case.parallel.context,
+        balance=case.parallel.balance,
         stages=case.stages,
         dtype=torch.float64,
     )
     _spread(model, case.seed)
     parameters, made = dict(model.named_parameters()), model.layouts()
     if case.optimizer == "adamw":
-        adamw = optimizers.AdamW(parameters, made, mesh, eps=EPSILON, offload=case.offload)
+        adamw = optimizers.AdamW(parameters, made, mesh, eps=EPSILON, offload=case.parallel.offload)
         return model, adamw
     return model, optimizers.Muon(
         parameters,
@@ -62,7 +63,7 @@ def build(case: Case, mesh: Mesh) -> tuple[Decoder, ShardedOptimizer]:
         mesh,
         hidden=is_hidden,
         eps=EPSILON,
-        offload=case.offload,
+        offload=case.parallel.offload,
     )
 
 
@@ -118,7 +119,7 @@ def train(
         return [whole.part(r, m, case.packed) for r in ranks for m in range(case.microbatches)]
 
     made, table = model.layouts(), case.table
-    one = Subject(model, made, optimizer, batches, case.clip, case.zero, table)
+    one = Subject(model, made, optimizer, batches, case.clip, case.parallel.zero, table)
     gradients: dict[str, Tensor] = {}
     flows = {"embedding": 0.0}
     for n in range(case.architecture.layers):
@@ -171,18 +172,12 @@ def reference(case: Case) -> tuple[Trace, dict[str, float]]:
     d = case.degrees
     ranks = f"dp{(d.dp or 1) * d.rep}"
     dealt = f"tp{d.tp},cp{d.cp},uly{d.uly}," if d.cp > 1 else ""
-    balance = case.balance if d.cp > 1 else "zigzag"
+    balance = case.parallel.balance if d.cp > 1 else "zigzag"
     batch_of = replace(
         case,
         mesh=dealt + ranks,
-        balance=balance,
-        zero=1,
+        parallel=Parallel(balance=balance),
         recompute="none",
-        context="ring",
-        offload=False,
-        schedule="1f1b",
-        virtual=2,
-        stage_layers=None,
     )
     return _reference(replace(batch_of, mesh=""), batch_of)
 
@@ -241,7 +236,9 @@ def prove(case: Case, measure: bool = False) -> Outcome | None:
     """
     mesh = Mesh.build(case.mesh or "dp1")
     gate = Gate(Ledger(mesh))
-    away: AbstractContextManager[object] = offloaded(least=0) if case.offload else nullcontext()
+    away: AbstractContextManager[object] = (
+        offloaded(least=0) if case.parallel.offload_activations else nullcontext()
+    )
     with away, observed(gate):
         seen = train(case, mesh, [mesh.data_rank], case, gate)
     found = _measure(case, mesh, counts(gate.ledger)) if measure else ([], (math.nan, math.nan))

@@ -8,7 +8,6 @@ was summed or divided once too often; shares that sum up to it were never summed
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
@@ -119,30 +118,29 @@ def _on(case: Case, degrees: Degrees) -> Case:
     names = ("tp", "cp", "uly", "pp", "dp", "rep", "ep", "etp")
     parts = [f"{n}{getattr(degrees, n)}" for n in names if (getattr(degrees, n) or 1) > 1]
     same = degrees.pp == case.degrees.pp
-    layers = case.stage_layers if same else None
-    return replace(case, mesh=",".join(parts), stage_layers=layers)
+    layers = case.parallel.stage_layers if same else ()
+    return replace(case.on(stage_layers=layers), mesh=",".join(parts))
 
 
 def _option(case: Case, outcome: Outcome, run: Run) -> tuple[str, Case, Outcome]:
     """Return the first option that is needed to fail, with a case that has no needless ones."""
-    plain: dict[str, dict[str, Any]] = {
-        f"recompute={case.recompute}": {"recompute": "none"},
-        "offload": {"offload": False},
-        f"zero={case.zero}": {"zero": 1},
-        f"schedule={case.schedule}": {"schedule": "gpipe", "stage_layers": None},
-        f"optimizer={case.optimizer}": {"optimizer": "adamw"},
-        "packed documents": {"packed": False},
-        f"context={case.context}": {"context": "ring"},
-        f"balance={case.balance}": {"balance": "zigzag"},
-        "padding": {"sequence": 16},
+    how, pp = case.parallel, case.degrees.pp > 1
+    schedule = {"schedule": "gpipe", "stage_layers": ()} if pp else {}
+    plain: dict[str, Callable[[Case], Case]] = {
+        f"recompute={case.recompute}": lambda c: replace(c, recompute="none"),
+        "offload": lambda c: c.on(offload=False, offload_activations=False),
+        f"zero={how.zero}": lambda c: c.on(zero=1),
+        f"schedule={how.schedule}": lambda c: c.on(**schedule),
+        f"optimizer={case.optimizer}": lambda c: replace(c, optimizer="adamw"),
+        "packed documents": lambda c: replace(c, packed=False),
+        f"context={how.context}": lambda c: c.on(context="ring"),
+        f"balance={how.balance}": lambda c: c.on(balance="zigzag"),
+        "padding": lambda c: replace(c, sequence=16),
     }
     needed = []
-    for name, changes in plain.items():
-        if all(getattr(case, field) == value for field, value in changes.items()):
+    for name, simplify in plain.items():
+        if (simpler := simplify(case)) == case:
             continue
-        if case.degrees.pp == 1 and name.startswith("schedule"):
-            continue
-        simpler = replace(case, **changes)
         found = run(simpler)
         if failures(found.differences, tolerance=TOLERANCE):
             case, outcome = simpler, found

@@ -1,11 +1,13 @@
 """What is proven: a model, a mesh, and a way to train on it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from warploom.models.architecture import Architecture
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule
+from warploom.recipes.runner.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,17 +17,11 @@ class Case:
     Attributes:
         architecture: Sizes, small ones.
         mesh: Degrees; dp is 1 where it is absent.
-        schedule: Name of the pipeline schedule; read where pp is above 1.
-        virtual: Stages of a pipeline rank, for `interleaved`.
-        stage_layers: Blocks of each stage; `None` for equal ones.
+        parallel: How the axes do their work.
         microbatches: Of each rank and step.
-        zero: Stage of the optimizer's and the gradients' sharding, 0 to 3.
         recompute: As in `Decoder`.
         optimizer: `adamw` or `muon`.
         packed: Whether rows hold several documents.
-        context: As in `Decoder`.
-        balance: As in `Decoder`.
-        offload: Whether activations and the optimizer's state wait in host memory.
         z_loss: Weight of the z-loss.
         clip: Largest norm of the gradient.
         rows: Rows of a micro-batch.
@@ -35,17 +31,11 @@ class Case:
 
     architecture: Architecture
     mesh: str = ""
-    schedule: str = "1f1b"
-    virtual: int = 2
-    stage_layers: tuple[int, ...] | None = None
+    parallel: Parallel = field(default_factory=Parallel)
     microbatches: int = 2
-    zero: int = 1
     recompute: str = "none"
     optimizer: str = "adamw"
     packed: bool = True
-    context: str = "ring"
-    balance: str = "zigzag"
-    offload: bool = False
     z_loss: float = 1e-2
     clip: float | None = 1.0
     rows: int = 2
@@ -62,15 +52,28 @@ class Case:
     @property
     def table(self) -> Schedule | None:
         """The pipeline schedule; `None` with one pipeline rank."""
-        pp = self.degrees.pp
-        if pp == 1:
-            return None
-        virtual = self.virtual if self.schedule == "interleaved" else 1
-        return Schedule.named(self.schedule, pp, self.microbatches, virtual=virtual)
+        return table(self.parallel, self.degrees, self.microbatches)
 
     @property
     def stages(self) -> Stages:
         """Which blocks are where."""
-        table = self.table
-        place = (0,) if table is None else table.placement
-        return Stages.deal(self.architecture.layers, place, self.stage_layers)
+        made = self.table
+        place = (0,) if made is None else made.placement
+        layers = self.parallel.stage_layers if made is not None else ()
+        return Stages.deal(self.architecture.layers, place, layers or None)
+
+    def on(self, **changes: Any) -> "Case":
+        """Return the case with some fields of `parallel` changed."""
+        return replace(self, parallel=replace(self.parallel, **changes))
+
+
+def table(parallel: Parallel, degrees: Degrees, microbatches: int) -> Schedule | None:
+    """Make the pipeline schedule; `None` with one pipeline rank.
+
+    Raises:
+        ValueError: If it cannot run with so many micro-batches.
+    """
+    if degrees.pp == 1:
+        return None
+    virtual = parallel.virtual if parallel.schedule == "interleaved" else 1
+    return Schedule.named(parallel.schedule, degrees.pp, microbatches, virtual=virtual)

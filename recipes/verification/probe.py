@@ -104,7 +104,7 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         degrees=d,
         recompute=case.recompute,
         z_loss=case.z_loss > 0,
-        context=case.context,
+        context=case.parallel.context,
         stages=case.stages,
         held=model.held,
         total=total,

@@ -155,7 +155,7 @@ def _attention(theory: _Theory, model: Decoder, mesh: Mesh, case: Case, tokens: 
     members = mesh.degree("cp") // uly
     travels = max(keys // uly, 1) * tokens * uly * a.head_dim * 2 * ITEM * (members - 1)
     times = 2 if again else 1
-    if mesh.ring is not None and case.context == "ring":
+    if mesh.ring is not None and case.parallel.context == "ring":
         theory.add(mesh.ring, EXCHANGE, "forward", members - 1, travels)
         backward = (2 + again) * (members - 1)
         theory.add(mesh.ring, EXCHANGE, "backward", backward, (2 + again) * travels)
@@ -220,7 +220,7 @@ def step(
         if rank == own:
             for _ in ends:
                 theory.add(mesh.pp, EXCHANGE, "", math.nan, case.microbatches * boundary)
-    known = case.zero in (1, 2)
+    known = case.parallel.zero in (1, 2)
     for path, parameter in optimizer.parameters.items():
         group = mesh.edp if optimizer.layouts[path].expert else mesh.shard
         if group is None:
@@ -228,7 +228,7 @@ def step(
         ranks = group.size()
         rows = -(-parameter.shape[0] // ranks)
         sent = (ranks - 1) * rows * math.prod(parameter.shape[1:]) * ITEM if known else math.nan
-        times = case.microbatches if case.zero == 2 else 1
+        times = case.microbatches if case.parallel.zero == 2 else 1
         theory.add(group, SCATTER, "", math.nan, times * sent)
         theory.add(group, GATHER, "", math.nan, sent)
     return dict(theory.found)

@@ -14,6 +14,7 @@ from tests.pairwise import covering, uncovered
 
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
+from warploom.recipes.runner.parallel import Parallel
 from warploom.recipes.verification.case import TOLERANCE, prove
 from warploom.recipes.verification.plan import Case
 from warploom.recipes.verification.shrink import built_in
@@ -103,22 +104,25 @@ def case_of(levels):
     elif levels["model"] == "sigmoid":
         grouped = {"groups": 2, "top_groups": 1, "top_k": 2, "shared": None, "scale": 2.5}
         a = replace(a, experts=replace(a.experts, score="sigmoid", **grouped))
-    uneven = None
+    uneven = ()
     if levels["uneven"]:  # the last stage has no block of its own
         uneven = (2, *[1] * (stages - 2), 0)
     return Case(
         architecture=a,
         mesh=mesh,
-        schedule="1f1b" if schedule == "none" else schedule,
-        stage_layers=uneven,
+        parallel=Parallel(
+            schedule="1f1b" if schedule == "none" else schedule,
+            stage_layers=uneven,
+            zero=levels["zero"],
+            context="all_gather" if levels["context"] == "all_gather" else "ring",
+            balance="zigzag" if levels["balance"] == "none" else levels["balance"],
+            offload=levels["offload"],
+            offload_activations=levels["offload"],
+        ),
         microbatches=levels["microbatches"],
-        zero=levels["zero"],
         recompute=levels["recompute"],
         optimizer=levels["optimizer"],
         packed=levels["packed"],
-        context="all_gather" if levels["context"] == "all_gather" else "ring",
-        balance="zigzag" if levels["balance"] == "none" else levels["balance"],
-        offload=levels["offload"],
     )
 
 

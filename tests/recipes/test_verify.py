@@ -15,6 +15,8 @@ from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
 from warploom.parallel.tensor import linear
 from warploom.recipes import verify
+from warploom.recipes.pretrain import RUNS
+from warploom.recipes.runner.parallel import Parallel
 from warploom.recipes.verification.case import prove, reference
 from warploom.recipes.verification.diagnosis import diagnose
 from warploom.recipes.verification.shrink import shrink
@@ -161,9 +163,15 @@ def test_a_collective_too_many_is_told(capsys, monkeypatch):
         ),
         ("--mesh pp2 --schedule interleaved --micro-batches 3", "must be a multiple of the ranks"),
         ("--mesh pp2 --stage-layers 1 1 1", "must name 2 stages"),
-        ("--mesh dp2 --schedule zbv", "schedule zbv needs pipeline ranks"),
-        ("--mesh dp2 --balance document", "need context-parallel ranks"),
-        ("--mesh cp2,uly2 --context all_gather", "context all_gather has no ranks left"),
+        (
+            "--mesh dp2 --schedule zbv",
+            "parallel.schedule (zbv) and",
+        ),
+        ("--mesh dp2 --balance document", "parallel.balance (document) needs context parallelism"),
+        (
+            "--mesh cp2,uly2 --context all_gather",
+            "context (all_gather) needs ranks between",
+        ),
         ("--mesh dp2 --recompute everything", "recompute must be none, full, selective"),
         ("--mesh dp2 --micro-batches 0", "micro_batches must be at least 1; got 0"),
         ("--mesh dp2 --json /nowhere/found.json", "json must be a file in a folder that exists"),
@@ -181,6 +189,21 @@ def test_a_mistake_is_one_sentence_before_any_process(words, sentence, capsys, m
     assert sentence in shown.err
     assert shown.err.count("\n") == 1
     assert not shown.out
+
+
+def test_a_run_gives_the_defaults_that_its_mesh_can_use(monkeypatch):
+    parallel = Parallel(schedule="zbv", zero=3, balance="document", stage_layers=(20, 12))
+    made = replace(RUNS["llama3-8b"](), parallel=parallel, recompute="selective", mesh="cp2,pp2")
+    monkeypatch.setitem(verify.RUNS, "llama3-8b", lambda: made)
+
+    def found(*words):
+        case = verify.plan(verify._asked(["pretrain/llama3-8b", *words]))
+        return case.mesh, case.parallel, case.recompute
+
+    whole = replace(parallel, stage_layers=())
+    assert found() == ("cp2,pp2", whole, "selective")
+    assert found("--mesh", "dp2") == ("dp2", Parallel(zero=3), "selective")
+    assert found("--schedule", "1f1b")[1] == replace(whole, schedule="1f1b")
 
 
 @pytest.mark.parametrize("family", [llama, mixtral])
