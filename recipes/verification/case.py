@@ -271,10 +271,10 @@ def _measure(
     model, optimizer = build(case, mesh)
     batch = global_batch(case, 0).part(mesh.data_rank, 0, case.packed)
     ledger = Ledger(mesh)
-    tokens, documents = layers(model, batch, ledger)
+    seen = layers(model, batch, ledger)
     one = counts(ledger)
-    layers_wanted = traffic.micro_batch(model, mesh, case, tokens, documents, ledger)
-    step_wanted = traffic.step(mesh, case, optimizer, tokens, ledger)
+    layers_wanted = traffic.micro_batch(model, mesh, case, seen, ledger)
+    step_wanted = traffic.step(mesh, case, optimizer, seen.tokens, ledger)
     beside = traffic.beside_layers(whole, one, case.microbatches)
     lines = [
         *traffic.compare("micro-batch", one, layers_wanted),

@@ -50,18 +50,15 @@ def _run(model: Decoder, batch: Batch, backward: bool) -> Tensor:
     return total
 
 
-def layers(model: Decoder, batch: Batch, ledger: Ledger) -> tuple[int, int]:
-    """Run a micro-batch forward and backward, seen by a ledger; a collective call.
-
-    Returns:
-        Tokens that this context-parallel rank holds, padding included, and documents in all.
-    """
-    with observed(ledger):
+def layers(model: Decoder, batch: Batch, ledger: Ledger) -> traffic.Seen:
+    """Run a micro-batch forward and backward, seen by a ledger; a collective call."""
+    with observed(ledger), record_routing() as routed:
         _run(model, batch, backward=True)
     for parameter in model.parameters():
         parameter.grad = None
     lengths = batch.document_lengths
-    return _tokens(model, batch), len(batch.tokens if lengths is None else lengths)
+    documents = len(batch.tokens if lengths is None else lengths)
+    return traffic.Seen(_tokens(model, batch), documents, routed)
 
 
 def _tokens(model: Decoder, batch: Batch) -> int:

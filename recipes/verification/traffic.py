@@ -8,11 +8,13 @@ u = (R - 1) t / R x D elements; M members of a ring, each with e elements of key
     ring               M - 1 exchanges of e; backward twice as many
     all_gather         an all-gather of (M - 1) e; backward a reduce-scatter
     Ulysses            all-to-alls of q, k and v, and of the output; backward the same
-    experts            all-to-alls as the router has it: their number alone
+    experts            all-to-alls of counts, and of the rows that are routed to other ranks, there
+                       and back; P etp ranks gather and scatter each row to the other P - 1
     selective, full    the gathers, or all of a block's forward, again in the backward
 
-A step: each stage sends its micro-batches on and their gradients back; ZeRO-1 and 2 scatter each
-gradient over its replicas (2: of each micro-batch) and gather the parameters.
+A step: each stage sends its micro-batches on and their gradients back; ZeRO-1 scatters each
+gradient over its replicas and gathers the parameters, ZeRO-2 scatters in each micro-batch, ZeRO-3
+also gathers each block twice in each, and what is outside the blocks once.
 
 Source: Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, section 4.2; Liu et al. 2023,
 https://arxiv.org/abs/2310.01889; Jacobs et al. 2023, https://arxiv.org/abs/2309.14509, section 3.2;
@@ -23,8 +25,11 @@ import math
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 
+from torch import Tensor
+
+from warploom.models.architecture import Experts
 from warploom.models.decoder import Decoder
-from warploom.parallel.collectives import Group, gather_json
+from warploom.parallel.collectives import Group, gather_json, place
 from warploom.parallel.collectives.ledger import Ledger, ring_bytes
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
@@ -52,7 +57,7 @@ class Traffic:
         calls: How many there were.
         calls_wanted: How many there should be; NaN without a formula.
         bytes: What was sent.
-        bytes_wanted: What it should have; NaN without a formula, as where a router decides.
+        bytes_wanted: What it should have; NaN without a formula.
     """
 
     where: str
@@ -81,6 +86,21 @@ class Traffic:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was seen of a micro-batch that ran.
+
+    Attributes:
+        tokens: Tokens t that this context-parallel rank holds, padding included.
+        documents: Documents in all.
+        routed: Experts `[t / R, k]` of this rank's tokens, of each expert layer; -1 is none.
+    """
+
+    tokens: int
+    documents: int
+    routed: list[Tensor]
+
+
 class _Theory:
     """Adds up calls and bytes."""
 
@@ -97,7 +117,7 @@ class _Theory:
 
 
 def micro_batch(
-    model: Decoder, mesh: Mesh, case: Case, tokens: int, documents: int, ledger: Ledger
+    model: Decoder, mesh: Mesh, case: Case, seen: "Seen", ledger: Ledger
 ) -> Counted | None:
     """Return what the layers of this rank send in one micro-batch, without its pipeline.
 
@@ -105,8 +125,7 @@ def micro_batch(
         model: The model.
         mesh: The mesh.
         case: How it trains.
-        tokens: Tokens t that this context-parallel rank holds, padding included.
-        documents: Documents of the micro-batch.
+        seen: What the micro-batch was.
         ledger: Names the groups.
 
     Returns:
@@ -114,8 +133,8 @@ def micro_batch(
     """
     if (recompute := case.recompute) not in RECOMPUTED:
         return None
-    a, theory = model.architecture, _Theory(ledger)
-    ranks = mesh.degree("tp")
+    a, theory, tokens = model.architecture, _Theory(ledger), seen.tokens
+    ranks, routed = mesh.degree("tp"), iter(seen.routed)
     unit = (ranks - 1) * tokens // ranks * a.width * ITEM
 
     def tensor(op: str, phase: str, calls: float) -> None:
@@ -129,7 +148,9 @@ def micro_batch(
             tensor(SCATTER, phase, pairs)
         _attention(theory, model, mesh, case, tokens)
         if experts is not None:
-            _experts(theory, model, mesh, number, documents, recompute == "full")
+            _experts(
+                theory, experts, mesh, a.width, seen.documents, next(routed), recompute == "full"
+            )
         if recompute == "selective":
             tensor(GATHER, "backward", 2 if experts is None else 1)
         elif recompute == "full":
@@ -172,19 +193,28 @@ def _attention(theory: _Theory, model: Decoder, mesh: Mesh, case: Case, tokens: 
 
 
 def _experts(
-    theory: _Theory, model: Decoder, mesh: Mesh, number: int, documents: int, again: bool
+    theory: _Theory,
+    experts: Experts,
+    mesh: Mesh,
+    width: int,
+    documents: int,
+    routed: Tensor,
+    again: bool,
 ) -> None:
-    experts = model.architecture.routed(number)
-    assert experts is not None
-    routed = math.nan
-    if mesh.ep is not None:
-        theory.add(mesh.ep, SWAP, "forward", 3, routed)
-        theory.add(mesh.ep, SWAP, "backward", 5 if again else 2, routed)
-    if mesh.etp is not None:
-        theory.add(mesh.etp, GATHER, "forward", 1, routed)
-        theory.add(mesh.etp, SWAP, "forward", 2, routed)
-        theory.add(mesh.etp, GATHER, "backward", again, routed)
-        theory.add(mesh.etp, SWAP, "backward", 4 if again else 2, routed)
+    """Count an expert layer; what a rank sends back is counted where it came from."""
+    table, row = experts.count * ITEM, width * ITEM  # a count is as long as a float64
+    rank, ranks = place(mesh.ep)
+    chosen = routed[routed >= 0]
+    leave = 2 * row * int((chosen // (experts.count // ranks) != rank).sum())
+    counted = ring_bytes(SWAP, ranks, table)
+    theory.add(mesh.ep, SWAP, "forward", 3, counted + leave)
+    theory.add(mesh.ep, SWAP, "backward", 5 if again else 2, again * (counted + leave) + leave)
+    shared = 2 * row * len(chosen) * (mesh.degree("etp") - 1)
+    lines = ring_bytes(GATHER, mesh.degree("etp"), table)
+    theory.add(mesh.etp, GATHER, "forward", 1, lines)
+    theory.add(mesh.etp, SWAP, "forward", 2, shared)
+    theory.add(mesh.etp, GATHER, "backward", again, again * lines)
+    theory.add(mesh.etp, SWAP, "backward", 4 if again else 2, (1 + again) * shared)
     losses = (experts.balance > 0) + (experts.router_z > 0)  # no backward needs them again
     if experts.balance > 0:
         table = documents * (experts.count + 1) * ITEM
@@ -198,10 +228,10 @@ def _experts(
 
 def step(
     mesh: Mesh, case: Case, optimizer: ShardedOptimizer, tokens: int, ledger: Ledger
-) -> Counted | None:
+) -> Counted:
     """Return what a rank sends in a step beside its layers: calls are without formula.
 
-    There is none for Muon, whose owners of matrices gather and scatter them.
+    All-reduces are not judged, nor the all-to-alls by which Muon's owners of matrices get these.
 
     Args:
         mesh: The mesh.
@@ -210,8 +240,6 @@ def step(
         tokens: Tokens t that this context-parallel rank holds, padding included.
         ledger: Names the groups.
     """
-    if case.optimizer != "adamw":
-        return None
     theory = _Theory(ledger)
     own, place = mesh.coordinate("pp"), case.stages.placement
     boundary = tokens // mesh.degree("tp") * case.architecture.width * ITEM
@@ -220,17 +248,22 @@ def step(
         if rank == own:
             for _ in ends:
                 theory.add(mesh.pp, EXCHANGE, "", math.nan, case.microbatches * boundary)
-    known = case.parallel.zero in (1, 2)
+    zero, micro = case.parallel.zero, case.microbatches
+    scatters = (0.0, 1.0, micro, micro)[zero]
+    if zero >= 2 and len(place) > mesh.degree("pp"):
+        scatters = math.nan  # what several stages of a rank share may leave once more
     for path, parameter in optimizer.parameters.items():
         group = mesh.edp if optimizer.layouts[path].expert else mesh.shard
         if group is None:
             continue
         ranks = group.size()
         rows = -(-parameter.shape[0] // ranks)
-        sent = (ranks - 1) * rows * math.prod(parameter.shape[1:]) * ITEM if known else math.nan
-        times = case.microbatches if case.parallel.zero == 2 else 1
-        theory.add(group, SCATTER, "", math.nan, times * sent)
-        theory.add(group, GATHER, "", math.nan, sent)
+        sent = (ranks - 1) * rows * math.prod(parameter.shape[1:]) * ITEM
+        gathers: float = 2 * micro if zero == 3 and path.startswith("blocks.") else min(zero, 1)
+        if case.optimizer == "muon":
+            gathers = math.nan  # the first step also gathers who owns which matrix
+        theory.add(group, SCATTER, "", math.nan, scatters * sent)
+        theory.add(group, GATHER, "", math.nan, gathers * sent)
     return dict(theory.found)
 
 
