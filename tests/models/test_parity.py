@@ -1,5 +1,7 @@
 """The decoder on meshes against one process, in float64: loss, gradients, norm, parameters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -79,17 +81,20 @@ ROUTED = Architecture(
         count=4, top_k=2, hidden=12, shared=8, dense_layers=1, balance=0.5, router_z=0.1
     ),
 )
+BIASED = replace(ROUTED, experts=replace(ROUTED.experts, bias_rate=0.1))
 CASES = [
     ("dp2", DENSE, {}),
     ("tp2", DENSE, {"recompute": "selective"}),
     ("tp4", TIED, {"packed": False, "recompute": "full"}),
     ("tp2,rep2", TIED, {}),
+    ("rep2", BIASED, {}),
     ("tp8", DENSE, {}),  # two ranks share a key head
     ("cp2", DENSE, {}),
     ("cp4,uly2", DENSE, {"balance": "document"}),
     ("cp2,tp2", TIED, {"context": "all_gather", "packed": False}),
     ("pp2", TIED, {"schedule": "1f1b"}),
     ("pp2", ROUTED, {"schedule": "zbv"}),
+    ("pp4", ROUTED, {"schedule": "1f1b"}),  # two stages between those that share the embedding
     ("pp2,dp2", ROUTED, {"schedule": "interleaved", "virtual": 2, "recompute": "full"}),
     ("dp2,ep2", ROUTED, {}),
     ("tp2,ep2", ROUTED, {"recompute": "norm,moe"}),
@@ -103,3 +108,26 @@ def test_mesh_equals_one_process(ranks, text, made, options):
     degrees = Degrees.parse(text)
     world = degrees.tp * degrees.cp * degrees.pp * (degrees.dp or 1) * degrees.rep
     ranks(world, _mesh_equals_one_process, text, made, options)
+
+
+def _logits_equal_one_process(text, made, options):
+    mesh = Mesh.build(text)
+    tokens, _, lengths = _global_batch(0)
+    for documents in (None, torch.tensor(sum(lengths, []), dtype=torch.int32)):
+        model = Decoder.create(made, mesh=mesh, seed=11, dtype=torch.float64, **options)
+        want = Decoder.create(made, seed=11, dtype=torch.float64)(tokens, documents)
+        torch.testing.assert_close(model(tokens, documents), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "made", "options"),
+    [
+        ("cp2,dp2", DENSE, {}),
+        ("cp4,uly2", DENSE, {"balance": "document"}),
+        ("tp2,cp2,ep2", ROUTED, {"context": "all_gather"}),
+    ],
+)
+def test_logits_equal_one_process(pool, text, made, options):
+    degrees = Degrees.parse(text)
+    world = degrees.tp * degrees.cp * (degrees.dp or 1)
+    pool(world, _logits_equal_one_process, text, made, options)

@@ -77,7 +77,7 @@ def drop_adjoint(fn):
             return fn(*args, **kwargs)
         y = fn(*args, **kwargs).detach()
         local = _without(base(fn.__name__), given)
-        if base(fn.__name__) in ("gather", "join"):
+        if base(fn.__name__) == "gather":
             import torch
 
             own = group.rank()

@@ -133,7 +133,7 @@ class _Sites(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> None:
         if node.id in self.names and isinstance(node.ctx, ast.Load):
             made = {how: f"{CALLS}.{how}({node.id})" for how in ("drop", "double", "other")}
-            if base(node.id) in ("gather", "scatter", "join", "split", "swap"):
+            if base(node.id) in ("gather", "scatter", "split", "swap"):
                 made["drop_adjoint"] = f"{CALLS}.drop_adjoint({node.id})"
             self.add(node.id, node, **made)
 

@@ -1,8 +1,9 @@
-"""What each tensor layer communicates, forward and backward, equals theory in number and bytes."""
+"""What layers and steps communicate equals theory, in number and bytes."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from warploom.parallel.collectives import (
     all_gather_rows,
@@ -15,6 +16,9 @@ from warploom.parallel.collectives import (
 )
 from warploom.parallel.collectives.ledger import Ledger, Total, ring_bytes
 from warploom.parallel.mesh import Mesh
+from warploom.parallel.optimizer import AdamW
+from warploom.parallel.sharding import layouts
+from warploom.parallel.step import Step, Term
 from warploom.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
 
 T, D, FEATURES, V = 16, 6, 8, 12
@@ -143,3 +147,68 @@ def test_groups_are_named_by_their_axes(pool):
 def test_bytes_of_an_exchange_do_not_follow_from_the_size():
     with pytest.raises(ValueError, match="a collective that all ranks enter alike, got 'exchange'"):
         ring_bytes("exchange", 2, 8)
+
+
+class _Toy(nn.Module):
+    """Two blocks and a root parameter, all of rows that 2 and 4 divide."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(D, D, bias=False) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(FEATURES))
+
+    def counts(self, batch):
+        return {"loss": len(batch)}
+
+    def loss(self, batch):
+        x = batch
+        for block in self.blocks:
+            x = block(x)
+        return (Term("loss", (x.sum() * self.scale.sum()), len(batch)),)
+
+
+def _steps_send_what_theory_says(text, zero, micro):
+    mesh = Mesh.build(text)
+    torch.manual_seed(0)
+    model = _Toy()
+    made = layouts(model)
+    step = Step(model, made, AdamW(dict(model.named_parameters()), made, mesh), mesh, zero=zero)
+    ledger = Ledger(mesh)
+    with observed(ledger), ledger.phase("step"):
+        step([torch.ones(3, D) for _ in range(micro)], learning_rate=1e-3)
+    block, root = ITEM * D * D, ITEM * FEATURES  # bytes
+    whole, units = 2 * block + root, [root, block, block]  # what travels together under ZeRO-3
+    shard = mesh.degree("dp")
+    wanted = {}
+
+    def add(group, op, *brought):
+        if group is not None:
+            key = (ledger.axis(group), op, "step")
+            calls, sent = wanted.get(key, (0, 0))
+            sent += sum(ring_bytes(op, group.size(), int(b)) for b in brought)
+            wanted[key] = Total(calls + len(brought), sent)
+
+    add(mesh.tokens, "all_reduce", 8, 16)  # counts; sums, and whether there are any
+    add(mesh.world, "all_reduce", 8)  # the gradient's norm
+    own = [size / shard for size in units] if zero == 3 else [whole / (shard if zero else 1)]
+    add(mesh.rep, "all_reduce", *own)
+    if zero == 0:
+        add(mesh.shard, "all_reduce", whole)
+    elif zero == 3:
+        add(mesh.shard, "reduce_scatter", *units * micro)
+        add(mesh.shard, "all_gather", root / shard, *[block / shard] * 4 * micro)
+    else:
+        add(mesh.shard, "reduce_scatter", *[whole] * (micro if zero == 2 else 1))
+        add(mesh.shard, "all_gather", whole / shard)
+    assert ledger.table() == wanted, (text, zero, micro)
+
+
+def _every_stage(text):
+    for zero in range(4):
+        for micro in (1, 3):
+            _steps_send_what_theory_says(text, zero, micro)
+
+
+@pytest.mark.parametrize("text", ["dp2", "rep2,dp2"])
+def test_a_step_sends_what_theory_says(pool, text):
+    pool(4 if "rep" in text else 2, _every_stage, text)
