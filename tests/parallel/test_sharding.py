@@ -1,5 +1,6 @@
 """Pieces: what a rank holds, cut into shards, put together again; initial values by name alone."""
 
+import hashlib
 import math
 
 import pytest
@@ -72,6 +73,24 @@ def test_initial_values_depend_on_name_and_index_alone(drawn):
     local = torch.full(layout.shape, math.nan)
     normal_(local, layout, seed=3, std=0.5)
     torch.testing.assert_close(local, _filled(layout, logical).nan_to_num(0.0), atol=0, rtol=0)
+
+
+def _splitmix64(x):
+    """Finalise as initialise.py does, in integers of Python."""
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) % 2**64
+    return x ^ x >> 31
+
+
+def test_initial_values_are_those_of_splitmix64_and_box_muller():
+    key = int.from_bytes(hashlib.sha256(b"3|a").digest()[:8], "little")
+    want = []
+    for index in range(6):
+        bits = _splitmix64(_splitmix64((index * 0x9E3779B97F4A7C15 + key) % 2**64))
+        one, two = (bits % 2**32 + 0.5) / 2**32, (bits // 2**32 + 0.5) / 2**32
+        want.append(0.5 * math.sqrt(-2 * math.log(one)) * math.cos(2 * math.pi * two))
+    found = normal_(torch.empty(2, 3, dtype=torch.float64), whole("a", (2, 3)), seed=3, std=0.5)
+    torch.testing.assert_close(found.flatten().tolist(), want, rtol=1e-12, atol=0)
 
 
 def test_initial_values_are_normal_and_differ_by_name_and_seed():
