@@ -117,6 +117,8 @@ def _logits_equal_one_process(text, made, options):
         model = Decoder.create(made, mesh=mesh, seed=11, dtype=torch.float64, **options)
         want = Decoder.create(made, seed=11, dtype=torch.float64)(tokens, documents)
         torch.testing.assert_close(model(tokens, documents), want, rtol=0, atol=1e-12)
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens, documents), want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@
 
 First every test of parallel/ and models/, and the proofs of recipes/, run once and say which
 functions they enter (build/reach.json). Then each mutant is tried in a copy of the tree with the
-tests that enter its function, those named after its file first, up to so many seconds of them. A
-hang counts as a failure. `named.json` holds bugs that public projects had.
+tests that enter its function: those named after its file and the quick ones, then those that enter
+most, so many seconds of each. A hang counts as a failure. `named.json` holds bugs that public projects had.
 
 Results are kept in build/mutants.json by a hash of the mutated file and of the tests that decided,
 so that a run that was broken off goes on, and one with more seconds tries survivors alone. A
@@ -150,13 +150,23 @@ class Reach:
         found.sort(
             key=lambda t: (not any(w in Path(t[0].split("::")[0]).stem for w in words), t[1])
         )
-        chosen, total = [], 0.0
-        for test, took in found:
-            if total and total + took > seconds:
-                break
-            chosen.append((test, took))
-            total += took
-        return chosen
+        near = _within(found, seconds / 2)
+        broad = sorted(found[len(near) :], key=lambda one: -self.breadth(one[0]))
+        return near + _within(broad, seconds / 2)
+
+    def breadth(self, test: str) -> int:
+        """Return how many functions a test enters."""
+        return len(self.known[test.split("::")[0]]["tests"][test]["entered"])
+
+
+def _within(tests: list[tuple[str, float]], seconds: float) -> list[tuple[str, float]]:
+    """Return the first tests that take so long together; one at least."""
+    chosen: list[tuple[str, float]] = []
+    for test, took in tests:
+        if chosen and sum(t for _, t in chosen) + took > seconds:
+            break
+        chosen.append((test, took))
+    return chosen
 
 
 class Results:
@@ -343,7 +353,10 @@ def main(words: list[str] | None = None, root: Path = Path(__file__).parents[2])
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants, evenly drawn")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument(
-        "--seconds", type=float, default=60, help="of tests a mutant, nearest and quickest first"
+        "--seconds",
+        type=float,
+        default=120,
+        help="of tests a mutant, half of them the nearest and quickest",
     )
     given = parser.parse_args(words)
     mutants = [*generated(root), *named(root)]

@@ -78,6 +78,8 @@ def column(group, *, parts=None, heads=None, deep=False, **options):
         assert owners <= 2 or share.shared
     wanted = [want[n].narrow(-1, s.first, s.size) for n, s in layer.shares.items()]
     near(y, torch.cat(wanted, -1).detach(), "output")
+    with torch.no_grad():
+        near(layer(local), y, "output without gradients")
     y.backward(torch.cat(list(mine.values()), -1))
     near(local.grad, slices(x.grad, group, 0) if sharded else x.grad, "dx")
     found = gradients(layer, group)
@@ -106,6 +108,8 @@ def row(group, *, deep=False, **options):
     local = slices(x.detach(), group, -1).requires_grad_()
     y = layer(local)
     near(y, slices(want.detach(), group, 0) if sharded else want.detach(), "output")
+    with torch.no_grad():
+        near(layer(local), y, "output without gradients")
     y.backward(slices(dy, group, 0) if sharded else dy)
     near(local.grad, slices(x.grad, group, -1), "dx")
     found = gradients(layer, group)
