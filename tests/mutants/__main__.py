@@ -3,9 +3,9 @@
     python -m tests.mutants [--list] [--only parallel/tensor/linear.py] [--sample 6] [--jobs 2]
 
 First every test of parallel/ and models/, and the proofs of recipes/, run once and say which
-functions they enter (build/reach.json). Then each mutant is tried in a copy of the tree with the
-tests that enter its function: those named after its file and the quick ones, then those that enter
-most, so many seconds of each. A hang counts as a failure. `named.json` holds bugs that public projects had.
+functions they enter (build/reach.json). Then each mutant is tried in a copy of the tree with tests
+that enter its function: the nearest and quickest first, then those that enter most functions. A
+hang counts as a failure. `named.json` holds bugs that public projects had.
 
 Results are kept in build/mutants.json by a hash of the mutated file and of the tests that decided,
 so that a run that was broken off goes on, and one with more seconds tries survivors alone. A
@@ -356,7 +356,7 @@ def main(words: list[str] | None = None, root: Path = Path(__file__).parents[2])
         "--seconds",
         type=float,
         default=120,
-        help="of tests a mutant, half of them the nearest and quickest",
+        help="of tests a mutant, half of them the nearest",
     )
     given = parser.parse_args(words)
     mutants = [*generated(root), *named(root)]
