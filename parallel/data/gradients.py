@@ -200,8 +200,6 @@ class Gradients:
             flat = one.bucket.pack([self.local(path) for path in paths], one.dtype)
         for path in paths:
             self.parameters[path].grad = None
-            if path in self.wide:
-                self.wide[path].zero_()
         one.missing = self._expected(one)
         while len(self.flying) >= _FLYING:
             self._land()
