@@ -32,7 +32,8 @@ class Stages:
                 stages in the middle, as the first also embeds and the last has the head.
 
         Raises:
-            ValueError: If there are fewer blocks than stages, or `sizes` do not sum to them.
+            ValueError: If there are fewer blocks than stages, `sizes` do not sum to them, or a
+                rank would hold nothing.
         """
         count = len(placement)
         if sizes is None:
@@ -48,6 +49,12 @@ class Stages:
             raise ValueError(
                 f"stage_layers {tuple(sizes)} must name {count} stages, none negative, that sum "
                 f"to the layers ({layers})"
+            )
+        busy = {at for at, size in zip(placement, sizes, strict=True) if size}
+        if idle := {*placement} - busy - {placement[0], placement[-1]}:
+            raise ValueError(
+                f"stage_layers {tuple(sizes)} leave pipeline rank {min(idle)} without a "
+                f"block: give one of its stages a layer"
             )
         return Stages(tuple(placement), tuple(sizes))
 

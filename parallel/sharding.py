@@ -197,6 +197,29 @@ def owned(tensors: Mapping[str, Layout], mesh: Mesh) -> dict[str, tuple[Piece, .
     return result
 
 
+@torch.no_grad()
+def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy this rank's slices of a whole state dict into the parameters of a model.
+
+    Args:
+        model: Of any layers; names are those of `layouts(model)`.
+        state: The logical tensors; of others nothing is read.
+
+    Raises:
+        ValueError: If one is missing or has another shape; nothing is changed.
+    """
+    made = layouts(model)
+    pieces = [piece for layout in made.values() for piece in layout.pieces]
+    wanted = {piece.name: piece.shape for piece in pieces}
+    found = {name: tuple(state[name].shape) if name in state else None for name in wanted}
+    if wrong := [f"{n} {s}, got {found[n] or 'none'}" for n, s in wanted.items() if found[n] != s]:
+        raise ValueError(f"the state must hold {'; '.join(wrong)}")
+    for path, layout in made.items():
+        for piece in layout.pieces:
+            own = piece.of_local(model.get_parameter(path).detach())
+            own.copy_(piece.of_logical(state[piece.name]))
+
+
 def assemble(
     tensors: Mapping[str, Tensor], made: Mapping[str, Layout], group: Group
 ) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .collectives import all_reduce_, device_of
+from .collectives import all_reduce_, device_of, place
 from .data import BUCKET_ELEMENTS, Gradients, Units, unit_of
 from .mesh import Mesh
 from .optimizer import ShardedOptimizer
@@ -104,9 +104,17 @@ def _divisors(promised: Sequence[Counts], mesh: Mesh) -> dict[str, float]:
     for counts in promised:
         for name, count in counts.items():
             totals[name] = totals.get(name, 0.0) + float(count)
-    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=device_of(mesh.tokens))
-    all_reduce_(values, mesh.tokens)
-    result = dict(zip(totals, values.tolist(), strict=True))
+    own = len(promised)
+    values = torch.tensor(
+        [*totals.values(), own, own**2], dtype=torch.float64, device=device_of(mesh.tokens)
+    )
+    *sums, all_, squares = all_reduce_(values, mesh.tokens).tolist()
+    if not all_ or all_**2 != squares * place(mesh.tokens)[1]:
+        raise ValueError(
+            f"every rank must bring as many micro-batches as the others, at least one; this one "
+            f"brings {own}, all of them {all_:.0f}"
+        )
+    result = dict(zip(totals, sums, strict=True))
     empty = [name for name, total in result.items() if total == 0]
     if empty:
         raise ValueError(

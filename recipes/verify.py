@@ -3,7 +3,7 @@
     warploom verify --mesh tp2,pp2,cp2,ep2                a built-in decoder, dense and experts
     warploom verify pretrain/llama3-8b --mesh tp2,cp2     the model of a run, made small
     warploom verify FOLDER --mesh tp2,ep4,dp2             that of a Hugging Face folder
-    warploom verify --mesh pp4 --schedule zbv --zero 3 --recompute selective
+    warploom verify --mesh pp2,dp2 --schedule zbv --zero 3 --recompute selective
 
 Starts one CPU process a rank and takes three optimizer steps in float64 twice: on the mesh, and in
 one process with the same global batch, in which ranks have unequal numbers of trained tokens and
@@ -33,6 +33,7 @@ from rich.table import Table
 from warploom.models import hf
 from warploom.models.architecture import Architecture
 from warploom.models.fits import check
+from warploom.parallel.collectives.ledger import AXES
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
@@ -140,6 +141,8 @@ def _defaults(run: Run, degrees: Degrees) -> Verify:
         parallel = replace(parallel, balance="zigzag")
     if degrees.cp == degrees.uly:
         parallel = replace(parallel, context="ring")
+    if not _shares(run.architecture, degrees):
+        parallel = replace(parallel, zero=1)
     return Verify(
         mesh=run.mesh,
         parallel=parallel,
@@ -221,6 +224,11 @@ def _case(asked: Verify, architecture: Architecture | None, *, z_loss: float) ->
     if parallel.stage_layers:
         made = replace(made, layers=sum(parallel.stage_layers))
     check_mesh(made, asked.mesh, parallel)
+    if parallel.zero != 1 and not _shares(made, d):
+        raise ValueError(
+            f"zero ({parallel.zero}) needs ranks that hold the same parameters: put dp2 or cp2 "
+            f"into the mesh ({asked.mesh!r}), or leave it out"
+        )
     case = Case(
         architecture=made,
         mesh=asked.mesh,
@@ -232,8 +240,16 @@ def _case(asked: Verify, architecture: Architecture | None, *, z_loss: float) ->
         z_loss=z_loss,
         seed=asked.seed,
     )
-    check(made, d, stages=len(case.stages.placement))
+    dealt = len(case.stages.placement)
+    check(made, d, stages=1 if parallel.stage_layers else dealt)
     return case
+
+
+def _shares(architecture: Architecture, degrees: Degrees) -> bool:
+    """Whether ranks of such a mesh hold the same parameters, which ZeRO can share out."""
+    tokens = degrees.cp * (degrees.dp or 1)
+    experts = architecture.experts is not None and degrees.tp * tokens > degrees.ep * degrees.etp
+    return tokens > 1 or experts
 
 
 def _introduction(asked: Verify, case: Case) -> str:
@@ -287,6 +303,7 @@ def tables(outcome: Outcome) -> list[Table]:
         parity.add_row(what, f"{error:.1e}", _verdict(error <= TOLERANCE))
     sent = Table("on axis", "collective", "calls", "formula", "bytes", "formula", "", **style)
     sent.title = "what all ranks send"
+    sent.caption = f"a group that is of several axes has the first name of {', '.join(AXES)}"
     for line in outcome.traffic:
         numbers = (line.calls, line.calls_wanted, line.bytes, line.bytes_wanted)
         what = f"{line.op} {line.phase}".strip()
@@ -341,14 +358,15 @@ def summary(differences: dict[str, float]) -> dict[str, float]:
 
 
 def _json(case: Case, outcome: Outcome, diagnosis: Diagnosis | None, taken: float) -> str:
-    wrong = failures(outcome.differences, tolerance=TOLERANCE)
+    wrong, strange = failures(outcome.differences, tolerance=TOLERANCE), surprises(outcome)
     found: dict[str, Any] = {
-        "proven": not wrong,
+        "proven": not wrong and not strange,
         "tolerance": TOLERANCE,
         "case": asdict(case),
         "seconds": taken,
         "differences": outcome.differences,
         "failures": wrong,
+        "not as predicted": strange,
         "diagnosis": None if diagnosis is None else asdict(diagnosis),
         "traffic": [_finite(asdict(line)) for line in outcome.traffic],
         "saved_bytes": _finite(dict(zip(("found", "predicted"), outcome.peak, strict=True))),

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from warploom.parallel.sharding import assemble, layouts
+from warploom.parallel.sharding import assemble, layouts, load
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
 TOKENS, WIDTH, HIDDEN, CLASSES = 12, 8, 16, 5
@@ -48,11 +48,8 @@ def sharded(whole: Net, group: dist.ProcessGroup | None) -> Net:
     """Build the net over a group, with the slices of `whole` that this rank's layouts name."""
     up = ColumnLinear(WIDTH, HIDDEN, group=group, bias=True)
     down = RowLinear(HIDDEN, WIDTH, group=group, bias=True)
-    net, state = Net(up, down).double(), whole.state_dict()
-    for path, layout in layouts(net).items():
-        for piece in layout.pieces:
-            own = piece.of_local(net.get_parameter(path).detach())
-            own.copy_(piece.of_logical(state[piece.name]))
+    net = Net(up, down).double()
+    load(net, whole.state_dict())
     return net
 
 

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from .door import Call
 
-_AXES = ("tp", "cp", "dp", "rep", "pp", "ep", "etp", "edp", "ulysses", "ring", "ends")
+AXES = ("tp", "cp", "dp", "rep", "pp", "ep", "etp", "edp", "ulysses", "ring", "ends")
 _PRODUCTS = ("shard", "tokens", "stage", "world")  # of several axes: they name what none names
 
 
@@ -81,7 +81,7 @@ class Ledger:
     """
 
     def __init__(self, mesh: object = None) -> None:
-        named = [(getattr(mesh, axis, None), axis) for axis in (*_AXES, *_PRODUCTS)]
+        named = [(getattr(mesh, axis, None), axis) for axis in (*AXES, *_PRODUCTS)]
         self._axes: dict[dist.ProcessGroup, str] = {}
         for group, axis in named:
             if group is not None:

@@ -100,13 +100,18 @@ class Gradients:
         self.leaving = False
         self.watching = observers()
         self.wide: dict[str, Tensor] = {}
-        self.hooks: list[RemovableHandle] = []
+        self.hooks: dict[str, RemovableHandle] = {}
         for path, parameter in self.parameters.items():
             if parameter.dtype.itemsize < 4 and not self._often(self.of[path]):
                 self.wide[path] = torch.zeros_like(parameter, dtype=torch.float32)
-            if parameter.requires_grad:
+        self._watch()
+
+    def _watch(self) -> None:
+        """Be told of the gradients of all that trains; a parameter may be unfrozen later."""
+        for path, parameter in self.parameters.items():
+            if parameter.requires_grad and path not in self.hooks:
                 hook = partial(self._arrived, path)
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+                self.hooks[path] = parameter.register_post_accumulate_grad_hook(hook)
 
     def _replicas(self, path: str) -> Group:
         return self.layouts[path].replicas(self.mesh)
@@ -124,6 +129,7 @@ class Gradients:
 
     def zero(self) -> None:
         """Forget the gradients of the last step."""
+        self._watch()
         while self.flying:
             self._land()
         for parameter in self.parameters.values():
@@ -135,7 +141,7 @@ class Gradients:
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        for hook in self.hooks:
+        for hook in self.hooks.values():
             hook.remove()
 
     def local(self, path: str) -> Tensor:

@@ -79,7 +79,7 @@ class Matrices:
     """
 
     def __init__(self, shards: Mapping[str, Shard], group: Group) -> None:
-        self.group = group
+        self.group, self.paths = group, list(shards)
         self.rank, self.ranks = place(group)
         self.own: dict[_Part, tuple[str, Piece, tuple[int, ...]]] = {
             part: (path, piece, index)

@@ -122,8 +122,9 @@ class Muon(AdamW):
         """Advance the momenta and make this step's matrices orthogonal; a collective call."""
         if self.offload and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # the gradients are down
-        shards = {path: self.shards[path] for path in self.hidden}
-        if self.matrices is None:
+        trained = [path for path in self.hidden if self.parameters[path].requires_grad]
+        shards = {path: self.shards[path] for path in trained}
+        if self.matrices is None or self.matrices.paths != trained:
             self.matrices = Matrices(shards, self.mesh.stage)
         moved: dict[str, Tensor] = {}
         for path, shard in shards.items():

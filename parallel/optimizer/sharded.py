@@ -75,6 +75,11 @@ class ShardedOptimizer(ABC):
         weight_decay: Decoupled: each step takes `learning_rate * weight_decay` of the weight.
         decay: Which parameters decay, given the path and the parameter.
         offload: Whether masters and states are kept in host memory.
+
+    A parameter that requires no gradient at a step is left as it is, decay included.
+
+    Raises:
+        ValueError: If a parameter is 0-dim.
     """
 
     def __init__(
@@ -87,6 +92,11 @@ class ShardedOptimizer(ABC):
         decay: Callable[[str, Tensor], bool] = decays,
         offload: bool = False,
     ) -> None:
+        for path, parameter in parameters.items():
+            if not parameter.dim():
+                raise ValueError(
+                    f"parameters are shared out by rows, and {path} is 0-dim: make it [1]"
+                )
         self.parameters = dict(parameters)
         self.layouts = dict(layouts)
         self.mesh = mesh
@@ -121,6 +131,7 @@ class ShardedOptimizer(ABC):
         self.zero = zero
         self.shards = {path: self._make(path) for path in self.parameters}
         self.buckets = make_buckets(self.parameters, self.replicas)
+        self.written = self._versions()
         self.reset()
 
     def _make(self, path: str) -> Shard:
@@ -165,7 +176,17 @@ class ShardedOptimizer(ABC):
         Args:
             gradients: This rank's shards by path, summed over ranks and normalised.
             learning_rate: This step's rate.
+
+        Raises:
+            RuntimeError: If someone else wrote parameters whose masters are apart.
         """
+        now = self._versions()
+        if changed := [path for path, version in self.written.items() if now[path] != version]:
+            raise RuntimeError(
+                f"{len(changed)} parameters, {changed[0]} first, were written since the last step, "
+                f"and their float32 masters were not: call adopt() of the optimizer after "
+                f"load_state_dict and the like"
+            )
         self.steps += 1
         arrived: list[Callable[[], None]] = [lambda: None for _ in self.buckets]
         if self.offload:
@@ -174,9 +195,11 @@ class ShardedOptimizer(ABC):
         flying: deque[tuple[Bucket, Pending]] = deque()
         for bucket, wait in zip(self.buckets, arrived, strict=True):
             wait()
-            self.update([self.shards[path] for path in bucket.paths], gradients, learning_rate)
+            trained = [self.shards[p] for p in bucket.paths if self.parameters[p].requires_grad]
+            self.update(trained, gradients, learning_rate)
             self._publish(bucket, flying)
         self._land(flying, 0)
+        self.written = self._versions()
 
     def _down(
         self, gradients: Mapping[str, Tensor]
@@ -202,6 +225,19 @@ class ShardedOptimizer(ABC):
         for bucket in self.buckets:
             self._publish(bucket, flying)
         self._land(flying, 0)
+        self.written = self._versions()
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Take the parameters' values as masters, after others wrote them; states stay."""
+        for shard in self.shards.values():
+            shard.master.copy_(shard.rows)
+        self.written = self._versions()
+
+    def _versions(self) -> dict[str, int]:
+        """Count the writes to each parameter whose master is apart; under ZeRO-3 none is whole."""
+        apart = [s for s in self.shards.values() if s.master is not s.rows and self.zero < 3]
+        return {shard.path: shard.parameter._version for shard in apart}
 
     def _publish(self, bucket: Bucket, flying: deque[tuple[Bucket, Pending]]) -> None:
         """Bring masters to own rows, and begin to gather these where every rank has all."""

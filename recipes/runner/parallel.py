@@ -75,7 +75,7 @@ def check_mesh(architecture: Architecture, mesh: str, parallel: Parallel) -> Non
     """
     try:
         degrees = Degrees.parse(mesh)
-        check_fit(architecture, degrees)
+        check_fit(architecture, degrees, stages=1 if parallel.stage_layers else None)
     except ValueError as error:
         raise UserError(f"mesh {mesh!r}: {error}") from None
     if degrees.pp == 1 and (parallel.schedule != "1f1b" or parallel.stage_layers):
@@ -83,6 +83,11 @@ def check_mesh(architecture: Architecture, mesh: str, parallel: Parallel) -> Non
             f"parallel.schedule ({parallel.schedule}) and parallel.stage_layers "
             f"({parallel.stage_layers}) need pipeline stages: put pp2 or more into the mesh "
             f"({mesh!r}), or leave them out"
+        )
+    if parallel.virtual != 2 and parallel.schedule != "interleaved":
+        raise UserError(
+            f"parallel.virtual ({parallel.virtual}) is of parallel.schedule interleaved alone; the "
+            f"schedule is {parallel.schedule}: leave it out"
         )
     if degrees.cp == degrees.uly and parallel.context != "ring":
         raise UserError(

@@ -7,7 +7,8 @@ from warploom.models.architecture import Architecture
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule
-from warploom.recipes.runner.parallel import Parallel
+
+from ..runner.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -188,7 +188,7 @@ def _steps_send_what_theory_says(text, zero, micro):
             sent += sum(ring_bytes(op, group.size(), int(b)) for b in brought)
             wanted[key] = Total(calls + len(brought), sent)
 
-    add(mesh.tokens, "all_reduce", 8, 16)  # counts; sums, and whether there are any
+    add(mesh.tokens, "all_reduce", 24, 16)  # a count and micro-batches; a sum, and if there is any
     add(mesh.world, "all_reduce", 8)  # the gradient's norm
     own = [size / shard for size in units] if zero == 3 else [whole / (shard if zero else 1)]
     add(mesh.rep, "all_reduce", *own)

@@ -159,6 +159,43 @@ def test_masters_of_16_bits_are_float32():
     assert all(moved), "small steps must add up in the masters"
 
 
+@pytest.mark.parametrize("optimizer_class", [AdamW, Muon])
+def test_what_is_frozen_stays(optimizer_class):
+    model = _model()
+    options = {"hidden": lambda path, p: p.dim() == 2} if optimizer_class is Muon else {}
+    optimizer = optimizer_class(
+        dict(model.named_parameters()), layouts(model), Mesh.build(), **options
+    )
+    for frozen, moving in (("0.weight", "2.weight"), ("2.weight", "0.weight")):
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            p.requires_grad_(name != frozen)
+        optimizer.step(_own(optimizer, _gradient(0, model)), 1e-2)
+        after = dict(model.named_parameters())
+        assert torch.equal(after[frozen], before[frozen])  # no decay either, as torch.optim has it
+        assert not torch.equal(after[moving], before[moving])
+
+
+def test_what_others_write_is_told_and_adopted():
+    model = _model(torch.bfloat16)
+    optimizer = AdamW(dict(model.named_parameters()), layouts(model), Mesh.build())
+    gradients = {path: torch.zeros_like(s.master) for path, s in optimizer.shards.items()}
+    optimizer.step(gradients, 1e-6)
+    model.load_state_dict({name: torch.full_like(p, 0.5) for name, p in model.named_parameters()})
+    with pytest.raises(RuntimeError, match=r"6 parameters, 0.weight first, were written since"):
+        optimizer.step(gradients, 1e-6)
+    optimizer.adopt()
+    optimizer.step(gradients, 1e-6)
+    assert all(torch.equal(p, torch.full_like(p, 0.5)) for p in model.parameters())
+
+
+def test_a_parameter_without_rows_is_refused():
+    model = nn.Module()
+    model.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="scale is 0-dim: make it"):
+        AdamW(dict(model.named_parameters()), layouts(model), Mesh.build())
+
+
 def _each_matrix_has_one_owner():
     """Over tp and dp: what travels is each element once forth, and back to all that hold it."""
     mesh = Mesh.build("tp2,dp2,ep2")

@@ -17,6 +17,7 @@ from warploom.parallel.sharding import (
     Piece,
     assemble,
     layouts,
+    load,
     narrow,
     owned,
     rows,
@@ -112,6 +113,30 @@ def test_layouts_follow_module_paths_and_keep_a_tied_weight_once():
     found = layouts(model, rename=lambda name: f"model.{name}")
     assert list(found) == ["0.weight", "1.weight", "1.bias", "2.bias"]
     assert [p.name for p in found["0.weight"].pieces] == ["model.0.q.weight", "model.0.k.weight"]
+
+
+def _whole_state_comes_and_goes(size):
+    group = dist.group.WORLD if size > 1 else None
+    model = nn.Sequential(ColumnLinear(4, 8, group=group, parts={"q": 4, "k": 4}), nn.LayerNorm(8))
+    state = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(3))
+        for name, shape in {"0.q.weight": (4, 4), "0.k.weight": (4, 4), "1.weight": (8,)}.items()
+    }
+    before = [p.clone() for p in model.parameters()]
+    for wrong in (state, state | {"1.bias": torch.ones(2)}):
+        with pytest.raises(ValueError, match=r"the state must hold 1.bias \(8,\), got "):
+            load(model, wrong)
+    assert all(map(torch.equal, before, model.parameters()))
+    state["1.bias"] = torch.ones(8)
+    load(model, state | {"other": torch.ones(1)})
+    back = assemble(dict(model.named_parameters()), layouts(model), group)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_whole_state_comes_and_goes(pool, size):
+    pool(size, _whole_state_comes_and_goes, size)
 
 
 def test_a_single_layer_declares_itself():

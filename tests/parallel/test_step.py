@@ -182,6 +182,31 @@ def test_16_bit_gradients_accumulate_in_float32():
     assert torch.equal(step.gradients.local("weight"), torch.full((4,), 300.0))  # bf16 stops at 256
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_unfrozen_trains(dtype):
+    model = _Bare(dtype=dtype, count=1, promised=1)
+    model.weight.requires_grad_(False)
+    step = _step(model, Mesh.build(), clip=None)
+    model.weight.requires_grad_(True)
+    before = model.weight.detach().clone()
+    step([torch.tensor(1.0, dtype=dtype)] * 2, learning_rate=0.1)
+    assert not torch.equal(model.weight, before)
+
+
+def _ranks_bring_unequal_batches():
+    mesh = Mesh.build("dp2")
+    for zero, numbers in ((1, (1, 2)), (2, (2, 1)), (1, (0, 0))):
+        step = _step(_Bare(), mesh, zero=zero)
+        own = numbers[mesh.rank]
+        words = f"at least one; this one brings {own}, all of them {sum(numbers)}"
+        with pytest.raises(ValueError, match=words):
+            step([torch.tensor(1.0)] * own, learning_rate=0.1)
+
+
+def test_ranks_bring_as_many_micro_batches(ranks):
+    ranks(2, _ranks_bring_unequal_batches)
+
+
 def test_split_covers_the_global_batch():
     mesh = Mesh.build()
     parts = split(global_batch(0), mesh, 2)

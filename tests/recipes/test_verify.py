@@ -141,9 +141,13 @@ def prove_sending_twice(case, measure=False):
         return prove(case, measure)
 
 
-def test_a_collective_too_many_is_told(capsys, monkeypatch):
+def test_a_collective_too_many_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(verify, "prove", prove_sending_twice)
-    assert cli.main(["verify", "pretrain/stdlib-smoke", "--mesh", "tp2"]) == 1
+    file = tmp_path / "found.json"
+    assert cli.main(["verify", "pretrain/stdlib-smoke", "--mesh", "tp2", "--json", str(file)]) == 1
+    found = json.loads(file.read_text())
+    assert not found["proven"]
+    assert "on axis tp a micro-batch makes" in found["not as predicted"][0]
     shown = " ".join(capsys.readouterr().out.split())
     assert "not proven" not in shown
     assert "on axis tp a micro-batch makes" in shown
@@ -163,6 +167,8 @@ def test_a_collective_too_many_is_told(capsys, monkeypatch):
         ),
         ("--mesh pp2 --schedule interleaved --micro-batches 3", "must be a multiple of the ranks"),
         ("--mesh pp2 --stage-layers 1 1 1", "must name 2 stages"),
+        ("--mesh pp4 --stage-layers 1 0 1 0", "leave pipeline rank 1 without a block"),
+        ("--mesh pp2 --virtual 4", "parallel.virtual (4) is of parallel.schedule interleaved"),
         (
             "--mesh dp2 --schedule zbv",
             "parallel.schedule (zbv) and",
@@ -172,6 +178,8 @@ def test_a_collective_too_many_is_told(capsys, monkeypatch):
             "--mesh cp2,uly2 --context all_gather",
             "context (all_gather) needs ranks between",
         ),
+        ("--mesh tp2,ep2 --zero 3", "zero (3) needs ranks that hold the same parameters"),
+        ("pretrain/llama3-8b --mesh tp2 --zero 2", "put dp2 or cp2 into the mesh ('tp2')"),
         ("--mesh dp2 --recompute everything", "recompute must be none, full, selective"),
         ("--mesh dp2 --micro-batches 0", "micro_batches must be at least 1; got 0"),
         ("--mesh dp2 --json /nowhere/found.json", "json must be a file in a folder that exists"),
