@@ -5,7 +5,7 @@
 
 An observer is called with each `Call` before it runs and gives a context that is open while it is
 begun: a ledger counts, a fingerprint compares. If entering the context gives a function, that gets
-what was begun, a list of `torch.distributed.Work`: a watchdog keeps them until they are completed.
+what was begun, a list of works with `is_completed`: a watchdog keeps them until they are completed.
 An observer that has a method `waiting` is asked for a context around each wait for a transfer. With
 no observer the door costs a look at one context variable.
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -115,6 +115,33 @@ def waiting() -> Iterator[None]:
         yield
 
 
+class _Waited:
+    """A work that is completed, too, once its wait has ended, in whichever thread.
+
+    A reduce-scatter of gloo does its last part in the wait, and never says itself that it is done.
+    """
+
+    __slots__ = ("_over", "_work")
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work, self._over = work, False
+
+    def wait(self) -> None:
+        try:
+            self._work.wait()
+        finally:  # what raised hangs no more
+            self._over = True
+
+    def is_completed(self) -> bool:
+        return self._over or self._work.is_completed()
+
+
+def _wait_blocks(x: Tensor, group: dist.ProcessGroup) -> bool:
+    """Return whether a wait ends with the transfer; NCCL's only has the stream wait."""
+    kind = x.device.type
+    return kind == "cpu" or f"{kind}:gloo" in dist.get_backend_config(group)
+
+
 def passing(
     op: str,
     x: Tensor,
@@ -125,7 +152,11 @@ def passing(
     uniform: bool = True,
     messages: Callable[[], tuple[Message, ...]] = tuple,
 ) -> T:
-    """Run a collective that brings `x`, seen by every observer, the first one outermost."""
+    """Run a collective that brings `x`, seen by every observer, the first one outermost.
+
+    Returns:
+        What `run` began; where somebody follows it, what they see of it, to be waited for.
+    """
     watching = _OBSERVERS.get()
     if not watching:
         return run()
@@ -133,7 +164,12 @@ def passing(
     with ExitStack() as stack:
         entered = [stack.enter_context(observer(call)) for observer in watching]
         works = run()
-        for follow in entered:
-            if callable(follow):
-                follow(works if isinstance(works, list) else [works])
-        return works
+        following = [follow for follow in entered if callable(follow)]
+        if not following:
+            return works
+        begun: list[Any] = works if isinstance(works, list) else [works]
+        if _wait_blocks(x, group):
+            begun = [_Waited(work) for work in begun]
+        for follow in following:
+            follow(begun)
+        return cast("T", begun if isinstance(works, list) else begun[0])

@@ -1,6 +1,8 @@
 """Words for a collective and for the place that called it."""
 
+import math
 import sys
+from numbers import Real
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +17,16 @@ _SKIPPED = (
     str(_LIBRARY / "faults"),
     str(Path(torch.__file__).parent),
 )
+
+
+def check_patience(patience_s: float) -> None:
+    """Check how long to be patient.
+
+    Raises:
+        ValueError: If it is not a finite number above 0.
+    """
+    if not (isinstance(patience_s, Real) and 0 < patience_s < math.inf):
+        raise ValueError(f"patience_s must be a finite number of seconds above 0, got {patience_s}")
 
 
 def members(group: dist.ProcessGroup) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from ..collectives import Call
-from .describe import group_key, members, place, what
+from .describe import check_patience, group_key, members, place, what
 
 
 class MismatchError(RuntimeError):
@@ -39,9 +39,13 @@ class Fingerprint:
         store: Reached by all ranks; where the same one serves others, a `PrefixStore` of it. Each
             new fingerprint over a store needs a prefix of its own.
         patience_s: How long a rank may be late before it is named.
+
+    Raises:
+        ValueError: If `patience_s` is not a finite number above 0.
     """
 
     def __init__(self, store: Store, *, patience_s: float = 60.0) -> None:
+        check_patience(patience_s)
         self.store = store
         self.patience_s = patience_s
         self._numbers: Counter[str] = Counter()

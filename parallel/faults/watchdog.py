@@ -3,14 +3,18 @@
     with Watchdog(store, rank=rank, patience_s=300):
         train()
 
-A thread looks at the collectives that were begun and are not completed. One that is older than the
-patience is reported once: the rank, the collective, how long it has run, the Python stack of the
-thread that began it, and which ranks have not begun theirs, with the line where each of them is.
-The ranks' watchdogs exchange their progress through a `torch.distributed.Store`, in their own
-threads, so that this works although the group hangs.
+A thread looks at the collectives that were begun and are not completed: neither has their wait
+ended nor do their works say so. Each that is older than the patience is reported once: the rank,
+the collective, how long it has run, the Python stack of the thread that began it, and which ranks
+have not begun theirs, with the line where each of them is. The ranks' watchdogs exchange their
+progress through a `torch.distributed.Store`, in their own threads, so that this works although the
+group hangs.
 
 A rank's progress is published every quarter of the patience, at most every second; a collective
 costs a lock and a few dictionary entries.
+
+NCCL's wait returns at once, so there only the works tell. A reduce-scatter of gloo is the other way
+round, so one that is begun has to be waited for within the patience.
 """
 
 import json
@@ -30,7 +34,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 from ..collectives import Call, observed
-from .describe import group_key, members, place, what
+from .describe import check_patience, group_key, members, place, what
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,6 +98,9 @@ class Watchdog:
         patience_s: How long a collective may take.
         report: Called with each hang, in the watchdog's thread, after it was logged as an error.
         abort: Whether the process then ends by SIGABRT, so that its launcher notices.
+
+    Raises:
+        ValueError: If `patience_s` is not a finite number above 0.
     """
 
     def __init__(
@@ -105,6 +112,7 @@ class Watchdog:
         report: Callable[[Hang], None] | None = None,
         abort: bool = False,
     ) -> None:
+        check_patience(patience_s)
         held: Any = store  # the stubs lack `clone`
         self.store: Store = held.clone()
         self.rank, self.patience_s, self.report, self.abort = rank, patience_s, report, abort
@@ -135,8 +143,7 @@ class Watchdog:
         """Watch one collective until its works are completed."""
         group, ranks = group_key(call.group), members(call.group)
         with self._lock:
-            for key in [key for key, entry in self._open.items() if entry.completed()]:
-                del self._open[key]
+            self._forget_completed()
             entry = self._begin(call, group, ranks)
             self._open[id(entry)] = entry
             self._last = f"began {what(call)} over ranks {group} as its last"
@@ -150,6 +157,11 @@ class Watchdog:
             with self._lock:
                 self._open.pop(id(entry), None)
             raise
+
+    def _forget_completed(self) -> None:
+        """Drop what is completed; under the lock."""
+        for key in [key for key, entry in self._open.items() if entry.completed()]:
+            del self._open[key]
 
     def _begin(self, call: Call, group: str, ranks: tuple[int, ...]) -> _Open:
         """Count the call, and note what each partner must have counted for it to end."""
@@ -174,17 +186,14 @@ class Watchdog:
         interval = min(1.0, self.patience_s / 4)
         while not self._stop.wait(interval):
             self._exchange(self._publish)
-            now = time.monotonic()
             with self._lock:
-                for key in [key for key, entry in self._open.items() if entry.completed()]:
-                    del self._open[key]
-                open_now = list(self._open.values())
-            hanging = {e.call.group for e in open_now if e.told}
-            for entry in open_now:  # oldest first; what a group does after a hang hangs as well
-                if now - entry.since > self.patience_s and entry.call.group not in hanging:
-                    hanging.add(entry.call.group)
+                self._forget_completed()
+                untold = [entry for entry in self._open.values() if not entry.told]
+            for entry in untold:  # oldest first
+                waited_s = time.monotonic() - entry.since
+                if waited_s > self.patience_s and not entry.completed():
                     entry.told = True
-                    self._tell(entry, now - entry.since)
+                    self._tell(entry, waited_s)
 
     def _exchange(self, run: Callable[[], Any]) -> Any:
         """Reach the store; when it is gone, say so once and go on without."""

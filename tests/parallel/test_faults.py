@@ -1,5 +1,6 @@
 """Faults on real ranks: one sleeps, one hangs, ranks call different things, one is slow."""
 
+import math
 import re
 import time
 
@@ -17,6 +18,8 @@ from warploom.parallel.collectives import (
     exchange_begin,
     observed,
     reduce_scatter_rows,
+    reduce_scatter_rows_begin,
+    watched,
 )
 from warploom.parallel.faults import Fingerprint, MismatchError, Stragglers, Watchdog
 from warploom.parallel.mesh import Mesh
@@ -115,6 +118,63 @@ def _refuse(call):
 
 def test_what_completed_is_no_hang(pool):
     pool(2, _all_overlap)
+
+
+def _reduce_scatters_then_a_hang():
+    """gloo's reduce-scatter never says that it has completed, so its wait must."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hangs, opened, x = [], [], torch.ones(4, 3)
+    settle("begin")
+    watchdog = Watchdog(shared_store("r"), rank=rank, patience_s=0.8, report=hangs.append)
+    with watchdog:
+        for _ in range(24):
+            reduce_scatter_rows(x, group)
+            pending = reduce_scatter_rows_begin(x, group)
+            with watched(()):  # as in a thread of autograd, which does not see the observers
+                pending.wait()
+            opened.append(len(watchdog._open))
+            time.sleep(0.1)
+        assert hangs == []
+        assert max(opened) <= 2
+        if rank == 1:
+            oversleep(2.4)
+        reduce_scatter_rows(x, group)
+    told = [(h.what, h.number, list(h.missing)) for h in hangs]
+    assert told == ([("reduce_scatter of [4, 3] float32", 49, [1])] if rank == 0 else [])
+
+
+def test_reduce_scatters_that_completed_are_no_hang_and_hide_none(pool):
+    pool(2, _reduce_scatters_then_a_hang)
+
+
+def _each_that_is_stuck():
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hangs = []
+    settle("begin")
+    with Watchdog(shared_store("e"), rank=rank, patience_s=0.8, report=hangs.append):
+        for begun in (2, 1):
+            if rank == 1:
+                oversleep(2.4)
+            for pending in [all_reduce_begin(torch.ones(2), group) for _ in range(begun)]:
+                pending.wait()
+    told = [(h.number, list(h.missing)) for h in hangs]
+    assert told == ([(1, [1]), (2, [1]), (3, [1])] if rank == 0 else [])
+
+
+def test_each_that_is_stuck_is_told_once_also_after_a_recovery(pool):
+    pool(2, _each_that_is_stuck)
+
+
+@pytest.mark.parametrize("patience_s", [0, -1.0, math.nan, math.inf, None])
+def test_a_patience_that_is_none_is_refused(patience_s):
+    sentence = f"patience_s must be a finite number of seconds above 0, got {patience_s}$"
+    for build in (lambda **to: Watchdog(dist.HashStore(), rank=0, **to), _fingerprint):
+        with pytest.raises(ValueError, match=sentence):
+            build(patience_s=patience_s)
+
+
+def _fingerprint(**to):
+    return Fingerprint(dist.HashStore(), **to)
 
 
 def _hang_for_ever(abort):
