@@ -4,8 +4,7 @@
 
 First every test of parallel/ and models/, and the proofs of recipes/, run once and say which
 functions they enter (build/reach.json). Then each mutant is tried in a copy of the tree with tests
-that enter its function: the nearest and quickest first, then those that enter most functions. A
-hang counts as a failure. `named.json` holds bugs that public projects had.
+that enter its function: the nearest and quickest first, then others at random. A hang counts as a failure. `named.json` holds bugs that public projects had.
 
 Results are kept in build/mutants.json by a hash of the mutated file and of the tests that decided,
 so that a run that was broken off goes on, and one with more seconds tries survivors alone. A
@@ -131,7 +130,11 @@ class Reach:
         self.file.write_text(json.dumps(self.known, indent=1))
 
     def tests(self, mutant: Mutant, seconds: float) -> list[tuple[str, float]]:
-        """List tests that enter the function of a mutant, with their seconds, the nearest first."""
+        """List all tests that enter the function of a mutant, with their seconds.
+
+        Those named after its file and the quickest come first, up to half of `seconds`; the others
+        follow in a random order, which differs from mutant to mutant.
+        """
         found: list[tuple[str, float]] = []
         scope = [] if mutant.scope == "module" else mutant.scope.split(".")
         while not found:  # what is not entered by itself is looked for in what holds it
@@ -151,12 +154,9 @@ class Reach:
             key=lambda t: (not any(w in Path(t[0].split("::")[0]).stem for w in words), t[1])
         )
         near = _within(found, seconds / 2)
-        broad = sorted(found[len(near) :], key=lambda one: -self.breadth(one[0]))
-        return near + _within(broad, seconds / 2)
-
-    def breadth(self, test: str) -> int:
-        """Return how many functions a test enters."""
-        return len(self.known[test.split("::")[0]]["tests"][test]["entered"])
+        others = found[len(near) :]
+        random.Random(mutant.id).shuffle(others)
+        return near + others
 
 
 def _within(tests: list[tuple[str, float]], seconds: float) -> list[tuple[str, float]]:
@@ -181,15 +181,21 @@ class Results:
         parts = [(self.root / f).read_bytes() for f in files if (self.root / f).exists()]
         return hashlib.sha256(b"\0".join([*parts, text.encode()])).hexdigest()[:16]
 
-    def get(self, mutant: Mutant, tests: list[str]) -> str | None:
-        """Return a result that still holds: a death whoever brought it, a survival of all."""
+    def get(self, mutant: Mutant, tests: list[str], chosen: int) -> str | None:
+        """Return a result that still holds: a death whoever brought it, a survival of the chosen.
+
+        Args:
+            mutant: Of what.
+            tests: All that enter its function.
+            chosen: How many of these, the first, would be tried.
+        """
         entry = self.known.get(mutant.id)
         if entry is None or not set(entry["tests"]) <= set(tests):
             return None
         if entry["sources"] != self.hash(mutant.text, entry["tests"]):
             return None
         result: str = entry["result"]
-        return result if result in DEAD or set(entry["tests"]) == set(tests) else None
+        return result if result in DEAD or set(entry["tests"]) >= set(tests[:chosen]) else None
 
     def put(self, mutant: Mutant, tests: list[str], result: str, why: str) -> None:
         """Keep a result, of the one test that failed or of all that did not."""
@@ -230,9 +236,10 @@ class Tool:
         left: list[tuple[Mutant, list[tuple[str, float]]]] = []
         for mutant in mutants:
             tests = self.reach.tests(mutant, self.seconds)
-            known = self.results.get(mutant, [test for test, _ in tests])
-            if known is None and tests:
-                left.append((mutant, tests))
+            chosen = _within(tests, self.seconds)
+            known = self.results.get(mutant, [test for test, _ in tests], len(chosen))
+            if known is None and chosen:
+                left.append((mutant, chosen))
             else:
                 found[mutant.id] = known or "survived"
 
