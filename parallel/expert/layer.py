@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import Group, join, reduce, split
+from ..collectives import Group, join, place, reduce, split
 from ..tensor.linear import ColumnLinear, RowLinear
 from ..tensor.product import swiglu_linear
 from .dispatch import apply_experts
@@ -111,8 +111,8 @@ class MoE(nn.Module):
         invariant: Whether outputs and losses do not depend on how the global batch is split.
 
     Raises:
-        ValueError: If the groups do not divide the experts or their hidden width, such a routing
-            cannot be, or another value is out of range.
+        ValueError: If the groups do not divide the experts or their hidden width, this rank is not
+            in one of them, such a routing cannot be, or another value is out of range.
     """
 
     def __init__(
@@ -143,6 +143,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(balance, capacity, drop, chunks, shared)
+        for tokens in (tp_group, context_group):
+            place(tokens)
         self.width, self.count = width, experts
         self.group, self.etp_group = group, etp_group
         self.tp_group, self.context_group = tp_group, context_group

@@ -29,6 +29,7 @@ from torch import Tensor
 from warploom.kernels import loss as kernel
 
 from ..collectives import Group, all_reduce_
+from .product import autocast
 
 _CHUNK_BYTES = 1 << 26
 _IGNORED = -100
@@ -47,6 +48,8 @@ def linear_cross_entropy(
 ) -> tuple[Pair, ...]:
     """Return the `(sum, count)` of the cross-entropy, and with `z_loss` that of lse^2.
 
+    Under autocast the logits are in its dtype, and what is computed of them in float32.
+
     Args:
         hidden_TD: `[T, D]`, equal on all ranks of the group.
         weight_WD: Own rows `[W, D]` of the head, without padding.
@@ -58,6 +61,7 @@ def linear_cross_entropy(
     Returns:
         Pairs of 0-dim tensors, equal on all ranks; sums in float32 at least, counts int64.
     """
+    hidden_TD, weight_WD = autocast(hidden_TD, weight_WD)
     if group is None:
         found: Any = kernel.linear_cross_entropy(hidden_TD, weight_WD, targets_T, z_loss=z_loss)
         return found if z_loss else (found,)

@@ -40,7 +40,7 @@ from ..collectives import (
     reduce_scatter_rows_begin,
     watched,
 )
-from .product import WeightGradients, current_queue, kept
+from .product import WeightGradients, autocast, current_queue, kept, uncompiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ class Plan:
         return rows // self.chunks
 
 
+@uncompiled
 def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Gather `x` `[T/R, ..., D]` over the group and multiply: `[T, ..., F/R]`.
 
@@ -97,7 +98,7 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) ->
     Raises:
         ValueError: If the chunks do not divide the rows.
     """
-    x, weight = _autocast(x, weight)
+    x, weight = autocast(x, weight)
     queue = current_queue() if weight.requires_grad and torch.is_grad_enabled() else None
     seen = (weight, bias) if queue is None else (None, None)
     own, full, token = x.flatten(0, -2), None, None
@@ -115,6 +116,7 @@ def gather_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) ->
     return whole
 
 
+@uncompiled
 def linear_scatter(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """Multiply `x` `[T, ..., D/R]`, sum over the group and keep own tokens: `[T/R, ..., F]`.
 
@@ -130,7 +132,7 @@ def linear_scatter(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         raise ValueError(
             f"rows to scatter ({x.shape[0]}) must be divisible by the group ({plan.group.size()})"
         )
-    x, weight = _autocast(x, weight)
+    x, weight = autocast(x, weight)
     queue = current_queue() if weight.requires_grad and torch.is_grad_enabled() else None
     rows, seen = x.flatten(0, -2).contiguous(), weight if queue is None else None
     token = kept(rows, weight) if _trains(x, weight) else None
@@ -141,14 +143,6 @@ def linear_scatter(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
 
 def _trains(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    kind = x.device.type  # meta knows no autocast
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return x, weight
-    dtype = torch.get_autocast_dtype(kind)
-    return x.to(dtype), weight.to(dtype)
 
 
 def _gathered_product(x: Tensor, matrix: Tensor, plan: Plan, keep: bool) -> tuple[Tensor, Any]:
@@ -184,10 +178,10 @@ def _product_scattered_begin(x: Tensor, matrix: Tensor, plan: Plan) -> Pending:
     rows = plan.cut(x.shape[0] // ranks)
     y = x.new_empty(plan.chunks, rows, matrix.shape[1])
     each = matrix.expand(ranks, *matrix.shape)
-    runs = x.view(ranks, plan.chunks, rows, -1)
+    runs = x.view(ranks, plan.chunks, rows, x.shape[1])
     leaving = []
     for c in range(plan.chunks):
-        part = torch.bmm(runs[:, c], each).view(ranks * rows, -1)
+        part = torch.bmm(runs[:, c], each).flatten(0, 1)
         leaving.append(reduce_scatter_rows_begin(part, group, out=y[c]))
     return Pending(y.view(-1, y.shape[-1]), leaving)
 

@@ -25,15 +25,41 @@ Source: Qi et al. 2023, https://arxiv.org/abs/2401.10241, section 2 (the split b
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from warploom.kernels.activation import swiglu
 from warploom.kernels.activation import swiglu_linear as fused_swiglu_linear
 from warploom.kernels.library import first_derivative_only
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast both as autocast would, if it is on: what is kept is then what is multiplied."""
+    kind = x.device.type  # meta knows no autocast
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return x, weight
+    dtype = torch.get_autocast_dtype(kind)
+    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+    return x, weight
+
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
+    """Have torch.compile leave a function out: the nodes it makes read what `kept` made before."""
+    outside = _disable_dynamo(function)  # that of torch.compiler loads the compiler at import: 2 s
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return run
 
 
 class WeightGradients:
@@ -164,6 +190,7 @@ class _Split(torch.autograd.Function):
         return dx, None, None, None, None, None, None
 
 
+@uncompiled
 def deferred(
     x: Tensor,
     weight: Tensor,
@@ -176,7 +203,7 @@ def deferred(
     """Apply an operator of `x` and a weight; its weight gradient waits, if a queue is open.
 
     Args:
-        x: Input; it and the weight are kept for the backward.
+        x: Input; it and the weight are kept for the backward, as autocast casts them.
         weight: The weight.
         bias: Added to the last dimension, if given.
         forward: Of `(x, weight)`, or with a bias of `(x, weight, bias)`; differentiable.
@@ -184,6 +211,7 @@ def deferred(
         weight_gradient: Of `(dy, x)`, in the shape of `weight`; called in `queue.run()`.
     """
     queue = _QUEUE.get()
+    x, weight = autocast(x, weight)
     if queue is None or not (torch.is_grad_enabled() and weight.requires_grad):
         return forward(x, weight) if bias is None else forward(x, weight, bias)
     token, held = kept(x, weight), (weight, bias)

@@ -1,5 +1,6 @@
 """Experts spread over ranks equal plain loops over all experts on one rank: outputs, gradients."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -193,6 +194,65 @@ def _equals_oracle(text, names):
         assert found.keys() == weights.keys()
         for key, gradient in zip(weights, gradients[1:], strict=True):
             _close(found[key], gradient, f"{name} {key}")
+
+
+def _autocast_is_near(text):
+    """With all experts chosen, so that rounding moves no token."""
+    mesh = Mesh.build(text)
+    layer = build(mesh, top_k=E, shared=8, sequence_parallel=False, **LOSSES).float()
+    x, dy = _randn(6, D, seed=1).float(), _randn(6, D, seed=2).float()
+    results = []
+    for on in (False, True):
+        layer.zero_grad()
+        mine = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=on):
+            y, losses = layer(mine)
+        ((y * dy).sum() + sum(losses.values())).backward()
+        results.append([y.detach().float(), mine.grad, *(p.grad for p in layer.parameters())])
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=0.05 * float(want.abs().max()), rtol=0)
+
+
+def test_autocast_is_near_on_one_rank():
+    _autocast_is_near("")
+
+
+def _on_two_ranks():
+    group = dist.group.WORLD
+    for text in ("ep2", "tp2,etp2"):
+        _autocast_is_near(text)
+    layer = build(Mesh.build("tp2,ep2"), shared=8, bias=True)
+    twin, x = copy.deepcopy(layer), _randn(6, D, seed=1)
+    assert twin.group is twin.shared.down.group is twin.router.tp_group is group
+    assert twin.experts.down is not layer.experts.down
+    assert torch.equal(twin(x)[0], layer(x)[0])
+    other = [dist.new_group([rank]) for rank in (0, 1)][1 - dist.get_rank()]
+    for name in ("tp_group", "context_group"):
+        with pytest.raises(ValueError, match="must be a process group that this rank is in"):
+            MoE(D, HIDDEN, E, K, group=None, **{name: other})
+
+
+def test_autocast_copies_and_foreign_groups_on_two_ranks(ranks):
+    ranks(2, _on_two_ranks)
+
+
+def _compiled():
+    layer = build(Mesh.build("tp2,ep2"), shared=8, chunks=2, **LOSSES)
+    dy, results = _randn(6, D, seed=2), []
+    for run in (layer, torch.compile(layer, backend="eager")):
+        for seed in (1, 2):
+            layer.zero_grad()
+            x = _randn(6, D, seed=seed).requires_grad_()
+            y, losses = run(x)
+            ((y * dy).sum() + sum(losses.values())).backward()
+        results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_layer_equals_the_eager_one(ranks):
+    ranks(2, _compiled)
 
 
 def _overlaps(chunks):

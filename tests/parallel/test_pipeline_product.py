@@ -1,5 +1,7 @@
 """A product whose weight gradient waits gives the same gradients, with the same matmuls."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,6 +77,39 @@ def test_split_gradients_equal_whole_ones(recomputed, leaf_input):
     if not recomputed:
         less = 2 * 6 * 8 * 8 if leaf_input else 0  # the input gradient of the first product
         assert split.get_total_flops() == whole.get_total_flops() - less
+
+
+def test_split_gradients_equal_whole_ones_under_autocast():
+    x, dy = (_tensor(6, n, seed=n).detach().float() for n in (8, 5))
+    results = []
+    for queue in (None, WeightGradients()):
+        inner = x.clone().requires_grad_()
+        p = {n: t.detach().float().requires_grad_() for n, t in _parameters().items()}
+        opened = nullcontext() if queue is None else queue.open()
+        with opened, torch.autocast("cpu", dtype=torch.bfloat16):
+            y = _block(inner.tanh(), p, product.linear, product.swiglu_linear)
+        y.backward(dy.to(y.dtype))  # outside of autocast, as a schedule does
+        if queue is not None:
+            queue.run()
+        results.append([y.detach(), inner.grad, *(t.grad for t in p.values())])
+    assert results[0][0].dtype == torch.bfloat16
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, atol=0.02 * float(want.abs().max()), rtol=0)
+
+
+def test_a_compiled_product_waits_too():
+    x, weight = _tensor(6, 8), _tensor(5, 4)
+    product.swiglu_linear(x, weight).sum().backward()
+    wanted, queue = weight.grad, WeightGradients()
+    run = torch.compile(lambda x: product.swiglu_linear(x, weight), backend="eager")
+    with queue.open():
+        y = run(x)
+    weight.grad = None
+    y.sum().backward()
+    assert weight.grad is None
+    queue.run()
+    torch.testing.assert_close(weight.grad, wanted)
 
 
 def test_the_queue_accumulates_as_autograd_does():

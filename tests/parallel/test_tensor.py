@@ -1,5 +1,6 @@
 """A sharded layer must equal the unsharded one: outputs and every gradient, in float64."""
 
+import copy
 import itertools
 import sys
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from warploom.parallel.collectives import all_gather_rows
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import assemble, layouts
 from warploom.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
@@ -186,6 +188,47 @@ def _nothing_trains_on_any_token():
 
 def test_a_batch_without_trained_tokens_has_zero_gradients(pool):
     pool(2, _nothing_trains_on_any_token)
+
+
+def _loss_under_autocast():
+    group = dist.group.WORLD
+    g = torch.Generator().manual_seed(5)
+    x, targets = torch.randn(8, 6, generator=g), torch.randint(0, 11, (8,), generator=g)
+    for z_loss, sharded in itertools.product((True, False), (True, False)):
+        results = []
+        for over in (None, group):
+            torch.manual_seed(1)
+            head = VocabHead(11, 6, group=over, sequence_parallel=sharded)
+            with torch.no_grad():
+                head.weight.mul_(40)
+            share = x.chunk(2)[dist.get_rank()] if over and sharded else x
+            mine = share.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                pairs = head.loss(mine, targets, z_loss=z_loss)
+            sum(total for total, _ in pairs).backward()
+            found = assemble({"weight": head.weight.grad}, layouts(head), over)["weight"]
+            dx = all_gather_rows(mine.grad, over) if sharded else mine.grad
+            results.append([*(total.detach() for total, _ in pairs), dx, found])
+        for got, want in zip(*results, strict=True):
+            assert got.dtype == want.dtype == torch.float32
+            torch.testing.assert_close(got, want, atol=0.02 * float(want.abs().max()), rtol=0)
+
+
+def test_loss_under_autocast(pool):
+    pool(2, _loss_under_autocast)
+
+
+def _vocabularies_are_copied():
+    embedding = VocabEmbedding(11, 6, group=dist.group.WORLD)
+    model = nn.Sequential(embedding, VocabHead(11, 6, group=dist.group.WORLD, tied=embedding))
+    twin = copy.deepcopy(model)
+    assert twin[0].group is twin[1].group is dist.group.WORLD
+    assert twin[0].weight is twin[1].weight is not embedding.weight
+    assert torch.equal(twin(torch.arange(8)), model(torch.arange(8)))
+
+
+def test_a_deep_copy_shares_the_groups(pool):
+    pool(2, _vocabularies_are_copied)
 
 
 @pytest.mark.parametrize(

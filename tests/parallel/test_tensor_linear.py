@@ -1,11 +1,13 @@
 """Linear layers, however they overlap, equal `F.linear`: output, dX and every dW, in float64."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from warploom.parallel.collectives import all_gather_rows, all_reduce_
 from warploom.parallel.sharding import assemble, layouts
@@ -220,6 +222,67 @@ def _frozen_and_autocast():
 
 def test_frozen_weights_and_autocast(pool):
     pool(2, _frozen_and_autocast)
+
+
+def _no_tokens():
+    group = dist.group.WORLD
+    for chunks in (1, 2):
+        up = ColumnLinear(D, FEATURES, group=group, bias=True, chunks=chunks)
+        down = RowLinear(FEATURES, D, group=group, bias=True, chunks=chunks)
+        x = torch.ones(0, D, requires_grad=True)
+        y = down(up(x))
+        assert y.shape == x.shape
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert not any(p.grad.any() for p in (*up.parameters(), *down.parameters()))
+
+
+def test_no_tokens(pool):
+    pool(2, _no_tokens)
+
+
+def _compiled():
+    group = dist.group.WORLD
+    for regather, chunks in ((False, 2), (True, 1)):
+        torch._dynamo.reset()
+        up = ColumnLinear(D, FEATURES, group=group, bias=True, regather=regather).double()
+        down = RowLinear(FEATURES, D, group=group, bias=True, chunks=chunks).double()
+        layers = torch.nn.Sequential(up, torch.nn.Tanh(), down)
+        results = []
+        for run in (layers, torch.compile(layers, backend="eager")):
+            layers.zero_grad()
+            for seed in (1, 2):  # the second call finds what the first compiled
+                x = slices(draw(T, D, seed=seed), group, 0).requires_grad_()
+                y = run(x)
+                y.backward(draw(*y.shape, seed=3))
+            results.append([y.detach(), x.grad, *(p.grad.clone() for p in layers.parameters())])
+        for found, wanted in zip(*results, strict=True):
+            near(found, wanted, f"regather={regather}, chunks={chunks}")
+
+
+def test_compiled_layers_equal_eager_ones(pool):
+    pool(2, _compiled)
+
+
+def _copied():
+    group = dist.group.WORLD
+    x = torch.ones(T, D)
+    for options in ({}, {"chunks": 2}, {"sequence_parallel": False}):
+        up = ColumnLinear(D, FEATURES, group=group, bias=True, **options)
+        layers = torch.nn.Sequential(up, RowLinear(FEATURES, D, group=group, **options))
+        twin, mean = copy.deepcopy(layers), AveragedModel(layers)
+        assert twin[0].group is twin[1].group is group
+        assert layouts(twin[0])["bias"] == layouts(up)["bias"]
+        wanted = layers(x)
+        with torch.no_grad():
+            up.weight.zero_()
+        mean.update_parameters(layers)
+        assert torch.equal(twin(x), wanted)
+        assert torch.equal(mean(x), layers(x))
+
+
+def test_a_deep_copy_shares_the_groups(pool):
+    pool(2, _copied)
 
 
 def _wrong_input():
