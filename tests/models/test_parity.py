@@ -12,6 +12,7 @@ from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.parity import Subject, differences, failures, record
 from warploom.parallel.pipeline import Schedule
+from warploom.parallel.step import Step
 
 SIZES = {
     "layers": 2,
@@ -133,3 +134,16 @@ def test_logits_equal_one_process(pool, text, made, options):
     degrees = Degrees.parse(text)
     world = degrees.tp * degrees.cp * (degrees.dp or 1)
     pool(world, _logits_equal_one_process, text, made, options)
+
+
+def test_the_norm_is_of_every_gradient():
+    """By torch alone: a norm that leaves something out may do so on every mesh alike."""
+    alone = Mesh.alone()
+    subject = _subject(alone, ROUTED, micro=4)
+    (batch,) = subject.batches(0)
+    plain = Decoder.create(ROUTED, seed=11, z_loss=1e-2, dtype=torch.float64)
+    sum(term.weight * term.sum / float(term.count) for term in plain.loss(batch)).backward()
+    want = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    step = Step(subject.model, subject.layouts, subject.optimizer, alone, clip=None)
+    found = step([batch], learning_rate=0.0).grad_norm
+    torch.testing.assert_close(found, float(want), rtol=1e-12, atol=0)
