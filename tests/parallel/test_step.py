@@ -180,6 +180,8 @@ def test_16_bit_gradients_accumulate_in_float32():
     step.accumulate([torch.tensor(1.0, dtype=torch.bfloat16)] * 300, by)
     assert step.gradients.local("weight").dtype == torch.float32
     assert torch.equal(step.gradients.local("weight"), torch.full((4,), 300.0))  # bf16 stops at 256
+    step.gradients.zero()
+    assert torch.equal(step.gradients.local("weight"), torch.zeros(4)), "of the step before"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
