@@ -118,6 +118,12 @@ def test_functions_say_that_they_were_entered():
         compile(reach.instrument(name, (ROOT / name).read_text()), name, "exec")
 
 
+def test_what_was_measured_tells_what_failed(tmp_path):
+    (tmp_path / "times").write_text("a\t1\tpassed\na\t2\tpassed\nb\t1\tfailed\nc\t1\tskipped\n")
+    (tmp_path / "7.entered").write_text("a\tx.py:f\nb\tx.py:g\n")
+    assert reach.collect(tmp_path) == ({"a": {"seconds": 3.0, "entered": ["x.py:f"]}}, ["b"])
+
+
 def test_survivors_need_a_reason(package, capsys, monkeypatch):
     words = ["--only", "parallel/layer.py", "--jobs", "1"]
     assert tool.main(["--list", *words], package) == 0

@@ -5,6 +5,10 @@ of the step around them (gradients, optimizer, metrics); `debug` checks what the
 `door` lets ledgers, fingerprints and watchdogs see each one.
 """
 
+import copyreg
+
+from torch.distributed import ProcessGroup
+
 from .debug import checked
 from .door import Call, Message, Observer, observed, observers, watched
 from .pairs import copy, gather, join, reduce, scatter, split, swap
@@ -59,3 +63,7 @@ __all__ = [
     "swap",
     "watched",
 ]
+
+# A copy of a layer, such as one that averages its weights, communicates over the same groups: copy
+# keeps an object whose reduction is a name as it is. A pickle of a group is refused as before.
+copyreg.pickle(ProcessGroup, lambda group: "ProcessGroup")

@@ -36,17 +36,26 @@ class Parallel:
     """Keep what the backward pass needs in host memory until then."""
 
 
+def table(parallel: Parallel, degrees: Degrees, microbatches: int) -> Schedule | None:
+    """Make the pipeline schedule; `None` where nothing is pipelined.
+
+    Raises:
+        ValueError: If it cannot run with so many ranks and micro-batches.
+    """
+    if degrees.pp == 1:
+        return None
+    virtual = parallel.virtual if parallel.schedule == "interleaved" else 1
+    return Schedule.named(parallel.schedule, degrees.pp, microbatches, virtual=virtual)
+
+
 def schedule(parallel: Parallel, degrees: Degrees, microbatches: int) -> Schedule | None:
     """Make the pipeline schedule of a step; `None` where nothing is pipelined.
 
     Raises:
         UserError: If it cannot run with so many ranks and micro-batches.
     """
-    if degrees.pp == 1:
-        return None
-    virtual = parallel.virtual if parallel.schedule == "interleaved" else 1
     try:
-        return Schedule.named(parallel.schedule, degrees.pp, microbatches, virtual=virtual)
+        return table(parallel, degrees, microbatches)
     except ValueError as error:
         raise UserError(
             f"{error}: change batch_tokens or micro_batch, or choose another parallel.schedule"

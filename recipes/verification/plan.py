@@ -8,7 +8,7 @@ from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule
 
-from ..runner.parallel import Parallel
+from ..runner.parallel import Parallel, table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,15 +66,3 @@ class Case:
     def on(self, **changes: Any) -> "Case":
         """Return the case with some fields of `parallel` changed."""
         return replace(self, parallel=replace(self.parallel, **changes))
-
-
-def table(parallel: Parallel, degrees: Degrees, microbatches: int) -> Schedule | None:
-    """Make the pipeline schedule; `None` with one pipeline rank.
-
-    Raises:
-        ValueError: If it cannot run with so many micro-batches.
-    """
-    if degrees.pp == 1:
-        return None
-    virtual = parallel.virtual if parallel.schedule == "interleaved" else 1
-    return Schedule.named(parallel.schedule, degrees.pp, microbatches, virtual=virtual)

@@ -117,7 +117,7 @@ class _Theory:
 
 
 def micro_batch(
-    model: Decoder, mesh: Mesh, case: Case, seen: "Seen", ledger: Ledger
+    model: Decoder, mesh: Mesh, case: Case, seen: Seen, ledger: Ledger
 ) -> Counted | None:
     """Return what the layers of this rank send in one micro-batch, without its pipeline.
 

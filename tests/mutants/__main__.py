@@ -100,6 +100,7 @@ class Reach:
     def __init__(self, root: Path, file: Path) -> None:
         self.root, self.file = root, file
         self.known = json.loads(file.read_text()) if file.exists() else {}
+        self.lock = threading.Lock()
 
     def hash(self, test: str) -> str:
         return hashlib.sha256((self.root / test).read_bytes()).hexdigest()[:16]
@@ -119,17 +120,19 @@ class Reach:
         self.known = {f: found for f, found in self.known.items() if f in files}
         return [f for f in files if self.known.get(f, {}).get("hash") != self.hash(f)]
 
-    def measure(self, tree: Tree, test: str) -> None:
-        """Run a test file in an instrumented tree."""
+    def measure(self, tree: Tree, test: str) -> str:
+        """Run a test file in an instrumented tree; name what failed there, and will not be used."""
         with tempfile.TemporaryDirectory() as folder:
             words = ["-p", "tests.mutants.reach", "--maxfail=1000", test]
             code, said = tree.pytest(words, 1800, **{reach.VARIABLE: folder})
-            found = reach.collect(Path(folder))
+            found, failed = reach.collect(Path(folder))
         if not found and code != _NONE_CHOSEN:
             raise SystemExit(f"{test} must pass before anything is mutated; it said:\n{said}")
-        self.known[test] = {"hash": self.hash(test), "tests": found}
-        self.file.parent.mkdir(exist_ok=True)
-        self.file.write_text(json.dumps(self.known, indent=1))
+        with self.lock:
+            self.known[test] = {"hash": self.hash(test), "tests": found}
+            self.file.parent.mkdir(exist_ok=True)
+            self.file.write_text(json.dumps(self.known, indent=1))
+        return f"failed without a mutant, left out: {', '.join(failed)}" if failed else ""
 
     def tests(self, mutant: Mutant, seconds: float) -> list[tuple[str, float]]:
         """List all tests that enter the function of a mutant, with their seconds.
@@ -312,7 +315,6 @@ def report(mutants: list[Mutant], found: dict[str, str], reasons: dict[str, str]
     rows = collections.defaultdict(collections.Counter)
     for mutant in mutants:
         rows[mutant.path][found[mutant.id]] += 1
-        rows[mutant.path]["sites"] += mutant.how in ("drop", "other", "named")
     total = sum(rows.values(), collections.Counter())
     dead, all_ = total["killed"] + total["timeout"], len(mutants)
     survivors = [m for m in mutants if found[m.id] not in DEAD]

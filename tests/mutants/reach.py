@@ -57,23 +57,26 @@ def pytest_runtest_logreport(report):
             file.write(f"{report.nodeid}\t{report.duration}\t{report.outcome}\n")
 
 
-def collect(folder: Path) -> dict[str, dict]:
-    """Return what was written: by test that passed, its seconds and the functions it entered."""
+def collect(folder: Path) -> tuple[dict[str, dict], list[str]]:
+    """Return what was written, and which tests failed.
+
+    By test that passed, its seconds and the functions it entered; a skipped one is in neither.
+    """
     times = collections.defaultdict(float)
-    failed = set()
+    ended = collections.defaultdict(set)
     file = folder / "times"
     for line in file.read_text().splitlines() if file.exists() else ():
         test, seconds, outcome = line.split("\t")
         times[test] += float(seconds)
-        if outcome != "passed":
-            failed.add(test)
+        ended[test].add(outcome)
     entered = collections.defaultdict(set)
     for file in folder.glob("*.entered"):
         for line in file.read_text().splitlines():
             test, function = line.split("\t")
             entered[test].add(function)
-    return {
+    found = {
         test: {"seconds": seconds, "entered": sorted(entered[test])}
         for test, seconds in times.items()
-        if test not in failed
+        if ended[test] == {"passed"}
     }
+    return found, sorted(test for test in times if "failed" in ended[test])
