@@ -34,6 +34,7 @@ def _worker(rank: int, size: int, port: int, failures, fn: Callable[..., None], 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+        dist.barrier()  # a rank that is done must not close on one that still connects
         fn(*args)
         dist.destroy_process_group()
     except BaseException:

@@ -245,6 +245,7 @@ def _run(
             world_size=size,
             timeout=timedelta(seconds=timeout_s + _DYING_S),
         )
+        dist.barrier()  # a rank whose function is done must not close on one that still connects
         result = fn(*args)
         dist.destroy_process_group()
         gc.collect()  # groups that a cycle holds keep gloo's threads

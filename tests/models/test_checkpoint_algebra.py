@@ -175,27 +175,39 @@ def _state(step):
     }
 
 
-def _every_pair(folder, topologies, made, options, hops, shift=0):
-    """Save on each topology; load each checkpoint on the `hops` topologies that follow it."""
-    runs = [
-        _run(topology, made, zero=(at + shift) % 4, **options)
-        for at, topology in enumerate(topologies)
-    ]
-    for at, run in enumerate(runs):
-        _fill(run)
-        if run.mesh.world is not None or dist.get_rank() == 0:
-            save(Path(folder) / str(at), run.entries(), _state(at), run.mesh)
+def _saved(folder, at, topology, made, options):
+    """Save a filled run on one topology, in a world of its own."""
+    run = _run(topology, made, **options)
+    _fill(run)
+    if run.mesh.world is not None or dist.get_rank() == 0:
+        save(Path(folder) / str(at), run.entries(), _state(at), run.mesh)
     dist.barrier()
-    for at in range(len(runs)):
-        for hop in range(1, hops + 1):
-            to = (at + hop) % len(runs)
-            run = runs[to]
-            for entry in run.entries():
-                entry.tensor.detach().fill_(torch.nan)
-            state = run.resume(Path(folder) / str(at) / f"step-{at:08d}")
-            assert state == _state(at)
-            assert run.optimizer.steps == at
-            _check(run, f"{topologies[at]} to {topologies[to]}")
+
+
+def _loaded(folder, sources, topology, made, options):
+    """Load what `sources` saved (number: topology), in turn, on one topology."""
+    run = _run(topology, made, **options)
+    for at, source in sources.items():
+        for entry in run.entries():
+            entry.tensor.detach().fill_(torch.nan)
+        state = run.resume(Path(folder) / str(at) / f"step-{at:08d}")
+        assert state == _state(at)
+        assert run.optimizer.steps == at
+        _check(run, f"{source} to {topology}")
+
+
+def _every_pair(pool, world, folder, topologies, made, options, hops, *, shift=0, timeout_s=120):
+    """Save on each topology; load each checkpoint on the `hops` topologies that follow it.
+
+    Each topology has a world of its own: gloo keeps threads for every group of a world.
+    """
+    stages = [{**options, "zero": (at + shift) % 4} for at in range(len(topologies))]
+    for at, topology in enumerate(topologies):
+        pool(world, _saved, folder, at, topology, made, stages[at], timeout_s=timeout_s)
+    for to, topology in enumerate(topologies):
+        before = [(to - hop) % len(topologies) for hop in range(1, hops + 1)]
+        sources = {at: topologies[at] for at in before}
+        pool(world, _loaded, folder, sources, topology, made, stages[to], timeout_s=timeout_s)
 
 
 # every pair of kind, tied or not, optimizer and dtype; the first two, fast, have each level
@@ -222,7 +234,7 @@ def test_saved_anywhere_loads_elsewhere(pool, tmp_path, case):
     topologies = _topologies(4, made)
     if made.experts:  # the others are with the dense model
         topologies = [t for t in topologies if t in (*EXPERTS[4], "dp1", "pp2,tp2 interleaved")]
-    pool(4, _every_pair, tmp_path, topologies, made, options, 1)
+    _every_pair(pool, 4, tmp_path, topologies, made, options, 1)
 
 
 @pytest.mark.slow
@@ -233,42 +245,52 @@ def test_saved_anywhere_loads_everywhere(pool, tmp_path, case, world):
     topologies = _topologies(world, made)
     for shift in range(4):  # every topology under every stage of ZeRO
         hops = len(topologies) if shift == 0 else 2
-        folder = tmp_path / str(shift)
-        args = (folder, topologies, made, options, hops, shift)
-        pool(world, _every_pair, *args, timeout_s=600)
+        args = (pool, world, tmp_path / str(shift), topologies, made, options, hops)
+        _every_pair(*args, shift=shift, timeout_s=600)
 
 
 def _bytes(path):
     return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
 
 
-def _taken_up_again(folder, first, others, made, muon, zero):
-    """Train four steps; take the run up after two of them on each of `others`."""
-    options = {"muon": muon, "dtype": torch.float64, "zero": zero}
+def _trained(folder, first, made, options):
+    """Train four steps, saved after two at once and while the others run; keep how it went."""
     run, saver = _run(first, made, **options), AsyncSaver()
     run.train([0, 1])
-    path = save(Path(folder) / "now", run.entries(), _state(2), run.mesh)
-    late = saver.start(Path(folder) / "later", run.entries(), _state(2), run.mesh)
+    path = save(folder / "now", run.entries(), _state(2), run.mesh)
+    late = saver.start(folder / "later", run.entries(), _state(2), run.mesh)
     losses = run.train([2, 3])  # while it is written
     assert saver.finish() == late
     assert _bytes(path) == _bytes(late)
-    want = run.logical()
+    torch.save((losses, run.logical()), folder / f"rank-{dist.get_rank()}.pt")
+
+
+def _taken_up(folder, topology, made, options, exact):
+    """Go on after two steps on another mesh: the losses and all that is saved, as they were."""
+    losses, want = torch.load(folder / f"rank-{dist.get_rank()}.pt")
+    again = _run(topology, made, seed=99, **options)
+    assert again.resume(folder / "later" / "step-00000002") == _state(2)
+    found, after = again.train([2, 3]), again.logical()
+    assert after.keys() == want.keys()
+    for name, tensor in want.items():
+        if exact or name.startswith("buffer/"):
+            assert torch.equal(after[name], tensor), (topology, name)
+        assert float((after[name] - tensor).abs().max()) < 1e-10, (topology, name)
+    for got, wanted in zip(found, losses, strict=True):
+        assert got == pytest.approx(wanted, rel=0, abs=0 if exact else 1e-10)
+
+
+def _goes_on(pool, world, folder, first, others, made, muon, zero, timeout_s=120):
+    options = {"muon": muon, "dtype": torch.float64, "zero": zero}
+    pool(world, _trained, folder, first, made, options, timeout_s=timeout_s)
     for topology in others:
-        again = _run(topology, made, seed=99, **options)
-        assert again.resume(late) == _state(2)
-        found, after = again.train([2, 3]), again.logical()
-        assert after.keys() == want.keys()
-        for name, tensor in want.items():
-            if topology == first or name.startswith("buffer/"):
-                assert torch.equal(after[name], tensor), (topology, name)
-            assert float((after[name] - tensor).abs().max()) < 1e-10, (topology, name)
-        for got, wanted in zip(found, losses, strict=True):
-            assert got == pytest.approx(wanted, rel=0, abs=0 if topology == first else 1e-10)
+        exact = topology == first
+        pool(world, _taken_up, folder, topology, made, options, exact, timeout_s=timeout_s)
 
 
 def test_a_run_goes_on_on_another_mesh(pool, tmp_path):
-    pool(2, _taken_up_again, tmp_path / "1", "tp2", ["tp2", "pp2 zbv"], DENSE, True, 1)
-    pool(2, _taken_up_again, tmp_path / "2", "dp2,ep2", ["dp2,ep2", "cp2"], ROUTED, False, 3)
+    _goes_on(pool, 2, tmp_path / "1", "tp2", ["tp2", "pp2 zbv"], DENSE, True, 1)
+    _goes_on(pool, 2, tmp_path / "2", "dp2,ep2", ["dp2,ep2", "cp2"], ROUTED, False, 3)
 
 
 @pytest.mark.slow
@@ -278,8 +300,8 @@ def test_a_run_goes_on_on_another_mesh(pool, tmp_path):
 def test_a_run_goes_on_on_every_mesh(pool, tmp_path, made, world, muon):
     topologies = TOPOLOGIES[world] + (EXPERTS[world] if made.experts else [])
     for at, first in enumerate(topologies[::3]):
-        args = (tmp_path / str(at), first, topologies, made, muon, at % 4)
-        pool(world, _taken_up_again, *args, timeout_s=600)
+        args = (pool, world, tmp_path / str(at), first, topologies, made, muon, at % 4)
+        _goes_on(*args, timeout_s=600)
 
 
 def test_another_model_is_refused_in_one_sentence(tmp_path):
