@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ class Gradients:
         """Be told of the gradients of all that trains; a parameter may be unfrozen later."""
         for path, parameter in self.parameters.items():
             if parameter.requires_grad and path not in self.hooks:
-                hook = partial(self._arrived, path)
+                hook = _weakly(self._arrived, path)
                 self.hooks[path] = parameter.register_post_accumulate_grad_hook(hook)
 
     def _replicas(self, path: str) -> Group:
@@ -288,6 +288,17 @@ class Gradients:
         found = [group for group in dict.fromkeys(groups) if group is not None]
         known = [getattr(self.mesh, f.name) for f in fields(self.mesh)]
         return sorted(found, key=lambda g: known.index(g) if g in known else len(known))
+
+
+def _weakly(arrived: Callable[[str, Tensor], None], path: str) -> Callable[[Tensor], None]:
+    """Return a hook that does not hold its object: no collector sees a cycle through a hook."""
+    known = WeakMethod(arrived)
+
+    def hook(parameter: Tensor) -> None:
+        if (told := known()) is not None:
+            told(path, parameter)
+
+    return hook
 
 
 def _sum_together(tensors: list[Tensor], group: Group) -> None:

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
+from warploom.parallel.collectives import barrier
+
 PRELOADED = (
     *("torch", "torch.distributed", "torch.optim", "torch._inductor.config", "numpy"),
     *("safetensors.torch", "warploom.models.decoder", "warploom.recipes.verification.case"),
@@ -245,7 +247,7 @@ def _run(
             world_size=size,
             timeout=timedelta(seconds=timeout_s + _DYING_S),
         )
-        dist.barrier()  # a rank whose function is done must not close on one that still connects
+        barrier(dist.group.WORLD)  # a rank that is done must not close on one that connects
         result = fn(*args)
         dist.destroy_process_group()
         gc.collect()  # groups that a cycle holds keep gloo's threads

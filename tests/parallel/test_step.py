@@ -1,6 +1,8 @@
 """One divisor: the gradient of a global batch does not depend on how it is split."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -193,6 +195,18 @@ def test_what_is_unfrozen_trains(dtype):
     before = model.weight.detach().clone()
     step([torch.tensor(1.0, dtype=dtype)] * 2, learning_rate=0.1)
     assert not torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_step_that_is_dropped_leaves_nothing_behind(zero):
+    """A hook in a parameter is held by C++: the collector does not see a cycle through it."""
+    model = _Bare(count=1, promised=1)
+    step = _step(model, Mesh.build(), zero=zero)
+    step([torch.tensor(1.0)], learning_rate=0.1)
+    left = [weakref.ref(x) for x in (model, model.weight, step, step.gradients, step.mesh)]
+    del model, step
+    gc.collect()
+    assert not [ref() for ref in left if ref() is not None]
 
 
 def _ranks_bring_unequal_batches():
