@@ -52,10 +52,10 @@ train: setup ## train a small Llama on Python's standard library sources, on two
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(strip $(RANKS)) recipes/pretrain.py $(strip $(RUN)) $(FLAGS)
 
 test: setup ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) $(FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal $(FLAGS)
 
 test-all: setup ## run the tests, and the slow ones too
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) -m "not gpu" $(FLAGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" $(FLAGS)
 
 mutants: setup ## break every collective and divisor, one at a time: each must fail a test (an hour; goes on where it was)
 	@$(BIN)/python -m tests.mutants --jobs $(strip $(JOBS)) $(FLAGS)

@@ -7,7 +7,17 @@ from warploom.parallel.mesh import Degrees, Mesh, _build
 from warploom.parallel.parity import differences, failures, record
 from warploom.parallel.pipeline import Schedule
 
-MESHES = ["dp2,ep2", "tp2", "rep2", "cp2", "tp2,dp2,ep2", "rep2,dp2", "dp4,ep2", "tp4"]
+MESHES = [
+    "dp2,ep2",
+    "tp2",
+    "rep2",
+    "cp2",
+    "tp2,dp2,ep2",
+    "rep2,dp2",
+    "dp4,ep2",
+    "tp4",
+    "tp2,cp2,etp2",
+]
 ALL = [(zero, count, muon) for zero in range(4) for count in (1, 3) for muon in (False, True)]
 
 
@@ -46,7 +56,7 @@ def test_stages_equal_one_process(pool, at, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", [*MESHES, "tp2,cp2,etp2"])
+@pytest.mark.parametrize("text", MESHES)
 def test_stages_equal_one_process_in_full(pool, text):
     d = Degrees.parse(text)
     pool(d.tp * d.cp * d.rep * (d.dp or 1), _equals_one_process, text, ALL)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from warploom.parallel.collectives import gather, reduce, scatter
 from warploom.parallel.optimizer import AdamW, Muon
 from warploom.parallel.parity import Subject
-from warploom.parallel.sharding import Layout, layouts, rows, whole
+from warploom.parallel.sharding import Layout, Piece, layouts, rows, whole
 from warploom.parallel.step import Term
 from warploom.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
 
@@ -92,7 +92,8 @@ class Gate(nn.Module):
 class Experts(nn.Module):
     """Matrices `[E, D, D]` of which each rank of ep holds some; a token picks one by its value.
 
-    Every rank gathers the tokens of ep, works on those that are its experts', and sums.
+    Every rank gathers the tokens of ep and etp, works on those that are its experts', and sums; a
+    rank of etp holds a slice of the input features.
     """
 
     def __init__(self, experts, width, mesh):
@@ -101,21 +102,29 @@ class Experts(nn.Module):
         ranks, rank = mesh.degree("ep"), mesh.coordinate("ep")
         self.held = experts // ranks
         self.first = rank * self.held
-        self.weight = nn.Parameter(torch.empty(self.held, width, width, dtype=torch.float64))
+        part = width // mesh.degree("etp")
+        self.start = mesh.coordinate("etp") * part
+        self.weight = nn.Parameter(torch.empty(self.held, width, part, dtype=torch.float64))
 
     def declare_layouts(self):
-        shape = (self.count, self.width, self.width)
-        piece = rows("weight", shape, self.first, self.first + self.held)
+        held, width, part = self.weight.shape
+        own = (
+            (self.first, self.first + held, 1),
+            (0, width, 1),
+            (self.start, self.start + part, 1),
+        )
+        piece = Piece("weight", (self.count, width, width), own, (0, 0, 0))
         return {"weight": Layout(tuple(self.weight.shape), (piece,), expert=True)}
 
     def forward(self, x):
-        x = gather(x, self.mesh.ep)
+        x = gather(gather(x, self.mesh.etp), self.mesh.ep)
         chosen = (x.detach().sum(1) * 10).floor().long() % self.count
         y = torch.zeros_like(x)
+        own = x[:, self.start : self.start + self.weight.shape[2]]
         for e in range(self.held):
             mask = (chosen == self.first + e).to(x.dtype)[:, None]
-            y = y + mask * (x @ self.weight[e].t())
-        return scatter(y, self.mesh.ep)
+            y = y + mask * (own @ self.weight[e].t())
+        return scatter(scatter(y, self.mesh.ep), self.mesh.etp)
 
 
 class Block(nn.Module):
