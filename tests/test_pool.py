@@ -36,6 +36,10 @@ def _asleep_in_a_corner():
     time.sleep(60)
 
 
+def _drawn():
+    return int(torch.randint(2**40, ()))
+
+
 def _pid():
     return os.getpid()
 
@@ -46,6 +50,7 @@ def test_worlds_of_several_sizes_on_the_same_processes(pool):
     assert pool(1, _sum, 5) == (1, 5, True)
     assert pool(4, _sum, 0) == (4, 6, True)
     assert pool(2, _pid) == first
+    assert pool(1, _drawn) == pool(2, _drawn), "a world goes on with the numbers of another"
 
 
 def test_a_failure_is_told_with_its_trace_and_new_ranks_come():

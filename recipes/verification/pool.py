@@ -248,6 +248,7 @@ def _run(
             timeout=timedelta(seconds=timeout_s + _DYING_S),
         )
         barrier(dist.group.WORLD)  # a rank that is done must not close on one that connects
+        torch.manual_seed(0)  # not what an earlier world left, which not every rank was in
         result = fn(*args)
         dist.destroy_process_group()
         gc.collect()  # groups that a cycle holds keep gloo's threads
