@@ -57,7 +57,7 @@ test: setup ## run the tests
 test-all: setup ## run the tests, and the slow ones too
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" $(FLAGS)
 
-mutants: setup ## break every collective and divisor, one at a time: each must fail a test (an hour; goes on where it was)
+mutants: setup ## break every collective and divisor, one at a time: each must fail a test (half an hour; goes on where it was)
 	@$(BIN)/python -m tests.mutants --jobs $(strip $(JOBS)) $(FLAGS)
 
 check: setup ## ruff, mypy and the rules of the house

@@ -98,7 +98,7 @@ class Experts(nn.Module):
 
     def __init__(self, experts, width, mesh):
         super().__init__()
-        self.mesh, self.count, self.width = mesh, experts, width
+        self.mesh, self.count = mesh, experts
         ranks, rank = mesh.degree("ep"), mesh.coordinate("ep")
         self.held = experts // ranks
         self.first = rank * self.held
