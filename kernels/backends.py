@@ -1,17 +1,19 @@
 """Who can serve which operator, here: what is installed, what has been proven, what is chosen.
 
 Every operator has a backend `reference`, its specification in PyTorch, which runs on every device.
-A Triton kernel is the default on a CUDA device only after `record_proof` has written down that it
-passed its tests on a device of that compute capability, with the device code as it is now: the
-entry in `proven.json` carries the hash of the file, so a changed kernel is unproven again. An
-explicit choice is obeyed or refused in one sentence; nothing falls back silently.
+A kernel in Triton or CUDA C++ is the default on a CUDA device only after `record_proof` has written
+down that it passed its tests on a device of that compute capability, with the device code as it is
+now: the entry in `proven.json` carries the hash of the code, so a changed kernel is unproven again.
+An explicit choice is obeyed or refused in one sentence; nothing falls back silently.
 
-An operator's Triton code lies in `<folder>/<stem>_triton.py`; where the file does not exist the
-operator has no such backend.
+An operator's Triton code lies in `<folder>/<stem>_triton.py`, the host of its CUDA C++ code in
+`<folder>/<stem>_cuda.py`; where the file does not exist the operator has no such backend. Of
+several proven ones the fastest, by the proofs, is the default.
 """
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -26,7 +28,8 @@ import torch
 
 _HERE = Path(__file__).resolve().parent
 _PROVEN = _HERE / "proven.json"
-_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DEVICE = ("triton", "cuda")  # backends with device code of ours, which a GPU must prove
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,35 +37,52 @@ class _Operator:
     """Where an operator's code lies.
 
     Attributes:
-        stem: Path of its device code below `kernels/`, without `_triton.py`.
+        stem: Path of its device code below `kernels/`, without `_triton.py` or `_cuda.py`.
         default: What serves where no kernel is proven.
         library: Whether PyTorch has a fused operator of its own, backend `torch`.
+        shared: Further stems whose Triton code its kernels call.
     """
 
     stem: str
     default: str = "reference"
     library: bool = False
+    shared: tuple[str, ...] = ()
 
-    @property
-    def triton(self) -> Path:
-        return _HERE / f"{self.stem}_triton.py"
+    def files(self, backend: str) -> list[Path]:
+        """Return the device code of `backend`, its own file first, or nothing."""
+        own = _HERE / f"{self.stem}_{backend}.py"
+        rest = [_HERE / f"{stem}_{backend}.py" for stem in self.shared]
+        return [own, *(file for file in rest if file.exists())] if own.exists() else []
 
     @property
     def backends(self) -> tuple[str, ...]:
         library = ("torch",) if self.library else ()
-        return ("reference", *library, *(("triton",) if self.triton.exists() else ()))
+        return ("reference", *library, *(name for name in _DEVICE if self.files(name)))
 
 
+_FP8 = ("quant/fp8",)
 _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
     {
-        "rms_norm": _Operator(stem="norm/rms"),
+        "rms_norm": _Operator(stem="norm/rms", shared=_FP8),
+        "layer_norm": _Operator(stem="norm/layer", shared=_FP8),
+        "qk_norm_rotary": _Operator(stem="norm/qk_rotary"),
         "rotary": _Operator(stem="rope/rotate"),
-        "swiglu": _Operator(stem="activation/glu"),
+        "swiglu": _Operator(stem="activation/glu", shared=_FP8),
+        "geglu": _Operator(stem="activation/glu", shared=_FP8),
+        "relu2": _Operator(stem="activation/glu", shared=_FP8),
+        "cross_entropy": _Operator(stem="loss/cross_entropy"),
         "linear_cross_entropy": _Operator(stem="loss/cross_entropy"),
         "linear_log_probs": _Operator(stem="loss/cross_entropy"),
         "route": _Operator(stem="moe/router"),
-        "permute": _Operator(stem="moe/permutation"),
-        "unpermute": _Operator(stem="moe/permutation"),
+        "permute": _Operator(stem="moe/permutation", shared=_FP8),
+        "unpermute": _Operator(stem="moe/permutation", shared=_FP8),
+        "adamw": _Operator(stem="optim/adam"),
+        "global_norm": _Operator(stem="optim/norm"),
+        "newton_schulz": _Operator(stem="optim/orthogonal"),
+        "fp8_quantize": _Operator(stem="quant/fp8"),
+        "mx_quantize": _Operator(stem="quant/mx"),
+        "nf4_quantize": _Operator(stem="quant/nf4"),
+        "nf4_dequantize": _Operator(stem="quant/nf4"),
         "grouped_gemm": _Operator(stem="gemm/grouped"),
         "flash_attention": _Operator(stem="attention/flash", default="torch", library=True),
         "flash_attention_varlen": _Operator(stem="attention/flash", default="torch", library=True),
@@ -76,29 +96,38 @@ def _operator(op: str) -> _Operator:
     return _OPERATORS[op]
 
 
-def source_hash(op: str) -> str:
-    """Hash the Triton device code of `op`: a proof holds only for the code it was made with.
+def source_hash(op: str, backend: str = "triton") -> str:
+    """Hash the device code of `op`: a proof holds only for the code it was made with.
 
     Args:
-        op: Name of an operator that has Triton code.
+        op: Name of an operator.
+        backend: `triton` or `cuda`.
 
     Returns:
-        SHA-256 of the file, 64 hexadecimal digits.
+        SHA-256 of the files (for `cuda`, of the compiled library's sources too), 64 digits.
 
     Raises:
         ValueError: If there is no such operator.
-        RuntimeError: If the operator has no Triton code.
+        RuntimeError: If the operator has no such device code.
     """
-    file = _operator(op).triton
-    if not file.exists():
-        raise RuntimeError(f"{op}: there is no Triton kernel ({file.name} does not exist)")
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    files = _operator(op).files(backend)
+    if not files:
+        raise RuntimeError(f"{op}: there is no {backend} kernel")
+    text = b"".join(file.read_bytes() for file in files)
+    if backend == "cuda":
+        from .native import source_hash as compiled
+
+        text += compiled().encode()
+    return hashlib.sha256(text).hexdigest()
 
 
-def _read(file: Path) -> dict[str, dict[str, dict[str, Any]]]:
+_Proofs = dict[str, dict[str, dict[str, dict[str, Any]]]]
+
+
+def _read(file: Path) -> _Proofs:
     if not file.exists():
         return {}
-    proofs: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())
+    proofs: _Proofs = json.loads(file.read_text())
     return proofs
 
 
@@ -108,12 +137,15 @@ def _capability(device: torch.device) -> str:
 
 
 @functools.cache
-def proof(op: str, capability: str, file: Path = _PROVEN) -> Mapping[str, Any] | None:
-    """Look up the proof of the Triton kernel of `op` as its code is now; read once per process.
+def proof(
+    op: str, capability: str, backend: str = "triton", file: Path = _PROVEN
+) -> Mapping[str, Any] | None:
+    """Look up the proof of a kernel of `op` as its code is now; read once per process.
 
     Args:
         op: Operator.
         capability: Compute capability of the device, such as "9.0".
+        backend: `triton` or `cuda`.
         file: The record.
 
     Returns:
@@ -123,16 +155,24 @@ def proof(op: str, capability: str, file: Path = _PROVEN) -> Mapping[str, Any] |
     Raises:
         ValueError: If there is no such operator.
     """
-    if "triton" not in _operator(op).backends:
+    if backend not in _operator(op).backends:
         return None
-    entry = _read(file).get(op, {}).get(capability)
-    return entry if entry and entry["source"] == source_hash(op) else None
+    entry = _read(file).get(op, {}).get(backend, {}).get(capability)
+    if not entry or (backend == "cuda" and _lack(backend, None)):
+        return None
+    return entry if entry["source"] == source_hash(op, backend) else None
 
 
 def record_proof(
-    op: str, *, device: torch.device, error: float, time_ms: float, file: Path = _PROVEN
+    op: str,
+    *,
+    device: torch.device,
+    error: float,
+    time_ms: float,
+    backend: str = "triton",
+    file: Path = _PROVEN,
 ) -> None:
-    """Write down that the Triton kernel of `op` passed its tests on `device`; called by `make gpu`.
+    """Write down that a kernel of `op` passed its tests on `device`; called by `make gpu`.
 
     Args:
         op: Operator.
@@ -140,33 +180,33 @@ def record_proof(
         error: Largest error against the float64 reference, relative to that of PyTorch in the
             same dtype; dimensionless.
         time_ms: Median time of forward and backward, in milliseconds.
+        backend: `triton` or `cuda`.
         file: The record; replaced atomically.
 
     Raises:
         ValueError: If there is no such operator.
-        RuntimeError: If the operator has no Triton code, or `device` is not a CUDA device.
+        RuntimeError: If the operator has no such code, or `device` is not a CUDA device.
     """
     if device.type != "cuda":
         raise RuntimeError(f"{op}: a proof needs a CUDA device, got {device}")
-    import triton  # type: ignore[import-untyped]
-
     entry = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": importlib.metadata.version("triton") if _has_triton() else None,
         "cuda": torch.version.cuda,
         "error": error,
         "time_ms": time_ms,
-        "source": source_hash(op),
+        "source": source_hash(op, backend),
     }
     proofs = _read(file)
-    proofs.setdefault(op, {})[_capability(device)] = entry
+    proofs.setdefault(op, {}).setdefault(backend, {})[_capability(device)] = entry
     handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
     with os.fdopen(handle, "w") as stream:
         stream.write(json.dumps(proofs, indent=2, sort_keys=True) + "\n")
     os.chmod(name, 0o644)
     os.replace(name, file)
     proof.cache_clear()
+    _default.cache_clear()
 
 
 @functools.cache
@@ -178,9 +218,20 @@ def interpreted() -> bool:
     """Tell whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1); imports triton."""
     if not _has_triton():
         return False
-    import triton
+    import triton  # type: ignore[import-untyped]
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def _lack(backend: str, device: torch.device | None) -> str | None:
+    """Say what `backend` lacks on this machine (and `device`), or None."""
+    if backend == "triton" and not _has_triton():
+        return "needs the package triton, which is not installed"
+    if backend == "cuda":
+        from .native import missing
+
+        return missing(device)
+    return None
 
 
 def _missing(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -188,15 +239,28 @@ def _missing(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     served = _operator(op).backends
     if backend not in served:
         return f"is not one of {', '.join(served)}"
-    if backend != "triton":
+    if backend not in _DEVICE:
         return None
-    if not _has_triton():
-        return "needs the package triton, which is not installed"
-    if device.type != "cuda" and not interpreted():
-        return f"needs a CUDA device (or TRITON_INTERPRET=1), the tensors are on {device.type}"
-    if dtype not in _TRITON_DTYPES:
+    if lack := _lack(backend, device):
+        return lack
+    if device.type != "cuda" and not (backend == "triton" and interpreted()):
+        hint = " (or TRITON_INTERPRET=1)" if backend == "triton" else ""
+        return f"needs a CUDA device{hint}, the tensors are on {device.type}"
+    if dtype not in _DTYPES:
         return f"needs float16, bfloat16 or float32, the tensors are {dtype}"
     return None
+
+
+@functools.cache
+def _default(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Choose the fastest kernel that is proven on devices like this one."""
+    operator = _operator(op)
+    if device.type != "cuda" or not _has_triton() or dtype not in _DTYPES:
+        return operator.default
+    capability = _capability(device)
+    proofs = {b: proof(op, capability, b) for b in operator.backends if b in _DEVICE}
+    times = {b: float(entry["time_ms"]) for b, entry in proofs.items() if entry}
+    return min(times, key=times.__getitem__, default=operator.default)
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
@@ -209,31 +273,28 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         backend: An explicit choice, which is obeyed or refused; None takes the fastest proven one.
 
     Returns:
-        The backend's name: `reference`, `torch` or `triton`.
+        The backend's name: `reference`, `torch`, `triton` or `cuda`.
 
     Raises:
         ValueError: If there is no such operator.
         RuntimeError: If the explicit choice cannot be served here.
     """
     if backend is None:
-        operator = _operator(op)
-        if device.type != "cuda" or not _has_triton() or dtype not in _TRITON_DTYPES:
-            return operator.default
-        return "triton" if proof(op, _capability(device)) else operator.default
-    missing = _missing(op, backend, device, dtype)
-    if missing:
+        return _default(op, device, dtype)
+    if missing := _missing(op, backend, device, dtype):
         raise RuntimeError(f"{op}: backend {backend!r} {missing}")
     return backend
 
 
 def _status(op: str, backend: str) -> str:
-    if backend != "triton":
+    if backend not in _DEVICE:
         return "proven on every device"
-    if not _has_triton():
-        return "needs triton"
+    if lack := _lack(backend, None):
+        return lack
     if not torch.cuda.is_available():
         return "needs a CUDA device"
-    entry = proof(op, _capability(torch.device("cuda", torch.cuda.current_device())))
+    device = torch.device("cuda", torch.cuda.current_device())
+    entry = proof(op, _capability(device), backend)
     return f"proven on {entry['device']}" if entry else "unproven"
 
 

@@ -1,0 +1,290 @@
+"""The must-test list, held on every operator, on every backend that this machine can run.
+
+Without a GPU these are the reference and, where TRITON_INTERPRET=1 (see `test_interpreted.py`), the
+Triton kernels in the interpreter. `docs/kernels.md` is made of this file: each test that carries
+`@item` proves that item for every specimen it is run on; `table.py` says how.
+"""
+
+import pytest
+import torch
+from tests.kernels.specimen import (
+    Draw,
+    Specimen,
+    calls,
+    check,
+    compute,
+    differentiable,
+    specimens,
+    tuple_of,
+    upstream,
+)
+from torch.utils._pytree import tree_map
+
+from warploom.kernels import backends
+
+INTERPRETED = backends.interpreted()
+DEVICES = (
+    [("cpu", "triton")]
+    if INTERPRETED
+    else [
+        ("cpu", "reference"),
+        *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("reference", "triton", "cuda")),
+    ]
+)
+
+
+def item(name):
+    """Say which item of the must-test list a test proves."""
+    return lambda test: setattr(test, "item", name) or test
+
+
+def _served(s: Specimen, backend: str) -> bool:
+    listed = ("reference", *s.backends)
+    return backend in listed and backend in backends.available()[s.op]
+
+
+every = pytest.mark.parametrize(
+    ("s", "device", "backend"),
+    [
+        pytest.param(
+            s,
+            *getattr(d, "values", d),
+            marks=getattr(d, "marks", ()),
+            id=f"{s}-{'-'.join(getattr(d, 'values', d))}",
+        )
+        for s in specimens()
+        for d in DEVICES
+        if _served(s, getattr(d, "values", d)[1])
+    ],
+)
+
+
+compiled_only = pytest.mark.skipif(INTERPRETED, reason="the reference has shown it: one schema")
+
+
+def _case(s, device, dtype=torch.float32, *, rows=5, width=24):
+    return s.draw(Draw(dtype, device), rows, width)
+
+
+def _same(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def _with(fn, inputs, extra):
+    return compute(lambda *leaves: fn(*leaves, *extra), inputs)
+
+
+def _equal(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@item("values")
+@every
+def test_values_and_gradients_against_float64(s, device, backend):
+    """Zero and odd sizes too; fresh memory is NaN."""
+    for rows, width in s.shapes:
+        for dtype in s.dtypes:
+            narrow = dtype in (torch.bfloat16, torch.float64)
+            if backend == "triton" and (dtype == torch.float64 or INTERPRETED and narrow):
+                continue  # the interpreter truncates where it stores bfloat16
+            check(s, rows, width, dtype, backend, device)
+
+
+def _strided(x):
+    """The same values in memory that is not contiguous, and begins at an odd place."""
+    for dim in range(x.dim()):
+        wider = x.new_full(
+            (*x.shape[:dim], 2 * x.shape[dim] + 1, *x.shape[dim + 1 :]), float("nan")
+        )
+        view = (
+            wider.narrow(dim, 1, 2 * x.shape[dim])
+            .unflatten(dim, (x.shape[dim], 2))
+            .select(dim + 1, 0)
+        )
+        yield view.copy_(x)
+    if x.dim() > 1:
+        yield x.transpose(0, -1).contiguous().transpose(0, -1)
+    flat = x.new_empty(x.numel() + 1)[1:]
+    yield flat.copy_(x.reshape(-1)).view(x.shape)
+
+
+@item("layout")
+@every
+def test_any_layout(s, device, backend):
+    inputs, fixed = _case(s, device)
+    want = compute(s.run, inputs, backend=backend, **fixed)
+    for i, x in enumerate(inputs):
+        for view in _strided(x):
+            _same(
+                compute(s.run, (*inputs[:i], view, *inputs[i + 1 :]), backend=backend, **fixed),
+                want,
+            )
+    for name, x in fixed.items():
+        if isinstance(x, torch.Tensor) and x.dim():
+            for view in _strided(x.double() if not x.is_floating_point() else x):
+                view = view.to(x.dtype) if view.dtype != x.dtype else view
+                _same(compute(s.run, inputs, backend=backend, **{**fixed, name: view}), want)
+
+
+@item("upstream gradients")
+@every
+def test_upstream_gradients_of_any_kind(s, device, backend):
+    """Expanded (as of a sum), zero, strided, and a graph that is used twice."""
+    inputs, fixed = _case(s, device)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = differentiable(tuple_of(s.run(*leaves, backend=backend, **fixed)))
+    if not outputs:
+        pytest.skip("has no gradient")
+    grads = lambda g: torch.autograd.grad(outputs, leaves, g, retain_graph=True)  # noqa: E731
+    ones = grads([torch.ones_like(o) for o in outputs])
+    _same(grads([o.new_ones(()).expand(o.shape) for o in outputs]), ones)
+    for g in grads([torch.zeros_like(o) for o in outputs]):
+        assert not g.count_nonzero()
+    drawn = upstream(outputs)
+    first = grads(drawn)
+    _same(
+        grads(
+            [g.transpose(0, -1).contiguous().transpose(0, -1) if g.dim() > 1 else g for g in drawn]
+        ),
+        first,
+    )
+    _equal(grads(drawn), first)
+    for i in range(len(outputs)):  # one output alone is used
+        alone = torch.autograd.grad(
+            outputs[i],
+            leaves,
+            drawn[i],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        rest = [g if j == i else torch.zeros_like(g) for j, g in enumerate(drawn)]
+        _same(alone, grads(rest))
+
+
+@item("NaN and inf")
+@every
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_poisoned_row_poisons_its_row_alone(s, device, backend, poison):
+    if not s.rows:
+        pytest.skip("mixes rows: has tests of its own")
+    inputs, fixed = _case(s, device, rows=9)
+    clean = compute(s.run, inputs, backend=backend, **fixed)
+    x = inputs[0].clone()
+    x[4] = poison
+    got = compute(s.run, (x, *inputs[1:]), backend=backend, **fixed)
+    outputs = len(tuple_of(s.run(*inputs, backend=backend, **fixed)))
+    others = [i for i in range(9) if i != 4]
+    for i in (*s.rows, *([outputs] if len(got) > outputs else ())):  # and the input's own gradient
+        assert torch.equal(got[i][others], clean[i][others])
+    if poison != poison:
+        assert got[s.rows[0]][4].isnan().all()
+
+
+@item("determinism")
+@every
+def test_repeats_give_the_same_bits(s, device, backend):
+    repeats = 100 if device == "cuda" else 3
+    inputs, fixed = _case(s, device, rows=40, width=70)
+    first = compute(s.run, inputs, backend=backend, **fixed)
+    for _ in range(repeats):
+        _equal(compute(s.run, inputs, backend=backend, **fixed), first)
+
+
+@item("no_grad, autocast")
+@every
+def test_without_gradients_and_under_autocast(s, device, backend):
+    inputs, fixed = _case(s, device)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with_grad = tuple_of(s.run(*leaves, backend=backend, **fixed))
+    with torch.no_grad():
+        without = tuple_of(s.run(*leaves, backend=backend, **fixed))
+    assert not differentiable(without)
+    _equal([o.detach() for o in with_grad], without)
+    with torch.autocast(device, torch.bfloat16):
+        _same(tuple_of(s.run(*inputs, backend=backend, **fixed)), without)
+
+
+@item("second derivative")
+@every
+def test_a_second_derivative_is_refused(s, device, backend):
+    inputs, fixed = _case(s, device)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    outputs = differentiable(tuple_of(s.run(*leaves, backend=backend, **fixed)))
+    if s.second is None or not outputs:
+        pytest.skip("has no gradient")
+    with pytest.raises(RuntimeError, match=s.second):
+        torch.autograd.grad(outputs, leaves, upstream(outputs), create_graph=True)
+
+
+@item("opcheck")
+@compiled_only
+@every
+def test_operators_are_registered_properly(s, device, backend):
+    inputs, fixed = _case(s, device)
+    with calls() as found:
+        compute(s.run, inputs, backend=backend, **fixed)
+    assert found, "no operator of warploom was called"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for op, args in found:
+        if not has_kernel(op.name(), "Autograd"):  # a backward: called below autograd
+            args = tree_map(lambda a: a.detach() if isinstance(a, torch.Tensor) else a, args)
+        torch.library.opcheck(op, args)
+
+
+@item("torch.compile")
+@compiled_only
+@every
+def test_compiles_without_a_break_and_for_any_size(s, device, backend):
+    torch._dynamo.reset()
+    fixed_names = _case(s, device)[1]
+
+    def call(*inputs):
+        n = len(inputs) - len(tensors)
+        fixed = {**rest, **dict(zip(tensors, inputs[n:], strict=True))}
+        return s.run(*inputs[:n], backend=backend, **fixed)
+
+    tensors = [k for k, v in fixed_names.items() if isinstance(v, torch.Tensor)]
+    rest = {k: v for k, v in fixed_names.items() if k not in tensors}
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, width in ((5, 24), (7, 30)):
+        inputs, fixed = _case(s, device, rows=rows, width=width)
+        rest.update({k: fixed[k] for k in rest})
+        got, want = (_with(fn, inputs, [fixed[k] for k in tensors]) for fn in (compiled, call))
+        _same(got, want)
+
+
+@item("streams")
+@pytest.mark.gpu
+@every
+def test_a_side_stream_and_a_captured_graph(s, device, backend):
+    """Replayed with other inputs, a graph gives other results; a second device is not needed."""
+    if device != "cuda":
+        pytest.skip("needs a CUDA device")
+    inputs, fixed = _case(s, device, rows=64, width=128)
+    other = [x.flip(0).contiguous() for x in inputs]
+    call = lambda: compute(s.run, inputs, backend=backend, **fixed)  # noqa: E731
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            on_side = call()
+    torch.cuda.synchronize()
+    _equal(on_side, call())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for x, y in zip(inputs, other, strict=True):
+        x.copy_(y)
+    graph.replay()
+    torch.cuda.synchronize()
+    _equal(captured, call())
+
+
+@item("second device")
+@pytest.mark.gpu
+@every
+def test_tensors_on_a_device_that_is_not_current(s, device, backend):
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    check(s, 33, 129, torch.float32, backend, "cuda:1")
