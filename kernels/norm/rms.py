@@ -90,9 +90,12 @@ def _forward(
     x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x_TD = x.reshape(-1, x.shape[-1])
-    if choose("rms_norm", x.device, x.dtype, backend) == "triton":
-        from .rms_triton import forward
-
+    served = choose("rms_norm", x.device, x.dtype, backend)
+    if served in ("triton", "cuda"):
+        if served == "triton":
+            from .rms_triton import forward
+        else:
+            from .rms_cuda import forward
         y_TD, h_TD, rstd_T = forward(
             x_TD, weight_D, None if residual is None else residual.reshape(x_TD.shape), eps
         )
@@ -126,9 +129,12 @@ def _backward(
         weight_D,
         rstd.reshape(-1),
     )
-    if choose("rms_norm", h.device, h.dtype, backend) == "triton":
-        from .rms_triton import backward
-
+    served = choose("rms_norm", h.device, h.dtype, backend)
+    if served in ("triton", "cuda"):
+        if served == "triton":
+            from .rms_triton import backward
+        else:
+            from .rms_cuda import backward
         dx_TD, dweight_D = backward(*args)
     else:
         dx_TD, dweight_D = _backward_cpu(*args)
@@ -218,7 +224,7 @@ def rms_norm(
         residual: Added to `x` before, `[..., D]` in the dtype of `x`; the sum is rounded to that
             dtype, and the rounded sum is what is normalised.
         eps: Added to the mean square; dimensionless.
-        backend: `reference` or `triton`; None takes the fastest that is proven here.
+        backend: `reference`, `triton` or `cuda`; None takes the fastest that is proven here.
 
     Returns:
         y, `[..., D]` in the dtype of `x`; with `residual` the pair (y, x + residual). Statistics

@@ -1,0 +1,106 @@
+"""Host of the CUDA C++ code of `rms_norm`; csrc/rms_norm.cu says how it works."""
+
+import torch
+from torch import Tensor
+
+from ..launch import on_device, processors
+from ..native import call, code, library, pointer
+
+
+def _rows(x_TD: Tensor) -> Tensor:
+    """Leave strided rows as they are; copy only when the elements of a row are apart."""
+    return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
+
+
+def forward(
+    x_TD: Tensor, weight_D: Tensor, residual_TD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward.
+
+    Args:
+        x_TD: `[T, D]`, float16, bfloat16 or float32.
+        weight_D: `[D]`, any of these dtypes.
+        residual_TD: `[T, D]` in the dtype of x, or None.
+        eps: Added to the mean square.
+
+    Returns:
+        y and h `[T, D]` (h is x without a residual), rstd `[T]` float32.
+
+    Raises:
+        RuntimeError: If the library is missing, serves no such dtype, or the launch fails.
+    """
+    tokens, width = x_TD.shape
+    codes = code(x_TD.dtype), code(weight_D.dtype)
+    x_TD, weight_D = _rows(x_TD), weight_D.contiguous()
+    residual = None if residual_TD is None else _rows(residual_TD)
+    y_TD = x_TD.new_empty(tokens, width)
+    h_TD = x_TD if residual is None else x_TD.new_empty(tokens, width)
+    rstd_T = x_TD.new_empty(tokens, dtype=torch.float32)
+    with on_device(x_TD):
+        call(
+            "rms_norm_forward",
+            x_TD,
+            pointer(x_TD),
+            pointer(residual),
+            pointer(weight_D),
+            pointer(y_TD),
+            0 if residual is None else pointer(h_TD),
+            pointer(rstd_T),
+            tokens,
+            width,
+            x_TD.stride(0),
+            0 if residual is None else residual.stride(0),
+            eps,
+            *codes,
+        )
+    return y_TD, h_TD, rstd_T
+
+
+def backward(
+    dy_TD: Tensor, dh_TD: Tensor | None, h_TD: Tensor, weight_D: Tensor, rstd_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward and the addition of the shares of dweight.
+
+    Args:
+        dy_TD: Gradient of y, `[T, D]` in the dtype of h.
+        dh_TD: Gradient of h, `[T, D]` in the dtype of h, or None.
+        h_TD: What was normalised, `[T, D]`.
+        weight_D: `[D]`.
+        rstd_T: `[T]` float32.
+
+    Returns:
+        dx `[T, D]` and dweight `[D]`.
+
+    Raises:
+        RuntimeError: If the library is missing, serves no such dtype, or the launch fails.
+    """
+    tokens, width = h_TD.shape
+    codes = code(h_TD.dtype), code(weight_D.dtype)
+    dy_TD, h_TD = _rows(dy_TD), _rows(h_TD)
+    weight_D, rstd_T = weight_D.contiguous(), rstd_T.contiguous()
+    dh = None if dh_TD is None else _rows(dh_TD)
+    parts = library().rms_norm_parts(tokens, width, codes[0], processors(h_TD.device))
+    dx_TD = h_TD.new_empty(tokens, width)
+    dweight_D = weight_D.new_empty(width)
+    shares = h_TD.new_empty(parts, width, dtype=torch.float32)
+    with on_device(h_TD):
+        call(
+            "rms_norm_backward",
+            h_TD,
+            pointer(dy_TD),
+            pointer(dh),
+            pointer(h_TD),
+            pointer(weight_D),
+            pointer(rstd_T),
+            pointer(dx_TD),
+            pointer(dweight_D),
+            pointer(shares),
+            tokens,
+            width,
+            dy_TD.stride(0),
+            0 if dh is None else dh.stride(0),
+            h_TD.stride(0),
+            parts,
+            *codes,
+        )
+    return dx_TD, dweight_D
