@@ -44,6 +44,7 @@ class Specimen:
             may poison only that row of these. Empty where rows are meant to mix.
         exact: Outputs that must equal the specification bit for bit (indices, codes).
         backends: Device backends that serve this way; some serve only the plain one.
+        huge: Whether it may be called on more than 2^31 elements that nobody touches (see `Ghost`).
         second: What the error of a second derivative says; None where there is no gradient.
     """
 
@@ -59,6 +60,7 @@ class Specimen:
     rows: tuple[int, ...] = (0,)
     exact: tuple[int, ...] = ()
     backends: tuple[str, ...] = ("triton",)
+    huge: bool = True
     second: str | None = field(default="there is no second derivative")
 
     def __str__(self) -> str:
@@ -71,6 +73,11 @@ class Draw:
 
     dtype: torch.dtype
     device: str = "cpu"
+
+    @property
+    def ghost(self) -> bool:
+        """Tell that nobody will read the tensors: tables need not be computed, only have sizes."""
+        return False
 
     def __call__(self, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
         if self.device == "meta":

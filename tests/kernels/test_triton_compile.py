@@ -1,134 +1,94 @@
-"""Every shipped configuration compiles for sm_90 and sm_100: no spill, fits, wide accesses."""
+"""Every shipped configuration compiles for sm_90 and sm_100, and fits: the gate without a GPU.
+
+A case is a specimen at a size of a real model: its forward and backward as they would be launched.
+One case a specimen runs by default, all of them by `make test-all`; Triton keeps what it compiled.
+"""
 
 import pytest
-from tests.kernels import cross_compile as cross
+import torch
+from tests.kernels import launches as gate
+from tests.kernels.specimen import specimens
+
+from warploom.kernels import backends
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-# (width, dtype, capability): these in the default run, the others by `make test-all`
-_QUICK = {(576, "bf16", 90), (4096, "bf16", 100)}
-_WIDTHS = (64, 128, 129, 576, 1000, 4096, 8192, 16384)
+SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90 and sm_100
+REGISTERS = 255  # a thread can have no more; what needs more spills, which STACK shows
+# Kernels whose bulk is not moved in 16-byte accesses, and why.
+NARROW = {
+    "rms_triton.shares_kernel": "adds up a few kilobytes",
+}
+
+
+def _served():
+    listed = [s for s in specimens() if "triton" in s.backends]
+    return [s for s in listed if "triton" in backends.available()[s.op]]
 
 
 def _cases():
-    for width in _WIDTHS:
-        for dtype in ("fp16", "bf16", "fp32"):
-            for capability in cross.CAPABILITIES:
-                case = (width, dtype, capability)
-                yield pytest.param(*case, marks=[] if case in _QUICK else pytest.mark.slow)
+    for number, s in enumerate(_served()):
+        for i, size in enumerate(s.training):
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                for capability in (90, 100):
+                    sample = i == 0 and dtype == torch.bfloat16
+                    sample = sample and capability == (90, 100)[number % 2]
+                    marks = [] if sample else [pytest.mark.slow]
+                    name = f"{s}-{size[0]}x{size[1]}-{str(dtype)[6:]}-sm{capability}"
+                    yield pytest.param(s, *size, dtype, capability, marks=marks, id=name)
 
 
-def _check(report, *, wide=True):
-    assert report.spilled == 0, f"{report.spilled} bytes spilled, {report.registers} registers"
-    assert report.shared <= cross.SHARED_LIMIT
-    if wide:
-        loads, stores = cross.vector_accesses(report.ptx)
-        assert loads, "no 16-byte load"
-        assert stores, "no 16-byte store"
+@pytest.mark.parametrize(("s", "rows", "width", "dtype", "capability"), [*_cases()])
+def test_compiles_and_fits(s, rows, width, dtype, capability):
+    found = gate.launches(s, rows, width, dtype)
+    assert found, "nothing was launched"
+    for launch in found:
+        report = gate.compile_for(launch, capability)
+        about = f"{report.name} {launch.options}"
+        assert report.stack == 0, f"{about}: {report.stack} bytes of stack: it spills"
+        assert report.registers <= REGISTERS, about
+        assert report.shared <= SHARED_LIMIT, f"{about}: {report.shared} bytes of shared memory"
+        assert not gate.narrow_products(report.ttir), about
+        if report.name not in NARROW and width % 16 == 0:
+            loads, stores = gate.wide_accesses(report.ptx)
+            assert loads, f"{about}: no 16-byte load"
+            assert stores, f"{about}: no 16-byte store"
 
 
-def _int(n):
-    return "i32:16" if n % 16 == 0 else "i32"
+@pytest.mark.parametrize("s", [s for s in _served() if s.huge], ids=str)
+def test_more_than_2_to_the_31_elements_need_64_bits(s):
+    """At a size that overflows 32 bits (of memory that is reserved, not touched)."""
+    width = max(width for _, width in s.training)
+    for launch in gate.launches(s, 2**31 // width + 1, width, torch.bfloat16):
+        report = gate.compile_for(launch, 90)
+        assert not gate.narrow_products(report.ttir), report.name
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize(("width", "dtype", "capability"), [*_cases()])
-def test_rms_norm(width, dtype, capability, fused):
-    from warploom.kernels.norm import rms_triton as device
-
-    chosen = device.configuration(width)
-    warps = chosen.pop("num_warps")
-    x, n, wide = f"*{dtype}:16", _int(width), width % 16 == 0
-    forward = [x, x, x, x, x, "*fp32:16", "i32", n, n, n, "fp32"]
-    constants = {"FUSED": fused, **chosen}
-    _check(
-        cross.cross_compile(device.forward_kernel, forward, constants, capability, num_warps=warps),
-        wide=wide,
-    )
-    backward = [x, x, x, x, "*fp32:16", x, "*fp32:16", "i32", n, n, n, n]
-    _check(
-        cross.cross_compile(
-            device.backward_kernel,
-            backward,
-            constants | {"KEPT": width <= device.KEEP},
-            capability,
-            num_warps=warps,
-        ),
-        wide=wide,
-    )
-
-
-@pytest.mark.parametrize("capability", cross.CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_rms_norm_shares(dtype, capability):
-    from warploom.kernels.norm import rms_triton as device
-
-    types = ["*fp32:16", f"*{dtype}:16", "i32", "i32:16"]
-    constants = {"SHARES": 64, "COLUMNS": 32}
-    _check(cross.cross_compile(device.shares_kernel, types, constants, capability), wide=False)
-
-
-@pytest.mark.parametrize("capability", cross.CAPABILITIES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_rms_norm_columns(dtype, capability):
-    from warploom.kernels.norm import rms_triton as device
-
-    chosen = dict(device.COLUMN_TILE)
-    warps = chosen.pop("num_warps")
-    x, n = f"*{dtype}:16", "i32:16"
-    types = [x, x, "*fp32:16", "*fp32:16", "i32", n, n, n]
-    report = cross.cross_compile(device.column_kernel, types, chosen, capability, num_warps=warps)
-    assert cross.vector_accesses(report.ptx)[0], "no 16-byte load"
-    _check(report, wide=False)
-
-
-@pytest.mark.parametrize(("width", "dtype", "capability"), [*_cases()])
-def test_swiglu(width, dtype, capability):
-    from warploom.kernels.activation import glu_triton as device
-
-    chosen = device.configuration(width)
-    warps = chosen.pop("num_warps")
-    x, n = f"*{dtype}:16", _int(width)
-    # 4 warps of a narrow block hold fewer than 16 bytes a thread
-    wide = width % 16 == 0 and chosen["BLOCK"] * (4 if dtype == "fp32" else 2) >= warps * 512
-    for kernel, types in (
-        (device.forward_kernel, [x, x, n, "i32", n]),
-        (device.backward_kernel, [x, x, x, n, "i32", n, n]),
-    ):
-        _check(cross.cross_compile(kernel, types, chosen, capability, num_warps=warps), wide=wide)
-
-
-@pytest.mark.parametrize("capability", cross.CAPABILITIES)
-@pytest.mark.parametrize(
-    ("heads", "head_dim", "dtype"),
-    [
-        (9, 64, "bf16"),
-        *(
-            pytest.param(h, k, d, marks=pytest.mark.slow)
-            for h in (1, 32, 128)
-            for k in (64, 80, 96, 128, 192, 256)
-            for d in ("fp16", "bf16", "fp32")
-        ),
-    ],
-)
-def test_rotary(heads, head_dim, dtype, capability):
-    from warploom.kernels.rope import rotate_triton as device
-
-    chosen = device.configuration(heads, head_dim)
-    warps = chosen.pop("num_warps")
-    x = f"*{dtype}:16"
-    types = [x, x, "*fp32:16", "*fp32:16", x, x, "i32", "i32", _int(head_dim // 2)]
-    types += ["i32:16"] * 4 + [_int(head_dim // 2)] * 2 + ["fp32"]
-    report = cross.cross_compile(device.turn_kernel, types, chosen, capability, num_warps=warps)
-    _check(report, wide=head_dim % 32 == 0 and chosen["HEADS"] * chosen["PAIRS"] >= 1024)
+def _broken(kernel, *args, **options):
+    with gate.recorded() as found:
+        kernel[(1,)](*args, **options)
+    return gate.compile_for(found[0], 90)
 
 
 def test_a_kernel_that_spills_is_seen():
     """The gate itself: a row of 8192 in one warp cannot stay in registers."""
-    from warploom.kernels.norm import rms_triton as device
+    from warploom.kernels.norm import rms_triton
 
-    x = "*bf16:16"
-    types = [x, x, x, x, x, "*fp32:16", "i32", "i32:16", "i32:16", "i32:16", "fp32"]
-    constants = {"FUSED": False, "ROWS": 1, "BLOCK": 8192}
-    report = cross.cross_compile(device.forward_kernel, types, constants, 90, num_warps=1)
-    assert report.spilled > 0
+    x, n = torch.empty(16, 8192, dtype=torch.bfloat16), torch.empty(16)
+    args = (x, x, x[0], x, x, n, 16, 8192, 8192, 8192, 1e-6)
+    report = _broken(rms_triton.forward_kernel, *args, FUSED=False, ROWS=1, BLOCK=8192, num_warps=1)
+    assert report.stack > 0
+
+
+def test_a_narrow_product_is_seen():
+    ttir = """
+    %row = tt.get_program_id x : i32
+    %off = arith.muli %row, %stride : i32
+    %wide = arith.extsi %off : i32 to i64
+    %at = tt.addptr %x, %wide : !tt.ptr<f32>, i64
+    """
+    assert gate.narrow_products(ttir) == ["%off = arith.muli %row, %stride : i32"]
+    assert not gate.narrow_products(ttir.replace(" : i32\n    %wide", " : i64\n    %wide"))
+    constant = "%tile = arith.constant 64 : i32" + ttir.replace("%stride", "%tile")
+    assert not gate.narrow_products(constant)
+    assert gate.narrow_products("tt.func public @k(%n: i64) {" + constant)
