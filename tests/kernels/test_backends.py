@@ -148,9 +148,3 @@ def test_without_triton_the_reference_serves_and_the_error_names_it():
         "except RuntimeError as e: print(e)"
     )
     assert "needs the package triton, which is not installed" in _python(code)
-
-
-def test_triton_kernels_in_the_interpreter():
-    pytest.importorskip("triton")
-    code = "import sys; sys.path.insert(0, '.'); from tests.kernels.interpreter import main; main()"
-    assert "all the same" in _python(code, TRITON_INTERPRET="1")
