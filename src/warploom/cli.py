@@ -89,6 +89,12 @@ def _bench_train(argv: list[str]) -> int:
     return end_to_end.main(argv)
 
 
+def _bench_kernels(argv: list[str]) -> int:
+    from warploom.benchmarks.kernels import command
+
+    return command.main(argv)
+
+
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "doctor": Command("[--json]", "what this machine has, and what is missing", _doctor),
@@ -96,6 +102,9 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command("[RUN|FOLDER] --mesh ...", "prove a mesh on CPU processes", _verify),
         "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
+        "bench kernels": Command(
+            "[--FLAG VALUE ...]", "time operators against peers and the roof", _bench_kernels
+        ),
     }
 )
 """Every command by its name, of one word or two."""

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from warploom.kernels.timing import copy_ceiling, matmul_ceiling, time_ms
+from warploom.kernels.timing import copy_ceiling, host_us, matmul_ceiling, samples_ms, time_ms
 
 
 def test_milliseconds_and_counts():
@@ -25,11 +25,34 @@ def test_the_median_ignores_one_slow_call():
     assert time_ms(lambda: time.sleep(next(delays)), "cpu", repeats=5, warmup=0) < 100.0
 
 
+def test_what_is_prepared_is_not_timed():
+    order = []
+
+    def prepare():
+        order.append("prepare")
+        time.sleep(0.02)
+        return lambda: order.append("call")
+
+    found = samples_ms(prepare, "cpu", repeats=3, warmup=1)
+    assert order == ["prepare", "call"] * 4
+    assert len(found) == 3
+    assert max(found) < 10.0
+
+
+def test_the_host_is_timed_call_by_call():
+    calls = []
+    found = host_us(lambda: calls.append(time.sleep(0.001)), "cpu", calls=4, rounds=3, warmup=2)
+    assert len(calls) == 2 + 4 * 3
+    assert 1e3 <= found < 2e4
+
+
 def test_errors_say_what_was_found():
     with pytest.raises(ValueError, match="repeats must be at least 1, got 0"):
         time_ms(lambda: None, "cpu", repeats=0)
     with pytest.raises(ValueError, match="must be a CPU or a CUDA device, got meta"):
         time_ms(lambda: None, "meta")
+    with pytest.raises(RuntimeError, match="need a CUDA device of capability 8.9, got cpu"):
+        matmul_ceiling("cpu", torch.float8_e4m3fn)
 
 
 def test_ceilings_are_of_this_world():
@@ -51,3 +74,4 @@ def test_the_device_is_timed_not_the_launch():
     assert time_ms(lambda: a @ a, "cuda") > 0.5  # 137 GFLOP in float32
     assert 1e12 < copy_ceiling("cuda") < 1e13
     assert 1e14 < matmul_ceiling("cuda", torch.bfloat16) < 1e16
+    assert 1e14 < matmul_ceiling("cuda", torch.float8_e4m3fn) < 1e17

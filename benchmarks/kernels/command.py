@@ -1,0 +1,227 @@
+"""`warploom bench kernels`: every operator beside its peers, at the sizes of real models.
+
+    warploom bench kernels --op rms_norm,swiglu --shapes llama3-8b --json kernels.json
+    warploom bench kernels --quick                  the least that shows something
+
+On a CUDA device, where there is one, our device kernels against eager PyTorch, torch.compile and
+the libraries that are installed; on the CPU the reference. Measured: results/cpu.md.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from warploom.kernels import backends, tuning
+from warploom.recipes.errors import UserError
+
+from . import measure, report
+from .cases import MODELS, Case
+from .operators import OPERATORS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_TOKENS = {"cuda": 8192, "cpu": 2048}
+
+
+def _chosen(
+    what: str, asked: str | None, known: Sequence[str], default: Sequence[str]
+) -> list[str]:
+    """Split a list of names, each of which must be known."""
+    names = [name.strip() for name in asked.split(",")] if asked else list(default)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"--{what} must be among {', '.join(known)}, got {name!r}{hint}")
+    return list(dict.fromkeys(names))
+
+
+def _device(asked: str | None) -> torch.device:
+    there = torch.cuda.is_available()
+    name = asked or ("cuda" if there else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda, got {name!r}")
+    if name == "cuda" and not there:
+        msg = "--device cuda needs a CUDA device, and torch sees none here: leave it out for cpu"
+        raise UserError(msg)
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
+
+
+def _libraries() -> list[str]:
+    """List the other libraries' backends that some operator can be served by here."""
+    rows = [row.items() for row in backends.available().values()]
+    here = [name for row in rows for name, status in row if not status.startswith("needs")]
+    known = {*measure.OURS, "torch"}
+    return sorted({name for name in here if name not in known})
+
+
+def plan_of(asked: argparse.Namespace) -> measure.Plan:
+    """Check what was asked for, and say how it is measured.
+
+    Args:
+        asked: The parsed words.
+
+    Raises:
+        UserError: If a name is unknown, or what it names is not here.
+    """
+    device = _device(asked.device)
+    cuda = device.type == "cuda"
+    peers = [*measure.PEERS, *_libraries()]
+    ours = _chosen(
+        "backends", asked.backends, measure.OURS, ("triton", "cuda") if cuda else ("reference",)
+    )
+    if not cuda and not backends.interpreted() and ours != ["reference"]:
+        raise UserError(f"--backends {asked.backends} needs a CUDA device: here is reference")
+    if asked.rounds is not None and asked.rounds < 3:
+        raise UserError(f"--rounds must be at least 3 for a spread, got {asked.rounds}")
+    if asked.tokens is not None and asked.tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {asked.tokens}")
+    dtype = _chosen("dtype", asked.dtype, list(DTYPES), ("bf16",) if cuda else ("fp32",))
+    if len(dtype) > 1:
+        raise UserError(f"--dtype takes one of {', '.join(DTYPES)}, got {asked.dtype!r}")
+    return measure.Plan(
+        device=device,
+        dtype=DTYPES[dtype[0]],
+        ours=ours,
+        peers=_chosen("peers", asked.peers, peers, peers),
+        rounds=asked.rounds or (3 if asked.quick else 5),
+        repeats=3 if asked.quick else 20,
+    )
+
+
+def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
+    """Return the cases asked for, the same size of two models once.
+
+    Args:
+        asked: The parsed words.
+        plan: How they are measured.
+
+    Raises:
+        UserError: If a name is unknown, or no operator asked for runs in a model asked for.
+    """
+    usual = ("llama3-8b", "deepseek-v3", "qwen3-30b-a3b")
+    cuda = plan.device.type == "cuda"
+    models = _chosen("shapes", asked.shapes, list(MODELS), usual if cuda else ("smollm2-135m",))
+    ops = _chosen("op", asked.op, list(OPERATORS), list(OPERATORS))
+    tokens = asked.tokens or (256 if asked.quick else _TOKENS[plan.device.type])
+    found: dict[tuple[str, str], Case] = {}
+    for op in ops:
+        for model in models:
+            for case in OPERATORS[op](MODELS[model], tokens, plan.dtype.itemsize):
+                found.setdefault((case.name, case.size), case)
+    if not found:
+        raise UserError(f"{', '.join(ops)} needs a model with experts, got {', '.join(models)}")
+    return list(found.values())
+
+
+def _tiny(cases: Sequence[Case], plan: measure.Plan) -> list[Case]:
+    ops = dict.fromkeys(case.op for case in cases)
+    return [c for op in ops for c in OPERATORS[op](MODELS["tiny"], 4, plan.dtype.itemsize)]
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """Yield a function that shows how far it is: a bar on a terminal, nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda words: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("kernels", total=total)
+        yield lambda words: bar.update(task, advance=1, description=words)
+
+
+def run(cases: Sequence[Case], plan: measure.Plan, *, overhead: bool = True) -> dict[str, Any]:
+    """Measure the ceilings, the cases and the host's time.
+
+    Args:
+        cases: What.
+        plan: How.
+        overhead: Whether to measure the host's time a call too.
+
+    Returns:
+        What `report.document` says.
+    """
+    rows: list[dict[str, Any]] = []
+    host: list[dict[str, Any]] = []
+    tiny = _tiny(cases, plan) if overhead else []
+    with _progress(1 + len(cases) + len(tiny)) as step:
+        step("ceilings")
+        found = measure.ceilings(plan.device, plan.dtype)
+        for case in cases:
+            step(f"{case.name} {case.size}")
+            rows += measure.measure(case, plan, found)
+        if tiny:
+            eager = dataclasses.replace(plan, peers=[p for p in plan.peers if p != "compile"])
+            for case in tiny:
+                step(f"{case.name}: host")
+                host += measure.overhead(case, eager)
+    return report.document(plan.device, found, rows, host)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="warploom bench kernels", description=str(__doc__).split("\n\n")[0]
+    )
+    comma = "names with commas between them"
+    parser.add_argument("--op", help=f"operators, {comma}; all of them without")
+    parser.add_argument("--shapes", help=f"of {', '.join(MODELS)}, {comma}")
+    parser.add_argument("--tokens", type=int, help="8192 on a GPU, 2048 on the CPU")
+    parser.add_argument("--peers", help=f"eager, compile and installed libraries, {comma}")
+    parser.add_argument("--backends", help=f"ours, of {', '.join(measure.OURS)}, {comma}")
+    parser.add_argument("--device", help="cpu or cuda")
+    parser.add_argument("--dtype", help=", ".join(DTYPES))
+    parser.add_argument("--rounds", type=int, help="turns of each contender, 5; at least 3")
+    parser.add_argument("--quick", action="store_true", help="few tokens, 3 rounds")
+    parser.add_argument("--tune", action="store_true", help="search configurations first")
+    parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--plot", type=Path, help="draw the roofline into this file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; 1 if a contender of ours failed or differs from eager PyTorch.
+
+    Args:
+        argv: The words after `warploom bench kernels`.
+
+    Raises:
+        UserError: If what is asked for is unknown or not here.
+    """
+    asked = _arguments(argv)
+    plan = plan_of(asked)
+    cases = cases_of(asked, plan)
+    if asked.plot:
+        report.need_matplotlib()
+    with tuning.searching() if asked.tune else contextlib.nullcontext():
+        result = run(cases, plan)
+    print(report.ceilings_line(result["ceilings"]))
+    report.tables(result["rows"])
+    report.overhead_table(result["overhead"])
+    if asked.json:
+        report.write(asked.json, result)
+    if asked.plot:
+        report.plot(asked.plot, result)
+    return _judge(result["rows"])
+
+
+def _judge(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Print what of ours failed, or computed something else; return the exit code."""
+    wrong = [
+        f"{row['op']} {row['variant']} {row['size']}, {row['contender']}: "
+        + row.get("failed", f"differs from eager PyTorch by {row.get('difference')}")
+        for row in rows
+        if row["contender"] in measure.OURS
+        and ("failed" in row or (row["difference"] is not None and not row["difference"] < 0.05))
+    ]
+    for line in dict.fromkeys(wrong):
+        print(f"wrong: {line}", file=sys.stderr)
+    return int(bool(wrong))

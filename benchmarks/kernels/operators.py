@@ -1,0 +1,275 @@
+"""The cases of each operator: `OPERATORS[op](model, tokens, itemsize)`.
+
+The bytes are those of the roof in the operator's docstring: each tensor of the pass once, in the
+dtype it has there. The flops are those of the formula; only matrix products are held to them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from warploom.kernels import activation, loss, moe, norm, rope
+
+from .cases import Case, Model, Work
+
+Build = Callable[[Model, int, int], Iterator[Case]]
+_EPS = 1e-6
+
+
+def _rms_norm(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    elements, size = tokens * m.width, f"{tokens}x{m.width}"
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return functional.rms_norm(x, weight.shape, weight, _EPS)
+
+    def fused(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        h = x + residual
+        return functional.rms_norm(h, weight.shape, weight, _EPS), h
+
+    def ours(x: Tensor, weight: Tensor, residual: Tensor, *, backend: str | None) -> Any:
+        return norm.rms_norm(x, weight, residual=residual, backend=backend)
+
+    yield Case(
+        op="rms_norm",
+        size=size,
+        draw=lambda d: ((d(tokens, m.width), d(m.width)), {}),
+        ours=norm.rms_norm,
+        eager=plain,
+        forward=Work(2 * elements * item, 4 * elements),
+        backward=Work(3 * elements * item, 9 * elements),
+    )
+    yield Case(
+        op="rms_norm",
+        variant="residual",
+        size=size,
+        draw=lambda d: ((d(tokens, m.width), d(m.width), d(tokens, m.width)), {}),
+        ours=ours,
+        eager=fused,
+        forward=Work(4 * elements * item, 5 * elements),
+        backward=Work(4 * elements * item, 10 * elements),
+    )
+
+
+def _rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    elements = tokens * (m.heads + m.groups) * m.head_dim
+
+    def draw(d: Any) -> Any:
+        positions = torch.arange(tokens, device=d.device)
+        cos, sin = rope.rotary_tables(positions, m.head_dim, base=1e4)
+        q, k = (d(tokens, heads, m.head_dim) for heads in (m.heads, m.groups))
+        return (q, k), {"cos": cos, "sin": sin}
+
+    def ours(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor, backend: str | None) -> Any:
+        return rope.rotary(q, k, cos, sin, backend=backend)
+
+    def eager(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor) -> Any:
+        cos, sin = (t.to(q.dtype).unsqueeze(1) for t in (cos, sin))
+
+        def turn(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        return turn(q), turn(k)
+
+    work = Work(2 * elements * item + 4 * tokens * m.head_dim, 3 * elements)
+    yield Case(
+        op="rotary",
+        size=f"{tokens}x({m.heads}+{m.groups})x{m.head_dim}",
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=work,
+        backward=work,
+    )
+
+
+def _swiglu(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    rows = tokens * max(m.top_k, 1)
+    elements = rows * m.hidden
+
+    def eager(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return functional.silu(gate) * up
+
+    yield Case(
+        op="swiglu",
+        size=f"{rows}x2x{m.hidden}",
+        draw=lambda d: ((d(rows, 2 * m.hidden),), {}),
+        ours=activation.swiglu,
+        eager=eager,
+        forward=Work(3 * elements * item, 5 * elements),
+        backward=Work(5 * elements * item, 10 * elements),
+    )
+
+
+def _head(m: Model, tokens: int, item: int) -> tuple[str, Callable[..., Any], Work, Work]:
+    """Return what the losses over a linear head have in common."""
+    rows = min(tokens, 4096)  # the hidden states of more tokens are as many calls
+
+    def draw(d: Any) -> Any:
+        hidden, weight = d(rows, m.width), d(m.vocabulary, m.width, scale=m.width**-0.5)
+        return (hidden, weight), {"targets": d.integers(m.vocabulary, rows)}
+
+    product = 2.0 * rows * m.width * m.vocabulary
+    operands = (rows + m.vocabulary) * m.width * item
+    forward = Work(operands, product, products=True)
+    return f"{rows}x{m.width}x{m.vocabulary}", draw, forward, Work(2 * operands, 2 * product, True)
+
+
+def _linear_cross_entropy(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    size, draw, forward, backward = _head(m, tokens, item)
+
+    def ours(hidden: Tensor, weight: Tensor, *, targets: Tensor, backend: str | None) -> Any:
+        return loss.linear_cross_entropy(hidden, weight, targets, backend=backend)[0]
+
+    def eager(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
+        return functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
+
+    yield Case(
+        op="linear_cross_entropy",
+        size=size,
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def _linear_log_probs(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    size, draw, forward, backward = _head(m, tokens, item)
+
+    def ours(hidden: Tensor, weight: Tensor, *, targets: Tensor, backend: str | None) -> Any:
+        return loss.linear_log_probs(hidden, weight, targets, backend=backend)
+
+    def eager(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
+        return -functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
+
+    yield Case(
+        op="linear_log_probs",
+        size=size,
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=forward,
+        backward=backward,
+    )
+
+
+def _route(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    if not m.experts:
+        return
+    elements = tokens * m.experts
+
+    def ours(logits: Tensor, *, backend: str | None) -> Any:
+        weights, indices, probabilities = moe.route(
+            logits,
+            m.top_k,
+            score=m.score,
+            groups=m.expert_groups,
+            top_groups=m.top_groups,
+            backend=backend,
+        )
+        return weights, probabilities, indices
+
+    def eager(logits: Tensor) -> Any:
+        x = logits.float()
+        scores = x.softmax(-1) if m.score == "softmax" else x.sigmoid()
+        choice = scores
+        if m.expert_groups > 1:
+            grouped = choice.unflatten(-1, (m.expert_groups, -1))
+            best = grouped.topk(2, -1).values.sum(-1).topk(m.top_groups, -1).indices
+            closed = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+            choice = grouped.masked_fill(closed.unsqueeze(-1), float("-inf")).flatten(-2)
+        indices = choice.topk(m.top_k, -1).indices
+        weights = scores.gather(-1, indices)
+        weights = weights / weights.sum(-1, keepdim=True)
+        return weights, scores / scores.sum(-1, keepdim=True), indices
+
+    chosen = tokens * m.top_k * 12.0  # a weight and an index each
+    yield Case(
+        op="route",
+        size=f"{tokens}x{m.experts}, {m.top_k} of them",
+        draw=lambda d: ((d(tokens, m.experts),), {}),
+        ours=ours,
+        eager=eager,
+        forward=Work(elements * (item + 4) + chosen, 5 * elements),
+        backward=Work(elements * (2 * item + 4) + chosen, 5 * elements),
+    )
+
+
+def _assignment(d: Any, m: Model, tokens: int) -> Tensor:
+    """Draw distinct experts for each token, `[T, k]`."""
+    return d(tokens, m.experts, dtype=torch.float32).topk(m.top_k, -1).indices
+
+
+def _permute(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    if not m.experts:
+        return
+    rows = tokens * m.top_k
+
+    def ours(x: Tensor, *, indices: Tensor, backend: str | None) -> Any:
+        return moe.permute(x, indices, m.experts, backend=backend)
+
+    def eager(x: Tensor, *, indices: Tensor) -> Any:
+        order = indices.flatten().argsort(stable=True)
+        counts = torch.bincount(indices.flatten(), minlength=m.experts)
+        return x.index_select(0, order // m.top_k), counts, order
+
+    yield Case(
+        op="permute",
+        size=f"{tokens}x{m.width} to {rows}",
+        draw=lambda d: ((d(tokens, m.width),), {"indices": _assignment(d, m, tokens)}),
+        ours=ours,
+        eager=eager,
+        forward=Work((tokens + rows) * m.width * item + 16.0 * rows, 0),
+        backward=Work((tokens + rows) * m.width * item + 8.0 * rows, rows * m.width),
+    )
+
+
+def _unpermute(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    if not m.experts:
+        return
+    rows = tokens * m.top_k
+    moved = (tokens + rows) * m.width * item
+
+    def draw(d: Any) -> Any:
+        order = _assignment(d, m, tokens).flatten().argsort(stable=True)
+        weights = d(tokens, m.top_k, dtype=torch.float32).softmax(-1)
+        return (d(rows, m.width), weights), {"order": order}
+
+    def ours(x: Tensor, weights: Tensor, *, order: Tensor, backend: str | None) -> Any:
+        return moe.unpermute(x, order, weights, backend=backend)
+
+    def eager(x: Tensor, weights: Tensor, *, order: Tensor) -> Tensor:
+        weighted = x * weights.flatten()[order].unsqueeze(1).to(x.dtype)
+        return x.new_zeros(tokens, m.width).index_add(0, order // m.top_k, weighted)
+
+    yield Case(
+        op="unpermute",
+        size=f"{rows}x{m.width} to {tokens}",
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=Work(moved + 12.0 * rows, 2 * rows * m.width),
+        backward=Work(moved + rows * m.width * item + 16.0 * rows, 4 * rows * m.width),
+    )
+
+
+OPERATORS: Mapping[str, Build] = MappingProxyType(
+    {
+        "rms_norm": _rms_norm,
+        "rotary": _rotary,
+        "swiglu": _swiglu,
+        "linear_cross_entropy": _linear_cross_entropy,
+        "linear_log_probs": _linear_log_probs,
+        "route": _route,
+        "permute": _permute,
+        "unpermute": _unpermute,
+    }
+)
+"""Every operator's cases, as a function of the model, the tokens and the bytes of an element."""

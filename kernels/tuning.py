@@ -1,0 +1,215 @@
+"""Configurations of Triton kernels by shape: a table that ships, and a bounded search on request.
+
+A host function asks `tuned(op, key, candidates, measure, device=...)` for its configuration. The
+answer is that of the table `tuned.json`, if it has one for this operator, compute capability and
+key that was found with the device code as it is now and is among the candidates; otherwise the
+first candidate. Nothing is searched unless `searching()` asks: what a search finds depends on
+noise, ranks would differ in their configurations and so in the last bits of what they must hold
+alike. It is found once, by `warploom bench kernels --tune`, into a file; a program whose ranks all
+`use` the same file runs by it, or its entries move to the table that ships.
+
+A file holds operator -> capability -> key -> `{"configuration": ..., "source": ..., "ms": ...}`.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .backends import source_hash
+
+Configuration = dict[str, int]
+
+SHIPPED = Path(__file__).resolve().parent / "tuned.json"
+MOST = 8
+"""Candidates of one key, at most: a search is bounded."""
+
+_GAIN = 0.97  # a candidate must take less than this share of the default's time to replace it
+_LOG = logging.getLogger(__name__)
+
+
+class _State:
+    """What the process was told; a context variable would not reach autograd's threads."""
+
+    search: Path | None = None
+    frozen = False
+    files: tuple[Path, ...] = (SHIPPED,)
+
+
+_STATE = _State()
+
+
+def user_file() -> Path:
+    """Return the file of this user's own searches, below the home directory."""
+    return Path.home() / ".cache" / "warploom" / "tuned.json"
+
+
+def use(*files: Path) -> None:
+    """Take configurations from files of searches, before the table that ships.
+
+    Args:
+        files: The first that has an entry counts; every rank of a job must name the same. None at
+            all goes back to the table that ships.
+    """
+    _STATE.files = (*files, SHIPPED)
+    _forget()
+
+
+def freeze() -> None:
+    """Forbid any search from here on in this process."""
+    _STATE.frozen = True
+
+
+@contextlib.contextmanager
+def frozen() -> Iterator[None]:
+    """Forbid any search in the `with` block, in all threads."""
+    before, _STATE.frozen = _STATE.frozen, True
+    try:
+        yield
+    finally:
+        _STATE.frozen = before
+
+
+@contextlib.contextmanager
+def searching(file: Path | None = None) -> Iterator[None]:
+    """Search in the `with` block, in all threads, for each key that has no entry, and use it.
+
+    Args:
+        file: Takes what is found; None for `user_file()`. Its directory is made.
+    """
+    before = _STATE.search, _STATE.files
+    _STATE.search = file or user_file()
+    use(_STATE.search)
+    try:
+        yield
+    finally:
+        _STATE.search, _STATE.files = before
+        _forget()
+
+
+def tuned(
+    op: str,
+    key: Sequence[int | str],
+    candidates: Sequence[Configuration],
+    measure: Callable[[Configuration], float] | None = None,
+    *,
+    device: torch.device,
+    seconds: float = 2.0,
+) -> Configuration:
+    """Choose the configuration of a kernel.
+
+    Args:
+        op: Operator, as `backends.available()` lists it.
+        key: What the choice depends on: the kernel's name, sizes, dtype.
+        candidates: At most 8, the default first.
+        measure: Runs the kernel in a configuration and returns its time; only called by a search.
+        device: Where the kernel runs; anything but a CUDA device takes the default.
+        seconds: A search stops before its next candidate when it has taken so long.
+
+    Returns:
+        One of `candidates`.
+
+    Raises:
+        ValueError: If there are no candidates or more than 8.
+    """
+    if not 0 < len(candidates) <= MOST:
+        raise ValueError(f"tuned: {op} must have 1 to {MOST} candidates, got {len(candidates)}")
+    if device.type != "cuda":
+        return candidates[0]
+    name, capability = ",".join(map(str, key)), _capability(device)
+    entry = _lookup(op, capability, name)
+    if entry in candidates:
+        return entry
+    if measure is None or len(candidates) == 1 or not _may_search():
+        return candidates[0]
+    best, ms = _search(candidates, measure, seconds)
+    assert _STATE.search is not None
+    _record(_STATE.search, op, capability, name, best, ms)
+    return best
+
+
+def _may_search() -> bool:
+    """Refuse where a search was not asked for, or would be recorded, traced or not repeatable."""
+    return (
+        _STATE.search is not None
+        and not _STATE.frozen
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.compiler.is_compiling()
+        and not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _search(
+    candidates: Sequence[Configuration], measure: Callable[[Configuration], float], seconds: float
+) -> tuple[Configuration, float]:
+    """Time the default, then the others while there is time; the default wins what is close."""
+    end = time.monotonic() + seconds
+    best, least = candidates[0], measure(candidates[0])
+    needed = least * _GAIN
+    for candidate in candidates[1:]:
+        if time.monotonic() >= end:
+            break
+        if (ms := measure(candidate)) < min(needed, least):
+            best, least = candidate, ms
+    return best, least
+
+
+@functools.cache
+def _capability(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}.{minor}"
+
+
+@functools.cache
+def _lookup(op: str, capability: str, key: str) -> Configuration | None:
+    """Return the first entry of the files that the device code of today was searched with."""
+    for file in _STATE.files:
+        entry = _read(file).get(op, {}).get(capability, {}).get(key)
+        if entry and entry.get("source") == source_hash(op):
+            configuration: Configuration = entry["configuration"]
+            return configuration
+    return None
+
+
+@functools.cache
+def _read(file: Path) -> dict[str, Any]:
+    """Read a table, once; one that cannot be read is told and counts as empty."""
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        if not isinstance(found, dict):
+            raise TypeError(f"holds a {type(found).__name__}, not an object")
+    except (OSError, TypeError, ValueError) as error:
+        _LOG.warning("tuned configurations: %s is ignored: %s", file, error)
+        return {}
+    return found
+
+
+def _record(
+    file: Path, op: str, capability: str, key: str, configuration: Mapping[str, int], ms: float
+) -> None:
+    """Add an entry to a file, as it is now, and replace it atomically."""
+    _forget()
+    found = _read(file)
+    entry = {"configuration": dict(configuration), "ms": ms, "source": source_hash(op)}
+    found.setdefault(op, {}).setdefault(capability, {})[key] = entry
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
+    with os.fdopen(handle, "w") as stream:
+        stream.write(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    os.replace(name, file)
+    _forget()
+
+
+def _forget() -> None:
+    _read.cache_clear()
+    _lookup.cache_clear()
