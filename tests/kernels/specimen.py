@@ -93,12 +93,31 @@ class Draw:
         return torch.randint(0, high, shape, generator=generator).to(self.device)
 
 
-def specimens() -> tuple[Specimen, ...]:
-    """Return all of them, by the files' and their own order."""
+def families() -> dict[str, tuple[Specimen, ...]]:
+    """Return the specimens of each folder of `kernels/`."""
     package = importlib.import_module("tests.kernels.specimens")
     names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    found = [importlib.import_module(f"tests.kernels.specimens.{n}").SPECIMENS for n in names]
-    return tuple(specimen for line in found for specimen in line)
+    return {n: importlib.import_module(f"tests.kernels.specimens.{n}").SPECIMENS for n in names}
+
+
+def specimens() -> tuple[Specimen, ...]:
+    """Return all of them, by the files' and their own order."""
+    return tuple(specimen for family in families().values() for specimen in family)
+
+
+def item(*names: str, ops: tuple[str, ...] = ()) -> Callable[[Any], Any]:
+    """Say which items of the must-test list a test proves, for `docs/kernels.md`.
+
+    Args:
+        names: Items, of `tests/kernels/table.py`.
+        ops: Operators; without them, the operator of the specimen that the test is run on.
+    """
+
+    def mark(test: Any) -> Any:
+        test.items, test.ops = names, ops
+        return test
+
+    return mark
 
 
 def tuple_of(found: Any) -> tuple[Tensor, ...]:

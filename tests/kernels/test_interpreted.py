@@ -9,19 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.kernels.specimen import specimens
+from tests.kernels.specimen import families
 
 from warploom.kernels import backends
 
 pytest.importorskip("triton", reason="needs the package triton")
 ROOT = Path(__file__).parents[2]
-OPERATORS = sorted({s.op for s in specimens() if "triton" in backends.available()[s.op]})
+SERVED = {
+    family: [
+        s.name for s in line if "triton" in s.backends and "triton" in backends.available()[s.op]
+    ]
+    for family, line in families().items()
+}
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_interpreted(op):
-    names = [s.name for s in specimens() if s.op == op and "triton" in s.backends]
-    chosen = " or ".join(f"{name}-cpu-triton" for name in names)
+@pytest.mark.parametrize("family", [family for family, names in SERVED.items() if names])
+def test_interpreted(family):
+    chosen = " or ".join(f"{name}-cpu-triton" for name in SERVED[family])
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-x"]
         + ["tests/kernels/test_must.py", "-k", chosen],

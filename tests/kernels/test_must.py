@@ -14,6 +14,7 @@ from tests.kernels.specimen import (
     check,
     compute,
     differentiable,
+    item,
     specimens,
     tuple_of,
     upstream,
@@ -31,11 +32,6 @@ DEVICES = (
         *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("reference", "triton", "cuda")),
     ]
 )
-
-
-def item(name):
-    """Say which item of the must-test list a test proves."""
-    return lambda test: setattr(test, "item", name) or test
 
 
 def _served(s: Specimen, backend: str) -> bool:
@@ -59,6 +55,15 @@ every = pytest.mark.parametrize(
 )
 
 
+class OnDevice(Draw):
+    """Random numbers that are drawn where they are used: quick, and not the same everywhere."""
+
+    def __call__(self, *shape, seed=0, scale=1.0):
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = torch.randn(*shape, dtype=self.dtype, device=self.device, generator=generator)
+        return drawn.mul_(scale)
+
+
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="the reference has shown it: one schema")
 
 
@@ -79,7 +84,7 @@ def _equal(got, want):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@item("values")
+@item("values", "zero and odd sizes")
 @every
 def test_values_and_gradients_against_float64(s, device, backend):
     """Zero and odd sizes too; fresh memory is NaN."""
@@ -182,6 +187,41 @@ def test_a_poisoned_row_poisons_its_row_alone(s, device, backend, poison):
         assert got[s.rows[0]][4].isnan().all()
 
 
+@item("batch invariance")
+@every
+def test_a_row_does_not_depend_on_its_company(s, device, backend):
+    if not s.rows:
+        pytest.skip("mixes rows: has tests of its own")
+    inputs, fixed = _case(s, device, rows=40, width=70)
+    whole = tuple_of(s.run(*inputs, backend=backend, **fixed))
+    cut = {n: x[7:12] if _has_rows(x, 40) else x for n, x in fixed.items()}
+    few = [x[7:12] if _has_rows(x, 40) else x for x in inputs]
+    part = tuple_of(s.run(*few, backend=backend, **cut))
+    for i in s.rows:
+        assert torch.equal(part[i], whole[i][7:12])
+
+
+def _has_rows(x, rows):
+    return isinstance(x, torch.Tensor) and x.dim() > 0 and x.shape[0] == rows
+
+
+@item("more than 2^31 elements")
+@pytest.mark.gpu
+@every
+def test_more_than_2_to_the_31_elements(s, device, backend):
+    """The last rows of a huge call are those of a small one."""
+    if not s.rows or not s.huge or device != "cuda" or backend == "reference":
+        pytest.skip("has a test of its own, or none is needed")
+    rows = 2**31 // 1024 + 3
+    inputs, fixed = s.draw(OnDevice(torch.bfloat16, device), rows, 1024)
+    few = [x[-3:].clone() if _has_rows(x, rows) else x for x in inputs]
+    cut = {n: x[-3:] if _has_rows(x, rows) else x for n, x in fixed.items()}
+    want = tuple_of(s.run(*few, backend=backend, **cut))
+    got = tuple_of(s.run(*inputs, backend=backend, **fixed))
+    for i in s.rows:
+        assert torch.equal(got[i][-3:], want[i])
+
+
 @item("determinism")
 @every
 def test_repeats_give_the_same_bits(s, device, backend):
@@ -255,7 +295,7 @@ def test_compiles_without_a_break_and_for_any_size(s, device, backend):
         _same(got, want)
 
 
-@item("streams")
+@item("streams and graphs")
 @pytest.mark.gpu
 @every
 def test_a_side_stream_and_a_captured_graph(s, device, backend):
@@ -281,7 +321,7 @@ def test_a_side_stream_and_a_captured_graph(s, device, backend):
     _equal(captured, call())
 
 
-@item("second device")
+@item("streams and graphs")
 @pytest.mark.gpu
 @every
 def test_tensors_on_a_device_that_is_not_current(s, device, backend):

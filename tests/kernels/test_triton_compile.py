@@ -7,7 +7,7 @@ One case a specimen runs by default, all of them by `make test-all`; Triton keep
 import pytest
 import torch
 from tests.kernels import launches as gate
-from tests.kernels.specimen import specimens
+from tests.kernels.specimen import item, specimens
 
 from warploom.kernels import backends
 
@@ -38,6 +38,7 @@ def _cases():
                     yield pytest.param(s, *size, dtype, capability, marks=marks, id=name)
 
 
+@item("fits sm_90 and sm_100")
 @pytest.mark.parametrize(("s", "rows", "width", "dtype", "capability"), [*_cases()])
 def test_compiles_and_fits(s, rows, width, dtype, capability):
     found = gate.launches(s, rows, width, dtype)
@@ -55,6 +56,7 @@ def test_compiles_and_fits(s, rows, width, dtype, capability):
             assert stores, f"{about}: no 16-byte store"
 
 
+@item("more than 2^31 elements")
 @pytest.mark.parametrize("s", [s for s in _served() if s.huge], ids=str)
 def test_more_than_2_to_the_31_elements_need_64_bits(s):
     """At a size that overflows 32 bits (of memory that is reserved, not touched)."""
