@@ -38,8 +38,8 @@ class Fp8(NamedTuple):
         data: `[..., D]`, float8_e4m3fn or float8_e5m2.
         scale: float32; by scaling: "tensor" `[]`, "row" `[..., 1]`, "block" `[..., ceil(D / 128)]`,
             "tile" `[ceil(T / 128), ceil(D / 128)]`.
-        carrier: Shape and dtype of what was quantised, without storage; never read it. Its gradient
-            is the gradient of the value: who consumes data returns its input gradient for this.
+        carrier: Shape and dtype of what was quantised, of one element's storage; its gradient is
+            the gradient of the value: who consumes data returns its input gradient for this.
         data_t: The transposed matrix `[D, T]`, quantised along T; None unless asked for.
         scale_t: Scale of `data_t`.
         amax: max |x| `[]` float32, for the next step's scale; None unless scaling is "tensor".
@@ -61,9 +61,8 @@ class Fp8(NamedTuple):
         Returns:
             `[..., D]`.
         """
-        value: Tensor = _DEQUANTIZE(
-            self.carrier, self.data, self.scale, self.carrier.dtype if dtype is None else dtype
-        )
+        codes, to = self.data.view(torch.uint8), self.carrier.dtype if dtype is None else dtype
+        value: Tensor = _DEQUANTIZE(self.carrier, codes, self.scale, self.data.dtype, to)
         return value
 
 
@@ -201,9 +200,9 @@ def carrier_of(x: Tensor) -> Tensor:
         x: What was quantised.
 
     Returns:
-        Expanded, not initialised.
+        Zeros, expanded.
     """
-    return x.new_empty(()).expand(x.shape)
+    return x.new_zeros(()).expand(x.shape)
 
 
 def _forward(
@@ -215,6 +214,10 @@ def _forward(
     transpose: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
+    """Return codes as bytes: opcheck adds outputs up, which PyTorch cannot do in FP8.
+
+    The carrier is the first for the same reason: the sum must begin with a float.
+    """
     x_TD = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     args = x_TD, scaling, dtype, scale, power_of_two, transpose
     if choose("fp8_quantize", x.device, x.dtype, backend) == "triton":
@@ -225,7 +228,8 @@ def _forward(
         data, scales, data_t, scale_t, amax = _quantize_cpu(*args)
     if scaling in ("row", "block"):
         scales = scales.view(*x.shape[:-1], scales.shape[1])
-    return data.view(x.shape), scales, data_t, scale_t, amax, carrier_of(x)
+    codes, codes_t = data.view(x.shape).view(torch.uint8), data_t.view(torch.uint8)
+    return carrier_of(x), codes, scales, codes_t, scale_t, amax
 
 
 def _forward_fake(
@@ -249,12 +253,12 @@ def _forward_fake(
         groups = 1 if scaling == "row" else (x.shape[0] + BLOCK - 1) // BLOCK
         scale_t = none.new_empty(width, groups)
     return (
-        x.new_empty(x.shape, dtype=dtype),
+        carrier_of(x),
+        x.new_empty(x.shape, dtype=torch.uint8),
         none.new_empty(shapes[scaling]),
-        x.new_empty((width, x.shape[0]) if transpose else (0,), dtype=dtype),
+        x.new_empty((width, x.shape[0]) if transpose else (0,), dtype=torch.uint8),
         scale_t,
         none.new_empty(() if scaling == "tensor" else (0,)),
-        carrier_of(x),
     )
 
 
@@ -262,25 +266,27 @@ class _Quantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         parts: tuple[Tensor, ...] = below_autograd(_FORWARD, x, *rest)
-        ctx.mark_non_differentiable(*parts[:-1])
+        ctx.mark_non_differentiable(*parts[1:])
         ctx.set_materialize_grads(False)
         return parts
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         first_derivative_only("fp8_quantize")
-        return gradients[-1], None, None, None, None, None, None
+        return dy, None, None, None, None, None, None
 
 
-def _dequantize(carrier: Tensor, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    tokens, width = data.shape[:-1].numel(), data.shape[-1]
-    y = torch.empty(data.shape, dtype=dtype, device=data.device)
+def _dequantize(
+    carrier: Tensor, codes: Tensor, scale: Tensor, source: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    tokens, width = codes.shape[:-1].numel(), codes.shape[-1]
+    y = codes.new_empty(codes.shape, dtype=dtype)
     if not y.numel():
         return y
-    y_TD, data_TD = y.view(tokens, width), data.reshape(tokens, width)
+    y_TD, data_TD = y.view(tokens, width), codes.view(source).reshape(tokens, width)
     scale = scale.reshape(-1, scale.shape[-1]) if scale.dim() else scale.view(1, 1)
     for rows in row_blocks(tokens, width):
-        index = torch.arange(rows.start, rows.stop, device=data.device)
+        index = torch.arange(rows.start, rows.stop, device=codes.device)
         part = scale[index if len(scale) == tokens else index // BLOCK] if len(scale) > 1 else scale
         if part.shape[1] > 1:
             part = part.repeat_interleave(BLOCK, 1)[:, :width]
@@ -288,8 +294,10 @@ def _dequantize(carrier: Tensor, data: Tensor, scale: Tensor, dtype: torch.dtype
     return y
 
 
-def _dequantize_fake(carrier: Tensor, data: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return data.new_empty(data.shape, dtype=dtype)
+def _dequantize_fake(
+    carrier: Tensor, codes: Tensor, scale: Tensor, source: torch.dtype, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 class _Dequantize(torch.autograd.Function):
@@ -301,7 +309,7 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy.to(ctx.dtype), None, None, None
+        return dy.to(ctx.dtype), None, None, None, None
 
 
 _FORWARD = register(
@@ -313,7 +321,8 @@ _FORWARD = register(
     _Quantize,
 )
 _DEQUANTIZE = register(
-    "fp8_dequantize(Tensor carrier, Tensor data, Tensor scale, ScalarType dtype) -> Tensor",
+    "fp8_dequantize(Tensor carrier, Tensor codes, Tensor scale, ScalarType source,"
+    " ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,
     _Dequantize,
@@ -376,16 +385,16 @@ def fp8_quantize(
     """
     _check(x, scaling, dtype, scale, transpose)
     args = scaling, dtype, scale, power_of_two, transpose, backend
-    data, scales, data_t, scale_t, amax, carrier = _FORWARD(x, *args)
+    carrier, codes, scales, codes_t, scale_t, amax = _FORWARD(x, *args)
     if scale is not None:
         scales = scale.detach()
     if scaling in ("tensor", "tile"):
         scale_t = scales.t() if scaling == "tile" else scales
     return Fp8(
-        data=data,
+        data=codes.view(dtype),
         scale=scales,
         carrier=carrier,
-        data_t=data_t if transpose else None,
+        data_t=codes_t.view(dtype) if transpose else None,
         scale_t=scale_t if transpose else None,
         amax=amax if scaling == "tensor" else None,
     )

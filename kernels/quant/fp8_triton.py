@@ -37,7 +37,7 @@ def configuration(scaling: str, transpose: bool, width: int) -> dict[str, int]:
         columns = min(next_power_of_two(width), _SPAN)
         return {"ROWS": 1, "COLUMNS": columns, "num_warps": 8 if columns > 2048 else 4}
     if transpose or scaling == "tile":
-        return {"ROWS": BLOCK, "COLUMNS": BLOCK, "num_warps": 8}
+        return {"ROWS": BLOCK, "COLUMNS": BLOCK, "num_warps": 16}
     return {"ROWS": 32, "COLUMNS": BLOCK, "num_warps": 4}
 
 
