@@ -158,7 +158,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         ops.swiglu_linear_backward: _gated_backward,
         ops.linear_cross_entropy_forward: _cross_entropy,
         ops.linear_log_probs_forward: partial(_log_probs, first=0, products=1),
-        ops.linear_log_probs_backward: partial(_log_probs, first=2, products=3),
+        ops.linear_log_probs_backward: partial(_log_probs, first=1, products=3),
     }
     for formula in found.values():
         vars(formula)["_get_raw"] = True  # pass tensors, not their shapes: lengths are values
@@ -196,19 +196,22 @@ def _varlen(*args: Any, first: int, products: int, out_val: Any = None) -> int:
 
 
 def _trained(targets_T: Tensor, ignore_index: int) -> int:
+    targets_T = targets_T if targets_T.dim() == 1 else targets_T[:, 0]  # [T, M] of a teacher
     if targets_T.device.type == "cpu":
         return int((targets_T != ignore_index).sum())
     return targets_T.numel()
 
 
 def _cross_entropy(*args: Any, out_val: Any = None) -> int:
-    _, weight_VD, targets_T, ignore_index, _, hidden_grad, weight_grad, _ = args
+    _, weight_VD, targets_T, ignore_index, _, hidden_grad, weight_grad, *_ = args
     products = 1 + hidden_grad + weight_grad
     return int(2 * products * weight_VD.numel() * _trained(targets_T, ignore_index))
 
 
 def _log_probs(*args: Any, first: int, products: int, out_val: Any = None) -> int:
     weight_VD, targets_T = args[first + 1], args[first + 2]
-    ignore_index = args[first + 3 if first == 0 else first + 4]  # the backward takes lse before it
+    ignore_index = args[
+        first + 3 if first == 0 else first + 4
+    ]  # the backward has statistics before it
     width: int = weight_VD.numel()
     return 2 * products * width * _trained(targets_T, ignore_index)

@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probabilities of a linear head, without the logits of all tokens.
+"""Losses of a linear head, without the logits of all tokens.
 
     z = hidden @ weight^T,    log_prob = z_target - lse(z),    sum = -sum over trained of log_prob
     dhidden = dz @ weight,    dweight = dz^T @ hidden
@@ -6,153 +6,75 @@
 A chunk of tokens at a time: C V logits are alive, never T V. `linear_cross_entropy` overwrites
 each chunk by its gradient in the forward, so that a step costs three matrix products; what is
 saved is the gradient itself, and the backward multiplies it by the upstream scalar on the device.
-Outputs per token (log-probabilities, the log-sum-exp of the z-loss) have an upstream gradient each:
-their backward computes the logits of a chunk again, four products a step.
+Outputs per token (log-probability, entropy, divergence, the log-sum-exp of the z-loss) have an
+upstream gradient each: their backward computes the logits of a chunk again, four products a step.
 
-Shapes: T tokens, C tokens of a chunk, D model width, V vocabulary. Bound by arithmetic: 6 T D V
-FLOPs (8 with z-loss). Products run in the input's dtype; softmax, loss and the accumulation of
-dweight over chunks in float32 at least.
+Shapes: T tokens, C tokens of a chunk, D model width, V vocabulary, M indices a token, K statistics.
+Bound by arithmetic: 6 T D V FLOPs (8 per token). Products run in the input's dtype; softmax and
+loss in float32 at least, as is the accumulation of dweight where there are several chunks.
 
-Source: z-loss: Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, section 5; chunks with the
-gradient in the forward: Hsu et al. 2024, https://arxiv.org/abs/2410.10989, section 3.
+Bytes beside inputs and outputs at T = D = 4096, V = 128,256 in bfloat16, one chunk, whose dweight
+is rounded once: logits 1.05 GB in the forward; the saved dweight and dhidden, 1.08 GB, in the
+backward. With several chunks 4 D V bytes more, 2.1 GB, for the float32 dweight.
+
+Source: chunks with the gradient in the forward: Hsu et al. 2024, https://arxiv.org/abs/2410.10989,
+section 3; the losses: see `statistics.py`.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import choose
-from ..library import below_autograd, register, wide
-from .cross_entropy import (
-    cross_entropy_gradient_,
-    cross_entropy_partials,
-    nll_and_gradient_,
+from ..library import below_autograd, first_derivative_only, register, wide
+from .chunks import Chunks, Gradients, check_linear, scaled, trained
+from .logits import check_options, nll_and_gradient_
+from .statistics import (
+    Pair,
+    finish,
+    gradient_of_slice_,
+    log_probability,
+    reduce_slice_,
+    smoothed,
+    sums,
+    top_k_kl,
 )
 
-_CPU_BYTES = 64 << 20  # of float32 logits a chunk
-_CUDA_BYTES = 1 << 30
-_CUDA_TOKENS = 4096  # enough to fill the device in each product
 
-Pair = tuple[Tensor, Tensor]
-
-
-def chunk_tokens(hidden_TD: Tensor, vocabulary: int) -> int:
-    """Choose how many tokens' logits are alive at a time.
-
-    Args:
-        hidden_TD: `[T, D]`; its device and dtype decide.
-        vocabulary: Columns of the logits, on this rank.
-
-    Returns:
-        At least 1: 64 MiB of float32 logits on the CPU, 4096 tokens and 1 GiB elsewhere.
-    """
-    if hidden_TD.device.type == "cpu":
-        return max(1, _CPU_BYTES // (4 * max(vocabulary, 1)))
-    return max(1, min(_CUDA_TOKENS, _CUDA_BYTES // (hidden_TD.element_size() * max(vocabulary, 1))))
-
-
-class _Chunks:
-    """The chunks of one call: which rows, and buffers that all chunks share.
-
-    On the CPU only the rows that train are met. Elsewhere counting them would wait for the device:
-    all rows are met, and the ignored ones enter as zeros, so that a NaN in them stays out.
-    """
-
-    def __init__(
-        self,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        targets_T: Tensor,
-        ignore: int,
-        chunk: int | None,
-    ) -> None:
-        self.hidden_TD, self.weight_VD, self.targets_T = hidden_TD, weight_VD, targets_T
-        self.trained_T = targets_T != ignore
-        self.rows: Tensor | None = None
-        tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-        if hidden_TD.device.type == "cpu":
-            self._check_range(vocabulary)
-            rows = self.trained_T.nonzero()[:, 0]
-            if len(rows) < tokens:
-                self.rows, tokens = rows, len(rows)
-        limit = chunk or chunk_tokens(hidden_TD, vocabulary)
-        count = max(1, -(-tokens // limit))
-        self.tokens, self.step = tokens, max(1, -(-tokens // count))
-        self.logits_CV = hidden_TD.new_empty(min(self.step, tokens), vocabulary)
-
-    def _check_range(self, vocabulary: int) -> None:
-        outside = self.trained_T & ((self.targets_T < 0) | (self.targets_T >= vocabulary))
-        if outside.any():
-            at = int(outside.nonzero()[0])
-            raise ValueError(
-                f"targets must be in [0, {vocabulary}) or the ignore_index, "
-                f"got {int(self.targets_T[at])} at position {at}"
-            )
-
-    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor, Tensor, Tensor]]:
-        """Yield rows of the call, their hidden states `[C, D]`, targets `[C]`, logits `[C, V]`."""
-        for start in range(0, self.tokens, self.step):
-            rows: slice | Tensor = slice(start, min(start + self.step, self.tokens))
-            count = min(self.step, self.tokens - start)
-            if self.rows is not None:
-                rows = self.rows[rows]
-            hidden_CD = self.hidden_TD[rows]
-            if hidden_CD.device.type != "cpu":
-                hidden_CD = torch.where(self.trained_T[rows, None], hidden_CD, 0)
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=self.logits_CV[:count])
-            yield rows, hidden_CD, self.targets_T[rows], logits_CV
-
-
-class _Gradients:
-    """dhidden in the input's dtype and dweight in float32 at least, empty where not asked for."""
-
-    def __init__(self, chunks: _Chunks, hidden: bool, weight: bool) -> None:
-        self.weight_VD, wide_dtype = chunks.weight_VD, wide(chunks.weight_VD.dtype)
-        new = chunks.hidden_TD.new_zeros
-        self.dhidden = new(chunks.hidden_TD.shape if hidden else 0)
-        self.dweight = new(self.weight_VD.shape if weight else 0, dtype=wide_dtype)
-        narrow_cpu = self.dweight.device.type == "cpu" and wide_dtype != self.weight_VD.dtype
-        self.product = torch.empty_like(self.weight_VD) if weight and narrow_cpu else None
-        self.needs = hidden, weight
-
-    def add_(self, rows: slice | Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
-        if self.needs[0]:
-            self.dhidden[rows] = dlogits_CV @ self.weight_VD
-        if not self.needs[1]:
-            return
-        if self.product is not None:  # the CPU has no product of bfloat16 into float32
-            self.dweight.add_(torch.mm(dlogits_CV.t(), hidden_CD, out=self.product))
-        elif self.dweight.dtype == hidden_CD.dtype:
-            self.dweight.addmm_(dlogits_CV.t(), hidden_CD)
-        else:
-            torch.ops.aten.addmm.dtype_out(
-                self.dweight, dlogits_CV.t(), hidden_CD, self.dweight.dtype, out=self.dweight
-            )
-
-
-def linear_cross_entropy_reference(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Specify the operators here, differentiably, with all logits at once.
+def linear_statistics_reference(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    targets_T: Tensor,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Specify the statistics of targets `[T]`, differentiably, with all logits at once.
 
     Args:
         hidden_TD: `[T, D]`.
         weight_VD: `[V, D]`.
         targets_T: `[T]`, in [0, V) or `ignore_index`.
+        softcap: Soft-cap of the logits, or None.
         ignore_index: The target of positions that do not train.
 
     Returns:
-        `log_probs_T` and `lse_T`, both 0 where ignored; float32 at least.
+        `[4, T]`: target logit, lse, sum of logits, entropy; 0 where ignored; float32 at least.
     """
     dtype = wide(hidden_TD.dtype)
-    trained_T = targets_T != ignore_index
-    logits_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).t()
-    lse_T = logits_TV.logsumexp(-1)
-    target_T = logits_TV.gather(-1, torch.where(trained_T, targets_T, 0).long()[:, None])[:, 0]
-    return torch.where(trained_T, target_T - lse_T, 0), torch.where(trained_T, lse_T, 0)
+    trained_T = trained(targets_T, ignore_index)
+    z_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).t()
+    if softcap is not None:
+        z_TV = softcap * torch.tanh(z_TV / softcap)
+    target_T1 = torch.where(trained_T, targets_T, 0).long()[:, None]
+    log_TV = z_TV.log_softmax(-1)
+    entropy_T = -(log_TV.exp() * log_TV).sum(-1)
+    found = (z_TV.gather(-1, target_T1)[:, 0], z_TV.logsumexp(-1), z_TV.sum(-1), entropy_T)
+    return torch.where(trained_T, torch.stack(found), 0)
+
+
+def _rows(targets: Tensor, moments: bool) -> int:
+    return targets.shape[1] + 1 if targets.dim() > 1 else 4 if moments else 2
 
 
 def _cross_entropy(
@@ -163,20 +85,25 @@ def _cross_entropy(
     chunk: int | None,
     hidden_grad: bool,
     weight_grad: bool,
+    softcap: float | None,
+    smoothing: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chunks = _Chunks(hidden_TD, weight_VD, targets_T, ignore_index, chunk)
-    gradients = _Gradients(chunks, hidden_grad, weight_grad)
+    chunks = Chunks(hidden_TD, weight_VD, targets_T, ignore_index, chunk)
+    gradients = Gradients(hidden_TD, weight_VD, (hidden_grad, weight_grad), chunks.count)
     total = hidden_TD.new_zeros((), dtype=wide(hidden_TD.dtype))
+    moments = smoothing > 0
     for rows, hidden_CD, targets_C, logits_CV in chunks:
         if hidden_grad or weight_grad:
-            total += nll_and_gradient_(logits_CV, targets_C, ignore_index, backend).sum()
+            total += nll_and_gradient_(
+                logits_CV, targets_C, ignore_index, softcap, smoothing, backend
+            ).sum()
             gradients.add_(rows, logits_CV, hidden_CD)
         else:
-            max_C, sum_C, true_C = cross_entropy_partials(logits_CV, targets_C, backend=backend)
-            nll_C = max_C + sum_C.log() - true_C
+            reduced = reduce_slice_(logits_CV, targets_C, 0, softcap, moments, backend)
+            nll_C = smoothed(finish(*reduced, moments), smoothing, weight_VD.shape[0])
             total += torch.where(chunks.trained_T[rows], nll_C, 0).sum()
-    return total, chunks.trained_T.sum(), gradients.dhidden, gradients.dweight
+    return total, chunks.trained_T.sum(), *gradients.result()
 
 
 def _cross_entropy_fake(
@@ -187,112 +114,101 @@ def _cross_entropy_fake(
     chunk: int | None,
     hidden_grad: bool,
     weight_grad: bool,
-    backend: str | None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = wide(hidden_TD.dtype)
     return (
-        hidden_TD.new_empty((), dtype=dtype),
+        hidden_TD.new_empty((), dtype=wide(hidden_TD.dtype)),
         targets_T.new_empty((), dtype=torch.int64),
         hidden_TD.new_empty(hidden_TD.shape if hidden_grad else 0),
-        hidden_TD.new_empty(weight_VD.shape if weight_grad else 0, dtype=dtype),
+        hidden_TD.new_empty(weight_VD.shape if weight_grad else 0),
     )
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        hidden_TD, weight_VD, targets_T, ignore_index, chunk, _, _, backend = args
+        *inputs, _, _, softcap, smoothing, backend = args
         ctx.needs = ctx.needs_input_grad[:2]
-        ctx.dtype = weight_VD.dtype
         total, count, dhidden, dweight = below_autograd(
-            _CROSS_ENTROPY,
-            hidden_TD,
-            weight_VD,
-            targets_T,
-            ignore_index,
-            chunk,
-            *ctx.needs,
-            backend,
+            _CROSS_ENTROPY, *inputs, *ctx.needs, softcap, smoothing, backend
         )
         ctx.mark_non_differentiable(count, dhidden, dweight)
         ctx.save_for_backward(dhidden, dweight)
         return total, count, dhidden, dweight
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        # Multiplied in the wide dtype: a bfloat16 upstream scalar would scale every gradient wrong.
-        dx = (dhidden.to(g.dtype) * g).to(dhidden.dtype) if ctx.needs[0] else None
-        dw = (dweight * g).to(ctx.dtype) if ctx.needs[1] else None
-        return dx, dw, None, None, None, None, None, None
+        first_derivative_only("linear_cross_entropy")
+        found = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        return *(scaled(d, g) if needed else None for d, needed in found), *(8 * (None,))
 
 
-def _log_probs(
+def _statistics(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    targets_T: Tensor,
+    targets: Tensor,
     ignore_index: int,
     chunk: int | None,
+    softcap: float | None,
+    moments: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    chunks = _Chunks(hidden_TD, weight_VD, targets_T, ignore_index, chunk)
-    log_probs_T = hidden_TD.new_zeros(hidden_TD.shape[0], dtype=wide(hidden_TD.dtype))
-    lse_T = torch.zeros_like(log_probs_T)
+) -> Tensor:
+    chunks = Chunks(hidden_TD, weight_VD, targets, ignore_index, chunk)
+    shape = _rows(targets, moments), hidden_TD.shape[0]
+    statistics = hidden_TD.new_zeros(shape, dtype=wide(hidden_TD.dtype))
     for rows, _, targets_C, logits_CV in chunks:
-        max_C, sum_C, true_C = cross_entropy_partials(logits_CV, targets_C, backend=backend)
-        lse_C, trained_C = max_C + sum_C.log(), chunks.trained_T[rows]
-        lse_T[rows] = torch.where(trained_C, lse_C, 0)
-        log_probs_T[rows] = torch.where(trained_C, true_C - lse_C, 0)
-    return log_probs_T, lse_T
+        reduced = reduce_slice_(logits_CV, targets_C, 0, softcap, moments, backend)
+        found = finish(*reduced, moments)
+        statistics[:, rows] = torch.where(chunks.trained_T[rows], found, 0)
+    return statistics
 
 
-def _log_probs_fake(
+def _statistics_fake(
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    targets_T: Tensor,
+    targets: Tensor,
     ignore_index: int,
     chunk: int | None,
+    softcap: float | None,
+    moments: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    shape, dtype = hidden_TD.shape[:1], wide(hidden_TD.dtype)
-    return hidden_TD.new_empty(shape, dtype=dtype), hidden_TD.new_empty(shape, dtype=dtype)
+) -> Tensor:
+    shape = _rows(targets, moments), hidden_TD.shape[0]
+    return hidden_TD.new_empty(shape, dtype=wide(hidden_TD.dtype))
 
 
-def _log_probs_backward(
-    g_log_probs_T: Tensor,
-    g_lse_T: Tensor,
+def _statistics_backward(
+    g: Tensor,
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    targets_T: Tensor,
-    lse_T: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
     ignore_index: int,
     chunk: int | None,
+    softcap: float | None,
     hidden_grad: bool,
     weight_grad: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    chunks = _Chunks(hidden_TD, weight_VD, targets_T, ignore_index, chunk)
-    gradients = _Gradients(chunks, hidden_grad, weight_grad)
-    g_nll_T = torch.where(chunks.trained_T, -g_log_probs_T, 0)
-    g_lse_T = torch.where(chunks.trained_T, g_lse_T, 0)
+    chunks = Chunks(hidden_TD, weight_VD, targets, ignore_index, chunk)
+    gradients = Gradients(hidden_TD, weight_VD, (hidden_grad, weight_grad), chunks.count)
+    g = torch.where(chunks.trained_T, g, 0)
     for rows, hidden_CD, targets_C, logits_CV in chunks:
-        cross_entropy_gradient_(
-            logits_CV, targets_C, 0, lse_T[rows], g_nll_T[rows], g_lse_T[rows], backend=backend
-        )
+        found, by = statistics[:, rows], g[:, rows]
+        gradient_of_slice_(logits_CV, targets_C, 0, found, by, softcap, backend)
         gradients.add_(rows, logits_CV, hidden_CD)
-    return gradients.dhidden, gradients.dweight.to(weight_VD.dtype)
+    return gradients.result()
 
 
-def _log_probs_backward_fake(
-    g_log_probs_T: Tensor,
-    g_lse_T: Tensor,
+def _statistics_backward_fake(
+    g: Tensor,
     hidden_TD: Tensor,
     weight_VD: Tensor,
-    targets_T: Tensor,
-    lse_T: Tensor,
+    targets: Tensor,
+    statistics: Tensor,
     ignore_index: int,
     chunk: int | None,
+    softcap: float | None,
     hidden_grad: bool,
     weight_grad: bool,
     backend: str | None,
@@ -301,72 +217,46 @@ def _log_probs_backward_fake(
     return new(hidden_TD.shape if hidden_grad else 0), new(weight_VD.shape if weight_grad else 0)
 
 
-class _LogProbs(torch.autograd.Function):
+class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        hidden_TD, weight_VD, targets_T, *ctx.options = args
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        hidden_TD, weight_VD, targets, *ctx.options = args
         ctx.needs = ctx.needs_input_grad[:2]
-        log_probs_T, lse_T = below_autograd(_LOG_PROBS, *args)
-        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, lse_T)
-        return log_probs_T, lse_T
+        statistics: Tensor = below_autograd(_STATISTICS, *args)
+        ctx.save_for_backward(hidden_TD, weight_VD, targets, statistics)
+        return statistics
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
-        ignore_index, chunk, backend = ctx.options
-        gradients = _LOG_PROBS_BACKWARD(
-            *g, *ctx.saved_tensors, ignore_index, chunk, *ctx.needs, backend
-        )
-        dx, dw = (d if needed else None for d, needed in zip(gradients, ctx.needs, strict=True))
-        return dx, dw, None, None, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("linear_log_probs")
+        ignore_index, chunk, softcap, _, backend = ctx.options
+        options = ignore_index, chunk, softcap, *ctx.needs, backend
+        found = zip(_STATISTICS_BACKWARD(g, *ctx.saved_tensors, *options), ctx.needs, strict=True)
+        return *(d if needed else None for d, needed in found), *(6 * (None,))
 
 
 _CROSS_ENTROPY = register(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index,"
-    " int? chunk, bool hidden_grad, bool weight_grad, str? backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " int? chunk, bool hidden_grad, bool weight_grad, float? softcap, float label_smoothing,"
+    " str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
     _CrossEntropy,
 )
-_LOG_PROBS = register(
+_STATISTICS = register(
     "linear_log_probs_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index,"
-    " int? chunk, str? backend) -> (Tensor, Tensor)",
-    _log_probs,
-    _log_probs_fake,
-    _LogProbs,
+    " int? chunk, float? softcap, bool moments, str? backend) -> Tensor",
+    _statistics,
+    _statistics_fake,
+    _Statistics,
 )
-_LOG_PROBS_BACKWARD = register(
-    "linear_log_probs_backward(Tensor g_log_probs, Tensor g_lse, Tensor hidden, Tensor weight,"
-    " Tensor targets, Tensor lse, int ignore_index, int? chunk, bool hidden_grad, bool weight_grad,"
-    " str? backend) -> (Tensor, Tensor)",
-    _log_probs_backward,
-    _log_probs_backward_fake,
+_STATISTICS_BACKWARD = register(
+    "linear_log_probs_backward(Tensor g, Tensor hidden, Tensor weight, Tensor targets,"
+    " Tensor statistics, int ignore_index, int? chunk, float? softcap, bool hidden_grad,"
+    " bool weight_grad, str? backend) -> (Tensor, Tensor)",
+    _statistics_backward,
+    _statistics_backward_fake,
 )
-
-
-def _check(
-    name: str, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, chunk: int | None
-) -> None:
-    if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or targets_T.shape != hidden_TD.shape[:1]:
-        raise ValueError(
-            f"{name}: hidden must be [T, D], weight [V, D] and targets [T], got "
-            f"{[*hidden_TD.shape]}, {[*weight_VD.shape]} and {[*targets_T.shape]}"
-        )
-    if hidden_TD.shape[1] != weight_VD.shape[1] or not weight_VD.shape[0]:
-        raise ValueError(
-            f"{name}: hidden and weight must have one width and weight a row at least, "
-            f"got {[*hidden_TD.shape]} and {[*weight_VD.shape]}"
-        )
-    if hidden_TD.dtype != weight_VD.dtype or not hidden_TD.is_floating_point():
-        raise ValueError(
-            f"{name}: hidden and weight must have one floating dtype, "
-            f"got {hidden_TD.dtype} and {weight_VD.dtype}"
-        )
-    if targets_T.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name}: targets must be int32 or int64, got {targets_T.dtype}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"{name}: chunk must be at least 1 token, got {chunk}")
 
 
 def linear_cross_entropy(
@@ -376,6 +266,8 @@ def linear_cross_entropy(
     *,
     z_loss: bool = False,
     ignore_index: int = -100,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
     chunk: int | None = None,
     backend: str | None = None,
 ) -> Pair | tuple[Pair, Pair]:
@@ -389,6 +281,9 @@ def linear_cross_entropy(
             out of range is undefined.
         z_loss: Whether to sum lse^2 too; costs a fourth matrix product.
         ignore_index: The target of positions that do not train; they cost nothing on the CPU.
+        softcap: Bound c that the logits approach, c tanh(z / c), as in Gemma 2; or None.
+        label_smoothing: Share e of the loss that is the mean of -log p over the vocabulary, from 0
+            to 1: (1 - e) nll + e mean, as PyTorch defines it.
         chunk: Tokens whose logits are alive at a time; None bounds them at 64 MiB on the CPU,
             4096 tokens and 1 GiB elsewhere.
         backend: `reference` or `triton`; None takes the fastest that is proven here.
@@ -398,19 +293,35 @@ def linear_cross_entropy(
         positions that train. With `z_loss` also `(sum of lse^2, count)`, as a second pair.
 
     Raises:
-        ValueError: If shapes or dtypes are not these, or a target on the CPU is out of range.
+        ValueError: If shapes, dtypes or options are not these, or a target on the CPU is out of
+            range.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check("linear_cross_entropy", hidden_TD, weight_VD, targets_T, chunk)
+    check_linear("linear_cross_entropy", hidden_TD, weight_VD, targets_T, chunk)
+    check_options("linear_cross_entropy", softcap, label_smoothing)
     choose("linear_cross_entropy", hidden_TD.device, hidden_TD.dtype, backend)
+    inputs = hidden_TD, weight_VD, targets_T, ignore_index, chunk
     if not z_loss:
-        total, count, _, _ = _CROSS_ENTROPY(
-            hidden_TD, weight_VD, targets_T, ignore_index, chunk, False, False, backend
-        )
-        return total, count
-    log_probs_T, lse_T = _LOG_PROBS(hidden_TD, weight_VD, targets_T, ignore_index, chunk, backend)
-    count = (targets_T != ignore_index).sum()
-    return (-log_probs_T.sum(), count), (lse_T.square().sum(), count)
+        found = _CROSS_ENTROPY(*inputs, False, False, softcap, label_smoothing, backend)
+        return found[0], found[1]
+    statistics = _STATISTICS(*inputs, softcap, label_smoothing > 0, backend)
+    trained_T = trained(targets_T, ignore_index)
+    return sums(statistics, trained_T, label_smoothing, weight_VD.shape[0], True)
+
+
+@overload
+def linear_log_probs(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, ignore_index: int = ...,
+    softcap: float | None = ..., chunk: int | None = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def linear_log_probs(
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, entropy: bool,
+    ignore_index: int = ..., softcap: float | None = ..., chunk: int | None = ...,
+    backend: str | None = ...,
+) -> Tensor | Pair: ...  # fmt: skip
 
 
 def linear_log_probs(
@@ -418,17 +329,73 @@ def linear_log_probs(
     weight_VD: Tensor,
     targets_T: Tensor,
     *,
+    entropy: bool = False,
     ignore_index: int = -100,
+    softcap: float | None = None,
     chunk: int | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor | Pair:
     """Compute the log-probability of each target under a linear head.
 
     Args:
         hidden_TD: `[T, D]`; float16, bfloat16, float32 or float64.
         weight_VD: `[V, D]` in the same dtype.
         targets_T: `[T]`, as `linear_cross_entropy` takes them.
+        entropy: Whether the entropy of each distribution is wanted too, from the same pass.
         ignore_index: The target of positions that have no log-probability.
+        softcap: Bound that the logits approach, as in `linear_cross_entropy`.
+        chunk: Tokens whose logits are alive at a time, as in `linear_cross_entropy`.
+        backend: `reference` or `triton`; None takes the fastest that is proven here.
+
+    Returns:
+        `[T]` in nats, 0 where ignored; float32 at least, differentiable token by token. With
+        `entropy` the pair of it and the entropies `[T]`, in nats, 0 where ignored.
+
+    Raises:
+        ValueError: If shapes or dtypes are not these, or a target on the CPU is out of range.
+        RuntimeError: If `backend` cannot serve these tensors here.
+    """
+    check_linear("linear_log_probs", hidden_TD, weight_VD, targets_T, chunk)
+    check_options("linear_log_probs", softcap)
+    choose("linear_log_probs", hidden_TD.device, hidden_TD.dtype, backend)
+    statistics = _STATISTICS(
+        hidden_TD, weight_VD, targets_T, ignore_index, chunk, softcap, entropy, backend
+    )
+    log_probs_T = log_probability(statistics, trained(targets_T, ignore_index))
+    return (log_probs_T, statistics[3]) if entropy else log_probs_T
+
+
+def linear_top_k_kl(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    teacher_indices_TM: Tensor,
+    teacher_log_probs_TM: Tensor,
+    *,
+    direction: str = "forward",
+    tail: bool = True,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the divergence between a teacher, known by its top M, and a linear head.
+
+    With the tail it is that of M + 1 outcomes, the last of which stands for all other tokens: at
+    least 0, at most the divergence over the whole vocabulary, and equal to it where M = V. The
+    student's tail is summed over its columns, the teacher's is what its probabilities leave of 1,
+    2^-23 (float64: 2^-52) at least, as they are rounded.
+
+    Args:
+        hidden_TD: `[T, D]` of the student; float16, bfloat16, float32 or float64.
+        weight_VD: `[V, D]` in the same dtype.
+        teacher_indices_TM: `[T, M]`, int32 or int64, distinct in a row, in [0, V); a row that
+            begins with `ignore_index` is ignored.
+        teacher_log_probs_TM: `[T, M]`, floating, in nats, over the whole vocabulary; -inf for none.
+            A constant: no gradient flows into it.
+        direction: `forward`, KL(teacher || student), or `reverse`, KL(student || teacher).
+        tail: Whether the tail is an outcome; False normalises both over the M instead.
+        ignore_index: The first index of positions that do not count.
+        softcap: Bound that the logits approach, as in `linear_cross_entropy`.
         chunk: Tokens whose logits are alive at a time, as in `linear_cross_entropy`.
         backend: `reference` or `triton`; None takes the fastest that is proven here.
 
@@ -436,12 +403,41 @@ def linear_log_probs(
         `[T]` in nats, 0 where ignored; float32 at least, differentiable token by token.
 
     Raises:
-        ValueError: If shapes or dtypes are not these, or a target on the CPU is out of range.
+        ValueError: If shapes, dtypes or options are not these, or an index on the CPU is out of
+            range.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check("linear_log_probs", hidden_TD, weight_VD, targets_T, chunk)
-    choose("linear_log_probs", hidden_TD.device, hidden_TD.dtype, backend)
-    log_probs_T: Tensor = _LOG_PROBS(hidden_TD, weight_VD, targets_T, ignore_index, chunk, backend)[
-        0
-    ]
-    return log_probs_T
+    name = "linear_top_k_kl"
+    check_top_k(name, teacher_indices_TM, teacher_log_probs_TM, direction)
+    check_linear(name, hidden_TD, weight_VD, teacher_indices_TM, chunk)
+    check_options(name, softcap)
+    choose(name, hidden_TD.device, hidden_TD.dtype, backend)
+    statistics = _STATISTICS(
+        hidden_TD, weight_VD, teacher_indices_TM, ignore_index, chunk, softcap, False, backend
+    )
+    tail = tail and teacher_indices_TM.shape[1] < weight_VD.shape[0]
+    trained_T = trained(teacher_indices_TM, ignore_index)
+    return top_k_kl(statistics, teacher_log_probs_TM, trained_T, direction, tail)
+
+
+def check_top_k(name: str, indices_TM: Tensor, log_probs_TM: Tensor, direction: str) -> None:
+    """Refuse a teacher that is not one.
+
+    Args:
+        name: Operator, for the message.
+        indices_TM: `[T, M]`, M at least 1.
+        log_probs_TM: The same shape, floating.
+        direction: `forward` or `reverse`.
+
+    Raises:
+        ValueError: If they are not these.
+    """
+    if indices_TM.dim() != 2 or not indices_TM.shape[1] or log_probs_TM.shape != indices_TM.shape:
+        raise ValueError(
+            f"{name}: teacher_indices and teacher_log_probs must be [T, M] with M at least 1, "
+            f"got {[*indices_TM.shape]} and {[*log_probs_TM.shape]}"
+        )
+    if not log_probs_TM.is_floating_point():
+        raise ValueError(f"{name}: teacher_log_probs must be floating, got {log_probs_TM.dtype}")
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"{name}: direction must be forward or reverse, got {direction!r}")

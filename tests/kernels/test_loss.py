@@ -12,7 +12,8 @@ from warploom.kernels.loss import (
     linear_cross_entropy,
     linear_log_probs,
 )
-from warploom.kernels.loss.linear import chunk_tokens, linear_cross_entropy_reference
+from warploom.kernels.loss.chunks import chunk_tokens
+from warploom.kernels.loss.linear import linear_statistics_reference
 
 OPS = torch.ops.warploom
 
