@@ -26,6 +26,8 @@ from typing import Any
 
 import torch
 
+from . import peers
+
 _HERE = Path(__file__).resolve().parent
 _PROVEN = _HERE / "proven.json"
 _DEVICE = ("triton", "cuda")  # backends with device code of ours, which a GPU must prove
@@ -58,6 +60,10 @@ class _Operator:
     def backends(self) -> tuple[str, ...]:
         library = ("torch",) if self.library else ()
         return ("reference", *library, *(name for name in _DEVICE if self.files(name)))
+
+    def listed(self, op: str) -> tuple[str, ...]:
+        """Return all backends of the operator `op` whose entry this is, peers too."""
+        return *self.backends, *peers.peers_of(op)
 
 
 _FP8 = ("quant/fp8",)
@@ -232,12 +238,12 @@ def _lack(backend: str, device: torch.device | None) -> str | None:
         from .native import missing
 
         return missing(device)
-    return None
+    return peers.missing(backend) if backend in peers.PEERS else None
 
 
 def _missing(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say what `backend` lacks to serve `op` on `device`, or None when it can."""
-    served = _operator(op).backends
+    served = _operator(op).listed(op)
     if backend not in served:
         return f"is not one of {', '.join(served)}"
     if backend not in _DEVICE:
@@ -288,10 +294,12 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
 
 
 def _status(op: str, backend: str) -> str:
-    if backend not in _DEVICE:
-        return "proven on every device"
     if lack := _lack(backend, None):
         return lack
+    if backend in peers.PEERS:
+        return "theirs: when named"
+    if backend not in _DEVICE:
+        return "proven on every device"
     if not torch.cuda.is_available():
         return "needs a CUDA device"
     device = torch.device("cuda", torch.cuda.current_device())
@@ -304,9 +312,9 @@ def available() -> dict[str, dict[str, str]]:
 
     Returns:
         For each operator, backend -> "proven on <device>", "unproven" (works when named, is not
-        the default) or "needs <what is missing>".
+        the default), "theirs: when named" (a peer) or "needs <what is missing>".
     """
     return {
-        op: {backend: _status(op, backend) for backend in operator.backends}
+        op: {backend: _status(op, backend) for backend in operator.listed(op)}
         for op, operator in _OPERATORS.items()
     }

@@ -6,6 +6,7 @@ microseconds a call, against 27 of `torch.library.custom_op`); it is skipped whe
 asked for.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,7 +37,8 @@ def register(
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _on_one_device(name, run), "CompositeExplicitAutograd")
+    fake = _on_one_device(name, fake)
     torch.library.register_fake(f"warploom::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.warploom, name).default
     if function is None:
@@ -50,6 +52,28 @@ def register(
 
     _LIBRARY.impl(name, differentiable, "Autograd")
     return op
+
+
+def _on_one_device(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse tensors of several devices; a number (0-dim, on the CPU) may go with any."""
+
+    @functools.wraps(body)
+    def checked(*args: Any) -> Any:
+        first = None
+        for a in args:
+            for x in a if isinstance(a, list) else (a,):
+                if not isinstance(x, Tensor) or x.device == first:
+                    continue
+                if first is not None and not (x.dim() == 0 and x.device.type == "cpu"):
+                    op = name.removesuffix("_forward").removesuffix("_backward")
+                    raise ValueError(
+                        f"{op}: all tensors must be on one device, got {first} and {x.device}: "
+                        f"move them with .to({str(first)!r})"
+                    )
+                first = first or x.device
+        return body(*args)
+
+    return checked
 
 
 def below_autograd(op: Callable[..., Any], *args: Any) -> Any:

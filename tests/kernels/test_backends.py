@@ -34,7 +34,7 @@ def test_available_names_what_is_missing():
     listed = backends.available()
     assert {"rms_norm", "rotary", "swiglu"} <= set(listed)
     for op in ("rms_norm", "rotary", "swiglu"):
-        assert set(listed[op]) - {"cuda"} == {"reference", "triton"}
+        assert {"reference", "triton"} <= set(listed[op])
         if not torch.cuda.is_available():
             assert listed[op]["triton"] in ("needs a CUDA device", "needs triton")
 

@@ -328,3 +328,20 @@ def test_tensors_on_a_device_that_is_not_current(s, device, backend):
     if device != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     check(s, 33, 129, torch.float32, backend, "cuda:1")
+
+
+@item("bad input")
+@every
+def test_devices_and_dtypes_that_cannot_be(s, device, backend):
+    """Each tensor on another device, and integers for numbers: a sentence that names both."""
+    inputs, fixed = _case(s, device)
+    for i in range(1, len(inputs)):
+        moved = (*inputs[:i], inputs[i].to("meta"), *inputs[i + 1 :])
+        with pytest.raises(ValueError, match=r"all tensors must be on one device, got .* and meta"):
+            s.run(*moved, backend=backend, **fixed)
+    for name, x in fixed.items():
+        if isinstance(x, torch.Tensor) and x.dim():
+            with pytest.raises(ValueError, match="one device, got .* and meta|got meta"):
+                s.run(*inputs, backend=backend, **{**fixed, name: x.to("meta")})
+    with pytest.raises((ValueError, TypeError), match=r"int32|integer"):
+        s.run(*(x.to(torch.int32) for x in inputs), backend=backend, **fixed)
