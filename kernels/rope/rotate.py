@@ -1,162 +1,231 @@
-"""Rotary position embedding of queries and keys, in one call; half layout.
+"""Rotary position embedding of queries and keys, in one call.
 
-    [a, b] = halves of a head;    out = [a cos - b sin, b cos + a sin]
+    half layout          [a, b, c] = dimensions [0, J), [J, 2J), [2J, K) of a head
+    interleaved layout   a and b are the even and the odd ones of the first 2J
+
+    a' = a cos - b sin,    b' = b cos + a sin,    c' = c   (partial rotary: 2J < K)
     the backward is the same with -sin (a rotation's inverse is its transpose)
 
-    angle of token t, pair j:  position_t / base^(2j / K)
+Shapes: T tokens, H query heads, G key heads, K head dimension, J pairs that turn. Bound by memory.
+Roof of forward and backward alike: 2 T (H + G) K elements / bandwidth. Saved: the tables alone.
 
-Shapes: T tokens, H query heads, G key heads, K head dimension, J = K/2. Bound by memory. Roof of
-forward and backward alike: 2 T (H + G) K elements / bandwidth. Saved: the tables alone.
-
-Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34; pairs (j, j + K/2) instead
-of (2j, 2j + 1), as checkpoints in the Hugging Face format have them.
+Source: Su et al. 2021, https://arxiv.org/abs/2104.09864, equation 34, which interleaves, as GPT-J
+does; checkpoints in the Hugging Face format have the half layout.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
+from ..library import below_autograd, register, row_blocks, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LIBRARY = Library("warploom", "FRAGMENT")
 
 
-def rotary_tables(positions: Tensor, head_dim: int, *, base: float) -> tuple[Tensor, Tensor]:
-    """Tabulate cosine and sine of every angle, rounded as in the Hugging Face implementation.
-
-    Args:
-        positions: Position of each token in its document, `[T]`, integers.
-        head_dim: K, even.
-        base: The longest wavelength is about 2 pi times this many positions.
-
-    Returns:
-        cos and sin, `[T, K/2]`, float32.
-
-    Raises:
-        ValueError: If `head_dim` is odd or not positive, `base` is not above 0 and finite, or the
-            positions are not integers.
-    """
-    if not 0 < base < float("inf"):
-        raise ValueError(f"rotary_tables: base must be above 0 and finite, got {base}")
-    if head_dim <= 0 or head_dim % 2:
-        raise ValueError(f"rotary_tables: head_dim must be even and positive, got {head_dim}")
-    if positions.is_floating_point() or positions.is_complex():
-        raise ValueError(f"rotary_tables: positions must be integers, got {positions.dtype}")
-    pairs_J = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles_TJ = positions.float().unsqueeze(-1) * (1.0 / base ** (pairs_J / head_dim))
-    return angles_TJ.cos(), angles_TJ.sin()
+def _pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return views of the first and second of each pair, `[..., J]`."""
+    if interleaved:
+        return x[..., 0 : 2 * pairs : 2], x[..., 1 : 2 * pairs : 2]
+    return x[..., :pairs], x[..., pairs : 2 * pairs]
 
 
 def rotary_reference(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor
+    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Specify `rotary`, differentiably; the tests hold every backend to this.
 
     Args:
         q_THK: Queries `[T, H, K]`.
         k_TGK: Keys `[T, G, K]`.
-        cos_TJ: `[T, K/2]`.
-        sin_TJ: `[T, K/2]`.
+        cos_TJ: `[T, J]`.
+        sin_TJ: `[T, J]`.
+        interleaved: Whether pairs are neighbours.
 
     Returns:
         The rotated queries and keys.
     """
+    pairs = cos_TJ.shape[1]
 
     def turn(x: Tensor) -> Tensor:
-        a, b = x.to(wide(x.dtype)).chunk(2, -1)
+        a, b = _pairs(x.to(wide(x.dtype)), pairs, interleaved)
         cos, sin = cos_TJ.unsqueeze(1), sin_TJ.unsqueeze(1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+        both = a * cos - b * sin, b * cos + a * sin
+        turned = torch.stack(both, -1).flatten(-2) if interleaved else torch.cat(both, -1)
+        return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], -1)
 
     return turn(q_THK), turn(k_TGK)
 
 
-def _turn_cpu(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, sign: float) -> Tensor:
+def _turn_cpu(
+    x_THK: Tensor, out_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, sign: float, interleaved: bool
+) -> None:
     """Rotate by `sign` times the angles: two products, two fused multiply-adds, one rounding."""
-    half = x_THK.shape[2] // 2
-    out_THK = torch.empty_like(x_THK, memory_format=torch.contiguous_format)
-    accumulate = wide(x_THK.dtype)
+    pairs, accumulate = cos_TJ.shape[1], wide(x_THK.dtype)
+    direct = accumulate == x_THK.dtype and out_THK is not x_THK
     for rows in row_blocks(x_THK.shape[0], x_THK.shape[1] * x_THK.shape[2]):
         cos = cos_TJ[rows].to(accumulate).unsqueeze(1)
         sin = sin_TJ[rows].to(accumulate).unsqueeze(1)
-        out = out_THK[rows]
-        x = x_THK[rows].to(accumulate)
-        turned = out if accumulate == out.dtype else torch.empty_like(x)
-        a, b = x.split(half, 2)
-        first, second = turned.split(half, 2)
+        out, x = out_THK[rows], x_THK[rows].to(accumulate)
+        turned = out if direct else torch.empty_like(x)
+        a, b = _pairs(x, pairs, interleaved)
+        first, second = _pairs(turned, pairs, interleaved)
         torch.mul(a, cos, out=first).addcmul_(b, sin, value=-sign)
         torch.mul(b, cos, out=second).addcmul_(a, sin, value=sign)
-        if turned is not out:
-            out.copy_(turned)
-    return out_THK
-
-
-def _run(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, sign: float, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    if choose("rotary", q_THK.device, q_THK.dtype, backend) == "triton":
-        from .rotate_triton import turn
-
-        return turn(q_THK, k_TGK, cos_TJ, sin_TJ, sign)
-    return (
-        _turn_cpu(q_THK, cos_TJ, sin_TJ, sign),
-        _turn_cpu(k_TGK, cos_TJ, sin_TJ, sign),
-    )
+        if not direct:
+            out[..., : 2 * pairs].copy_(turned[..., : 2 * pairs])
+    if out_THK is not x_THK and 2 * pairs < x_THK.shape[2]:
+        out_THK[..., 2 * pairs :].copy_(x_THK[..., 2 * pairs :])
 
 
 def _forward(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, backend: str | None
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    cos_TJ: Tensor,
+    sin_TJ: Tensor,
+    inverse: bool,
+    interleaved: bool,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    return _run(q_THK, k_TGK, cos_TJ, sin_TJ, 1.0, backend)
+    q_out, k_out = q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
+    sign = -1.0 if inverse else 1.0
+    if choose("rotary", q_THK.device, q_THK.dtype, backend) == "triton":
+        from .rotate_triton import turn
+
+        turn(q_THK, k_TGK, q_out, k_out, cos_TJ, sin_TJ, sign, interleaved)
+    else:
+        _turn_cpu(q_THK, q_out, cos_TJ, sin_TJ, sign, interleaved)
+        _turn_cpu(k_TGK, k_out, cos_TJ, sin_TJ, sign, interleaved)
+    return q_out, k_out
 
 
-def _backward(
-    dq_THK: Tensor, dk_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor]:
-    return _run(dq_THK, dk_TGK, cos_TJ, sin_TJ, -1.0, backend)
-
-
-def _fake(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, backend: str | None
-) -> tuple[Tensor, Tensor]:
+def _fake(q_THK: Tensor, k_TGK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
+
+
+def _in_place(
+    x_THK: Tensor,
+    cos_TJ: Tensor,
+    sin_TJ: Tensor,
+    inverse: bool,
+    interleaved: bool,
+    backend: str | None,
+) -> None:
+    sign = -1.0 if inverse else 1.0
+    if choose("rotary", x_THK.device, x_THK.dtype, backend) == "triton":
+        from .rotate_triton import turn_in_place
+
+        turn_in_place(x_THK, cos_TJ, sin_TJ, sign, interleaved)
+    else:
+        _turn_cpu(x_THK, x_THK, cos_TJ, sin_TJ, sign, interleaved)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, backend: str | None
+        ctx: Any, q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, *rest: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos_TJ, sin_TJ)
-        ctx.backend = backend
+        ctx.rest = rest
         turned: tuple[Tensor, Tensor] = below_autograd(
-            _FORWARD, q_THK, k_TGK, cos_TJ, sin_TJ, backend
+            _FORWARD, q_THK, k_TGK, cos_TJ, sin_TJ, *rest
         )
         return turned
 
     @staticmethod
     def backward(ctx: Any, dq_THK: Tensor, dk_TGK: Tensor) -> tuple[Tensor | None, ...]:
-        first_derivative_only("rotary")
-        return *_BACKWARD(dq_THK, dk_TGK, *ctx.saved_tensors, ctx.backend), None, None, None
+        inverse, interleaved, backend = ctx.rest
+        turned = _FORWARD(dq_THK, dk_TGK, *ctx.saved_tensors, not inverse, interleaved, backend)
+        return *turned, None, None, None, None, None
+
+
+class _RotaryInPlace(torch.autograd.Function):
+    """One tensor: autograd lets a function change a view only if it has a single result."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(cos_TJ, sin_TJ)
+        ctx.rest = rest
+        below_autograd(_IN_PLACE, x_THK, cos_TJ, sin_TJ, *rest)
+        ctx.mark_dirty(x_THK)
+        return x_THK
+
+    @staticmethod
+    def backward(ctx: Any, dx_THK: Tensor) -> tuple[Tensor | None, ...]:
+        """Turn back a copy: the gradient may be someone else's too."""
+        inverse, interleaved, backend = ctx.rest
+        none = dx_THK[:, :0]
+        dx_THK, _ = _FORWARD(dx_THK, none, *ctx.saved_tensors, not inverse, interleaved, backend)
+        return dx_THK, None, None, None, None, None
 
 
 _FORWARD = register(
-    "rotary_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, str? backend) -> (Tensor, Tensor)",
+    "rotary_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, bool interleaved,"
+    " str? backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     _Rotary,
 )
-_BACKWARD = register(
-    "rotary_backward(Tensor dq, Tensor dk, Tensor cos, Tensor sin, str? backend)"
-    " -> (Tensor, Tensor)",
-    _backward,
-    _fake,
+_IN_PLACE = register(
+    "rotary_in_place(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved,"
+    " str? backend) -> ()",
+    _in_place,
+    lambda *args: None,
 )
 
 
+def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
+    if torch.is_grad_enabled() and x_THK.requires_grad:
+        _RotaryInPlace.apply(x_THK, *rest)
+    else:
+        below_autograd(_IN_PLACE, x_THK, *rest)
+        torch.autograd.graph.increment_version(x_THK)  # a kernel writes unseen by autograd
+
+
+_LIBRARY.impl("rotary_in_place", _in_place_with_gradient, "Autograd")
+
+
+def _check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: str) -> None:
+    """Refuse what does not fit together; `name` is the operator's."""
+    if q_THK.dim() != 3:
+        raise ValueError(f"{name}: q must be [T, H, K], got {[*q_THK.shape]}")
+    tokens, _, head_dim = q_THK.shape
+    if k_TGK.dim() != 3 or (k_TGK.shape[0], k_TGK.shape[2]) != (tokens, head_dim):
+        raise ValueError(
+            f"{name}: q [T, H, K] and k [T, G, K] must agree in T and K, "
+            f"got {[*q_THK.shape]} and {[*k_TGK.shape]}"
+        )
+    if (
+        cos_TJ.dim() != 2
+        or cos_TJ.shape != sin_TJ.shape
+        or cos_TJ.shape[0] != tokens
+        or not 0 < 2 * cos_TJ.shape[1] <= head_dim
+    ):
+        raise ValueError(
+            f"{name}: cos and sin must have shape [{tokens}, J] with J from 1 to {head_dim // 2}, "
+            f"got {[*cos_TJ.shape]} and {[*sin_TJ.shape]}"
+        )
+    if q_THK.dtype not in _DTYPES or k_TGK.dtype != q_THK.dtype:
+        raise ValueError(
+            f"{name}: q and k must both be float16, bfloat16, float32 or float64, "
+            f"got {q_THK.dtype} and {k_TGK.dtype}"
+        )
+    if cos_TJ.requires_grad or sin_TJ.requires_grad:
+        raise ValueError(f"{name}: cos and sin have no gradient here: pass detached tables")
+
+
 def rotary(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, *, backend: str | None = None
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    cos_TJ: Tensor,
+    sin_TJ: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their tokens.
 
@@ -164,37 +233,35 @@ def rotary(
         q_THK: Queries `[T, H, K]`; may be a strided view of a fused projection. float16, bfloat16,
             float32 or float64.
         k_TGK: Keys `[T, G, K]`, the same.
-        cos_TJ: Cosines `[T, K/2]` of `rotary_tables`, float32 or float64; no gradient.
+        cos_TJ: Cosines `[T, J]` of `rotary_tables`, float32 or float64; no gradient. The first 2J
+            dimensions of a head turn, the others are copied.
         sin_TJ: Sines, the same.
+        interleaved: Whether a pair is dimensions (2j, 2j + 1), as in GPT-J; else it is (j, j + J).
+        inplace: Whether to write over q and k. Autograd sees to it as for every operator that does:
+            a leaf that asks for a gradient is refused, and so is what `split` or `chunk` returns
+            (take slices of the fused projection).
         backend: `reference` or `triton`; None takes the fastest that is proven here.
 
     Returns:
-        The rotated queries and keys, contiguous, in their dtype; computed in float32 at least.
+        The rotated queries and keys, contiguous, in their dtype, computed in float32 at least; with
+        `inplace` q and k themselves.
 
     Raises:
-        ValueError: If shapes or dtypes do not match, or a table asks for a gradient.
-        RuntimeError: If `backend` cannot serve these tensors here.
+        ValueError: If shapes or dtypes do not match, a table asks for a gradient, or q or k is to
+            be written in place and is expanded.
+        RuntimeError: If `backend` cannot serve these tensors here, or autograd forbids to write in
+            place.
     """
-    if q_THK.dim() != 3:
-        raise ValueError(f"rotary: q must be [T, H, K], got {[*q_THK.shape]}")
-    tokens, _, head_dim = q_THK.shape
-    if k_TGK.dim() != 3 or (k_TGK.shape[0], k_TGK.shape[2]) != (tokens, head_dim) or head_dim % 2:
-        raise ValueError(
-            f"rotary: q [T, H, K] and k [T, G, K] must agree in T and in an even K, "
-            f"got {[*q_THK.shape]} and {[*k_TGK.shape]}"
-        )
-    if cos_TJ.shape != (tokens, head_dim // 2) or sin_TJ.shape != cos_TJ.shape:
-        raise ValueError(
-            f"rotary: cos and sin must have shape {[tokens, head_dim // 2]}, "
-            f"got {[*cos_TJ.shape]} and {[*sin_TJ.shape]}"
-        )
-    if q_THK.dtype not in _DTYPES or k_TGK.dtype != q_THK.dtype:
-        raise ValueError(
-            f"rotary: q and k must both be float16, bfloat16, float32 or float64, "
-            f"got {q_THK.dtype} and {k_TGK.dtype}"
-        )
-    if cos_TJ.requires_grad or sin_TJ.requires_grad:
-        msg = "rotary: cos and sin have no gradient here: pass detached tables"
-        raise ValueError(msg)
-    q, k = _FORWARD(q_THK, k_TGK, cos_TJ, sin_TJ, backend)
-    return q, k
+    _check(q_THK, k_TGK, cos_TJ, sin_TJ, "rotary")
+    if not inplace:
+        q, k = _FORWARD(q_THK, k_TGK, cos_TJ, sin_TJ, False, interleaved, backend)
+        return q, k
+    for x in (q_THK, k_TGK):
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(
+                f"rotary: an expanded tensor cannot be written in place, shape {[*x.shape]} has "
+                f"strides {[*x.stride()]}: pass a copy, or inplace=False"
+            )
+    for x in (q_THK, k_TGK):
+        _IN_PLACE(x, cos_TJ, sin_TJ, False, interleaved, backend)
+    return q_THK, k_TGK

@@ -1,7 +1,8 @@
-"""Triton code of `rotary`: a program loads the angles of one token once and turns all its heads.
+"""Triton code of `rotary`: a program loads the angles of a few tokens once and turns their heads.
 
-Both halves of a head are in the same thread; queries and keys share the launch; the backward is
-the same kernel with sign = -1. Token offsets are 64-bit.
+Both dimensions of a pair are in the same thread; queries and keys share the launch; the backward is
+the same kernel with sign = -1; in place the results go where the inputs were. Interleaved pairs are
+loaded as one row and split in registers. Token offsets are 64-bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
@@ -13,39 +14,82 @@ from torch import Tensor
 
 from ..launch import next_power_of_two, on_device
 
-_TILE = 1024  # pairs a tile of heads
+_TILE = 1024  # pairs a tile of tokens and heads
 
 
-def configuration(heads: int, head_dim: int) -> dict[str, int]:
+def configuration(heads: int, pairs: int, rest: int) -> dict[str, int]:
     """Choose tile and warps.
 
     Args:
         heads: H, the larger of the two numbers of heads.
-        head_dim: K.
+        pairs: J.
+        rest: Dimensions of a head that are copied.
 
     Returns:
-        HEADS and PAIRS, the shape of a tile, and num_warps.
+        TOKENS, HEADS and PAIRS, the shape of a tile, REST, the columns of the one that is copied (0
+        where there is nothing to copy), and num_warps.
     """
-    pairs = next_power_of_two(head_dim // 2)
-    tile = min(next_power_of_two(heads), max(1, _TILE // pairs))
-    return {"HEADS": tile, "PAIRS": pairs, "num_warps": 4 if tile * pairs >= 512 else 1}
+    block = next_power_of_two(pairs)
+    fit = max(1, _TILE // block)
+    tile = min(next_power_of_two(heads), fit)
+    return {
+        "TOKENS": fit // tile,
+        "HEADS": tile,
+        "PAIRS": block,
+        "REST": next_power_of_two(rest) if rest else 0,
+        "num_warps": min(max(4, block // 256), 32),
+    }
 
 
 @triton.jit
-def _heads(x, out, heads, half, head_stride, cos, sin, HEADS: tl.constexpr, PAIRS: tl.constexpr):
-    """Turn the heads of one token, HEADS at a time."""
-    pair = tl.arange(0, PAIRS)
+def _heads(
+    x,
+    out,
+    token,
+    heads,
+    here,
+    stride,
+    head_stride,
+    out_stride,
+    out_head_stride,
+    pairs,
+    head_dim,
+    cos,
+    sin,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """Turn the heads of TOKENS tokens, HEADS at a time; tokens are there where `here`."""
+    pair = tl.arange(0, PAIRS)[None, None, :]
+    both = tl.arange(0, 2 * PAIRS)[None, None, :]
     for start in range(0, heads, HEADS):
-        head = start + tl.arange(0, HEADS)
-        inside = (head < heads)[:, None] & (pair < half)[None, :]
-        at = x + head.to(tl.int64)[:, None] * head_stride + pair[None, :]
-        a = tl.load(at, inside, other=0.0).to(tl.float32)
-        b = tl.load(at + half, inside, other=0.0).to(tl.float32)
-        to = out + head[:, None] * (2 * half) + pair[None, :]
-        first = a * cos[None, :] - b * sin[None, :]
-        second = b * cos[None, :] + a * sin[None, :]
-        tl.store(to, first.to(out.dtype.element_ty), inside)
-        tl.store(to + half, second.to(out.dtype.element_ty), inside)
+        head = (start + tl.arange(0, HEADS))[None, :, None]
+        there = here & (head < heads)
+        at = x + token * stride + head.to(tl.int64) * head_stride
+        to = out + token * out_stride + head.to(tl.int64) * out_head_stride
+        if INTERLEAVED:
+            inside = there & (both < 2 * pairs)
+            row = tl.load(at + both, inside, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(row, [TOKENS, HEADS, PAIRS, 2]))
+        else:
+            inside = there & (pair < pairs)
+            a = tl.load(at + pair, inside, other=0.0).to(tl.float32)
+            b = tl.load(at + pairs + pair, inside, other=0.0).to(tl.float32)
+        first = (a * cos - b * sin).to(out.dtype.element_ty)
+        second = (b * cos + a * sin).to(out.dtype.element_ty)
+        if INTERLEAVED:
+            row = tl.reshape(tl.join(first, second), [TOKENS, HEADS, 2 * PAIRS])
+            tl.store(to + both, row, inside)
+        else:
+            tl.store(to + pair, first, inside)
+            tl.store(to + pairs + pair, second, inside)
+        if REST:
+            column = 2 * pairs + tl.arange(0, REST)[None, None, :]
+            inside = there & (column < head_dim)
+            tl.store(to + column, tl.load(at + column, inside), inside)
 
 
 @triton.jit
@@ -56,76 +100,156 @@ def turn_kernel(
     sin,
     q_out,
     k_out,
+    tokens,
     q_heads,
     k_heads,
-    half,
+    pairs,
+    head_dim,
     q_stride,
     q_head_stride,
     k_stride,
     k_head_stride,
+    q_out_stride,
+    q_out_head_stride,
+    k_out_stride,
+    k_out_head_stride,
     cos_stride,
     sin_stride,
     sign,
+    INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
+    REST: tl.constexpr,
 ):
-    """Turn all heads of one token by `sign` times its angles."""
-    token = tl.program_id(0).to(tl.int64)
-    pair = tl.arange(0, PAIRS)
-    c = tl.load(cos + token * cos_stride + pair, pair < half, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * sin_stride + pair, pair < half, other=0.0).to(tl.float32) * sign
-    to = token * (2 * half)
+    """Turn all heads of TOKENS tokens by `sign` times their angles."""
+    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    here = token < tokens
+    pair = tl.arange(0, PAIRS)[None, None, :]
+    inside = here & (pair < pairs)
+    c = tl.load(cos + token * cos_stride + pair, inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * sin_stride + pair, inside, other=0.0).to(tl.float32) * sign
     _heads(
-        q + token * q_stride, q_out + to * q_heads, q_heads, half, q_head_stride, c, s, HEADS, PAIRS
+        q,
+        q_out,
+        token,
+        q_heads,
+        here,
+        q_stride,
+        q_head_stride,
+        q_out_stride,
+        q_out_head_stride,
+        pairs,
+        head_dim,
+        c,
+        s,
+        INTERLEAVED,
+        TOKENS,
+        HEADS,
+        PAIRS,
+        REST,
     )
     _heads(
-        k + token * k_stride, k_out + to * k_heads, k_heads, half, k_head_stride, c, s, HEADS, PAIRS
+        k,
+        k_out,
+        token,
+        k_heads,
+        here,
+        k_stride,
+        k_head_stride,
+        k_out_stride,
+        k_out_head_stride,
+        pairs,
+        head_dim,
+        c,
+        s,
+        INTERLEAVED,
+        TOKENS,
+        HEADS,
+        PAIRS,
+        REST,
     )
 
 
-def _near(x: Tensor) -> Tensor:
-    """Leave a strided view as it is; copy only when the elements of a head are apart."""
+def near(x: Tensor) -> Tensor:
+    """Leave a strided view as it is; copy only when the elements of a row are apart.
+
+    Args:
+        x: Any shape, at least one dimension.
+
+    Returns:
+        x, or a copy, with stride 1 in the last dimension (or size 1 there).
+    """
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def turn(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, sign: float
-) -> tuple[Tensor, Tensor]:
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    cos_TJ: Tensor,
+    sin_TJ: Tensor,
+    sign: float,
+    interleaved: bool,
+) -> None:
     """Launch the rotation by `sign` times the angles.
 
     Args:
         q_THK: `[T, H, K]`.
         k_TGK: `[T, G, K]`.
-        cos_TJ: `[T, K/2]`.
-        sin_TJ: `[T, K/2]`.
+        q_out: Where to, `[T, H, K]`, near in the last dimension; may be q itself.
+        k_out: The same for k.
+        cos_TJ: `[T, J]`.
+        sin_TJ: `[T, J]`.
         sign: 1 for the forward, -1 for the backward.
-
-    Returns:
-        The turned queries and keys, contiguous.
+        interleaved: Whether pairs are neighbours.
     """
-    tokens, heads, head_dim = q_THK.shape
-    q_out, k_out = q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
     if not q_out.numel() + k_out.numel():
-        return q_out, k_out
-    q_THK, k_TGK, cos_TJ, sin_TJ = _near(q_THK), _near(k_TGK), _near(cos_TJ), _near(sin_TJ)
+        return
+    tokens, heads, head_dim = q_THK.shape
+    pairs, groups = cos_TJ.shape[1], k_TGK.shape[1]
+    rest = 0 if q_out is q_THK else head_dim - 2 * pairs
+    q_THK, k_TGK, cos_TJ, sin_TJ = near(q_THK), near(k_TGK), near(cos_TJ), near(sin_TJ)
+    chosen = configuration(max(heads, groups), pairs, rest)
     with on_device(q_THK):
-        turn_kernel[(tokens,)](
+        turn_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
             q_THK,
             k_TGK,
             cos_TJ,
             sin_TJ,
             q_out,
             k_out,
+            tokens,
             heads,
-            k_TGK.shape[1],
-            head_dim // 2,
-            q_THK.stride(0),
-            q_THK.stride(1),
-            k_TGK.stride(0),
-            k_TGK.stride(1),
+            groups,
+            pairs,
+            head_dim,
+            *q_THK.stride()[:2],
+            *k_TGK.stride()[:2],
+            *q_out.stride()[:2],
+            *k_out.stride()[:2],
             cos_TJ.stride(0),
             sin_TJ.stride(0),
             sign,
-            **configuration(max(heads, k_TGK.shape[1]), head_dim),
+            INTERLEAVED=interleaved,
+            **chosen,
         )
-    return q_out, k_out
+
+
+def turn_in_place(
+    x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, sign: float, interleaved: bool
+) -> None:
+    """Launch the rotation of one tensor, which is written over.
+
+    Args:
+        x_THK: `[T, H, K]`.
+        cos_TJ: `[T, J]`.
+        sin_TJ: `[T, J]`.
+        sign: 1 for the forward, -1 for its inverse.
+        interleaved: Whether pairs are neighbours.
+    """
+    rows, none = near(x_THK), x_THK[:, :0]
+    turn(rows, none, rows, none, cos_TJ, sin_TJ, sign, interleaved)
+    if rows is not x_THK:
+        x_THK.copy_(rows)
