@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from warploom.kernels import backends
+from warploom.kernels import backends, toolchain
 from warploom.recipes.runner.environment import OPTIONAL, apex_warning, environment
 
 
@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = tyro.cli(Doctor, prog="warploom doctor", args=argv)
     found = environment() | {"backends": backends.available()}
-    warning = apex_warning()
+    warnings = [warning for warning in (apex_warning(), *toolchain.warnings()) if warning]
     if options.json:
-        print(json.dumps(found | {"warnings": [warning] if warning else []}, indent=2))
+        print(json.dumps(found | {"warnings": warnings}, indent=2))
         return 0
     console = Console()
     for table in (_machine(found), _packages(found["packages"]), _kernels(found["backends"])):
         console.print(table)
-    if warning:
+    for warning in warnings:
         console.print(f"[yellow]warning[/yellow]: {warning}")
     return 0
 

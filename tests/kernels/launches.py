@@ -144,6 +144,11 @@ def wide_accesses(ptx: str) -> tuple[int, int]:
     return tuple(len(re.findall(rf"{word}\.global[.\w:]*(?:{wide})", ptx)) for word in ("ld", "st"))
 
 
+def products_from_registers(ptx: str) -> int:
+    """Count Hopper's matrix products that read their first factor from registers (a hazard)."""
+    return len(re.findall(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{", ptx))
+
+
 _LINE = re.compile(r"^\s*(%[\w#]+)(?::\d+)? = ([\w.]+)(.*)$")
 
 

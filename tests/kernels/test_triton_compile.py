@@ -50,6 +50,7 @@ def test_compiles_and_fits(s, rows, width, dtype, capability):
         assert report.registers <= REGISTERS, about
         assert report.shared <= SHARED_LIMIT, f"{about}: {report.shared} bytes of shared memory"
         assert not gate.narrow_products(report.ttir), about
+        assert not gate.products_from_registers(report.ptx), f"{about}: see kernels/toolchain.py"
         if report.name not in NARROW and width % 16 == 0:
             loads, stores = gate.wide_accesses(report.ptx)
             assert loads, f"{about}: no 16-byte load"
