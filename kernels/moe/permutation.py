@@ -17,28 +17,98 @@ weights.
 Source: Gale et al. 2022, https://arxiv.org/abs/2211.15841, section 5 (no token is dropped).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, wide
+from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
+from ..quant.fp8 import BLOCK, Fp8, fp8_quantize_reference
+
+_BLOCK = 1 << 18  # elements a block of rows of the backward, so that its temporaries stay in cache
+
+
+def _in_order(indices_TK: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """Return the counts and the slots sorted by expert, those without one last; never waits."""
+    slots = indices_TK.flatten()
+    if slots.device.type == "cpu" and slots.numel() and int(slots.max()) >= experts:
+        raise ValueError(f"permute: indices must be below {experts}, got {int(slots.max())}")
+    ordered = torch.where((slots < 0) | (slots >= experts), experts, slots).sort(stable=True)
+    starts = torch.searchsorted(ordered.values, torch.arange(experts + 1, device=slots.device))
+    return starts.diff(), ordered.indices
 
 
 def permute_reference(
     x_TD: Tensor, indices_TK: Tensor, experts: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Specify `permute`, differentiably in `x_TD`."""
-    slots = indices_TK.flatten()
-    if slots.numel() and int(slots.max()) >= experts:
-        raise ValueError(f"permute: indices must be below {experts}, got {int(slots.max())}")
-    slots = torch.where(slots < 0, experts, slots)
-    counts = torch.bincount(slots, minlength=experts + 1)[:experts]
-    order = slots.argsort(stable=True)
+    counts, order = _in_order(indices_TK, experts)
     beyond = torch.arange(len(order), device=order.device) >= counts.sum()
     rows = x_TD.index_select(0, order // indices_TK.shape[1])
     return rows.masked_fill(beyond.unsqueeze(1), 0.0), counts, order.masked_fill(beyond, -1)
+
+
+def _clear(rows: Tensor, counts: Tensor, value: float) -> Tensor:
+    """Overwrite what lies beyond the sum of the counts."""
+    if rows.device.type == "cpu":
+        rows[int(counts.sum()) :] = value
+        return rows
+    beyond = torch.arange(len(rows), device=rows.device) >= counts.sum()
+    return rows.masked_fill_(beyond.view(-1, *(1,) * (rows.dim() - 1)), value)
+
+
+def _permute(
+    x: Tensor, indices: Tensor, experts: int, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if choose("permute", x.device, x.dtype, backend) == "triton":
+        from .permutation_triton import permute
+
+        return permute(x, indices, experts)
+    counts, order = _in_order(indices, experts)
+    rows = _clear(x.index_select(0, order // indices.shape[1]), counts, 0.0)
+    return rows, counts, _clear(order, counts, -1)
+
+
+def _permute_fake(
+    x: Tensor, indices: Tensor, experts: int, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = indices.numel()
+    return (
+        x.new_empty(rows, x.shape[1]),
+        indices.new_empty(experts),
+        indices.new_empty(rows),
+    )
+
+
+_Fp8Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _permute_fp8(
+    x: Tensor, indices: Tensor, experts: int, scaling: Any, power_of_two: bool, backend: str | None
+) -> _Fp8Parts:
+    if choose("permute", x.device, x.dtype, backend) == "triton":
+        from .permutation_triton import permute_fp8
+
+        codes, scale, counts, order = permute_fp8(x, indices, experts, scaling, power_of_two)
+    else:
+        counts, order = _in_order(indices, experts)
+        tokens = order // indices.shape[1]
+        data, scale, _ = fp8_quantize_reference(x, scaling, power_of_two=power_of_two)
+        codes = _clear(data.view(torch.uint8).index_select(0, tokens), counts, 0)
+        scale = _clear(scale.index_select(0, tokens), counts, 2.0**-126)  # as of zeros
+        order = _clear(order, counts, -1)
+    return x.new_zeros(()).expand(codes.shape), codes, scale, counts, order
+
+
+def _permute_fp8_fake(
+    x: Tensor, indices: Tensor, experts: int, scaling: str, power_of_two: bool, backend: str | None
+) -> _Fp8Parts:
+    rows, counts, order = _permute_fake(x, indices, experts, backend)
+    groups = 1 if scaling == "row" else (x.shape[1] + BLOCK - 1) // BLOCK
+    codes = rows.new_empty(rows.shape, dtype=torch.uint8)
+    scale = rows.new_empty(rows.shape[0], groups, dtype=torch.float32)
+    return x.new_zeros(()).expand(rows.shape), codes, scale, counts, order
 
 
 def _places(order_M: Tensor, slots: int) -> Tensor:
@@ -48,14 +118,9 @@ def _places(order_M: Tensor, slots: int) -> Tensor:
     return places.scatter_(0, target, torch.arange(len(order_M), device=order_M.device))[:slots]
 
 
-def unpermute_reference(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
-    """Specify `unpermute`, differentiably in `rows_MD` and `weights_TK`."""
+def _gather(rows_MD: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
     accumulate = wide(rows_MD.dtype)
-    tokens, top_k = weights_TK.shape
-    y_TD = rows_MD.new_zeros(tokens, rows_MD.shape[1], dtype=accumulate)
-    if not rows_MD.shape[0]:
-        return y_TD.to(rows_MD.dtype)
-    places_TK = _places(order_M, tokens * top_k).view(tokens, top_k)
+    y_TD = rows_MD.new_zeros(places_TK.shape[0], rows_MD.shape[1], dtype=accumulate)
     for place_T, weight_T in zip(places_TK.unbind(1), weights_TK.unbind(1), strict=True):
         part_TD = rows_MD.index_select(0, place_T.clamp(min=0)).to(accumulate)
         part_TD = part_TD.masked_fill((place_T < 0).unsqueeze(1), 0.0)
@@ -63,93 +128,167 @@ def unpermute_reference(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) ->
     return y_TD.to(rows_MD.dtype)
 
 
-def _permute_fake(x: Tensor, indices: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    rows = indices.numel()
-    return (
-        x.new_empty(rows, x.shape[1]),
-        indices.new_empty(experts),
-        indices.new_empty(rows),
-    )
+def unpermute_reference(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
+    """Specify `unpermute`, differentiably in `rows_MD` and `weights_TK`."""
+    if not rows_MD.shape[0] and weights_TK.shape[0]:
+        return rows_MD.new_zeros(weights_TK.shape[0], rows_MD.shape[1])
+    places_TK = _places(order_M, weights_TK.numel()).view(weights_TK.shape)
+    return _gather(rows_MD, places_TK, weights_TK)
 
 
-def _unpermute_fake(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+def _unpermute_cpu(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
+    """Gather and sum in one pass; in low precision by blocks, as a bag sums in its own dtype."""
+    places_TK = _places(order_M, weights_TK.numel()).view(weights_TK.shape)
+    if rows_MD.dtype == wide(rows_MD.dtype):
+        held_TK = places_TK >= 0
+        ends_T = held_TK.sum(1).cumsum(0)
+        y: Tensor = torch.embedding_bag(
+            rows_MD,
+            places_TK[held_TK],
+            ends_T - held_TK.sum(1),
+            per_sample_weights=weights_TK[held_TK].to(rows_MD.dtype),
+        )[0]
+        return y
+    y_TD = rows_MD.new_empty(weights_TK.shape[0], rows_MD.shape[1])
+    for block in row_blocks(*y_TD.shape):
+        y_TD[block] = _gather(rows_MD, places_TK[block], weights_TK[block])
+    return y_TD
+
+
+def _unpermute(rows: Tensor, order: Tensor, weights: Tensor, backend: str | None) -> Tensor:
+    if choose("unpermute", rows.device, rows.dtype, backend) == "triton":
+        from .permutation_triton import unpermute
+
+        return unpermute(rows, order, weights)
+    if rows.device.type == "cpu" and rows.numel():
+        return _unpermute_cpu(rows, order, weights)
+    return unpermute_reference(rows, order, weights)
+
+
+def _unpermute_fake(rows: Tensor, order: Tensor, weights: Tensor, backend: str | None) -> Tensor:
     return rows.new_empty(weights.shape[0], rows.shape[1])
 
 
 def _unpermute_backward(
-    dy_TD: Tensor, rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor
+    dy_TD: Tensor, rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    accumulate = wide(rows_MD.dtype)
-    top_k = weights_TK.shape[1]
-    absent_M = (order_M < 0).unsqueeze(1)
-    held_M = order_M.clamp(min=0)
-    dy_MD = dy_TD.index_select(0, held_M // top_k).to(accumulate)
-    dots_M = (dy_MD * rows_MD).sum(1, keepdim=True).masked_fill(absent_M, 0.0)
-    drows_MD = dy_MD * weights_TK.flatten().index_select(0, held_M).to(accumulate).unsqueeze(1)
-    places = _places(order_M, weights_TK.numel())
-    dweights = torch.zeros_like(weights_TK)
-    if len(order_M):
-        dots = dots_M[:, 0].index_select(0, places.clamp(min=0))
-        dweights.copy_(dots.masked_fill(places < 0, 0.0).view_as(weights_TK))
-    return drows_MD.masked_fill(absent_M, 0.0).to(rows_MD.dtype), dweights
+    if choose("unpermute", rows_MD.device, rows_MD.dtype, backend) == "triton":
+        from .permutation_triton import unpermute_backward
+
+        return unpermute_backward(dy_TD, rows_MD, order_M, weights_TK)
+    accumulate, slots = wide(rows_MD.dtype), weights_TK.numel()
+    drows_MD = torch.empty_like(rows_MD, memory_format=torch.contiguous_format)
+    dweights = weights_TK.new_zeros(slots + 1)  # the last is for the rows that serve no slot
+    weights = weights_TK.flatten()
+    block = _BLOCK if rows_MD.device.type == "cpu" else rows_MD.numel() + 1
+    for rows in row_blocks(*rows_MD.shape, block):
+        order = order_M[rows]
+        absent, held = (order < 0).unsqueeze(1), order.clamp(min=0)
+        dy = dy_TD.index_select(0, held // weights_TK.shape[1]).to(accumulate)
+        dots = (dy * rows_MD[rows]).sum(1).to(weights.dtype)
+        dweights.scatter_(0, torch.where(order < 0, slots, order), dots)
+        dy.mul_(weights.index_select(0, held).to(accumulate).unsqueeze(1))
+        drows_MD[rows] = dy.masked_fill_(absent, 0.0)
+    return drows_MD, dweights[:slots].view_as(weights_TK).clone()
 
 
 def _unpermute_backward_fake(
-    dy: Tensor, rows: Tensor, order: Tensor, weights: Tensor
+    dy: Tensor, rows: Tensor, order: Tensor, weights: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
+
+
+def _gradient(ctx: Any, drows: Tensor) -> Tensor:
+    """Sum the gradients of the rows of each token."""
+    ones = drows.new_ones(ctx.slots, dtype=wide(drows.dtype))
+    dx: Tensor = _UNPERMUTE(drows, *ctx.saved_tensors, ones, ctx.backend)
+    return dx
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, indices: Tensor, experts: int
+        ctx: Any, x: Tensor, indices: Tensor, experts: int, backend: str | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, counts, order = below_autograd(_PERMUTE, x, indices, experts)
+        rows, counts, order = below_autograd(_PERMUTE, x, indices, experts, backend)
         ctx.save_for_backward(order)
-        ctx.slots = indices.shape
+        ctx.slots, ctx.backend = indices.shape, backend
         ctx.mark_non_differentiable(counts, order)
         return rows, counts, order
 
     @staticmethod
-    def backward(ctx: Any, drows: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, drows: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         first_derivative_only("permute")
-        (order,) = ctx.saved_tensors
-        ones = drows.new_ones(ctx.slots, dtype=wide(drows.dtype))
-        return _UNPERMUTE(drows, order, ones), None, None
+        return _gradient(ctx, drows), None, None, None
+
+
+class _PermuteFp8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, indices: Tensor, *rest: Any) -> _Fp8Parts:
+        parts: _Fp8Parts = below_autograd(_PERMUTE_FP8, x, indices, *rest)
+        ctx.save_for_backward(parts[-1])
+        ctx.slots, ctx.backend = indices.shape, rest[-1]
+        ctx.mark_non_differentiable(*parts[1:])
+        ctx.set_materialize_grads(False)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, drows: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        first_derivative_only("permute_fp8")
+        dx = None if drows is None else _gradient(ctx, drows)
+        return dx, None, None, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, order: Tensor, weights: Tensor, backend: str | None
+    ) -> Tensor:
         ctx.save_for_backward(rows, order, weights)
-        y: Tensor = below_autograd(_UNPERMUTE, rows, order, weights)
+        ctx.backend = backend
+        y: Tensor = below_autograd(_UNPERMUTE, rows, order, weights, backend)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("unpermute")
-        drows, dweights = _UNPERMUTE_BACKWARD(dy, *ctx.saved_tensors)
-        return drows, None, dweights
+        drows, dweights = _UNPERMUTE_BACKWARD(dy, *ctx.saved_tensors, ctx.backend)
+        return drows, None, dweights, None
 
 
 _PERMUTE = register(
-    "permute_forward(Tensor x, Tensor indices, int experts) -> (Tensor, Tensor, Tensor)",
-    permute_reference,
+    "permute_forward(Tensor x, Tensor indices, int experts, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _permute,
     _permute_fake,
     _Permute,
 )
+_PERMUTE_FP8 = register(
+    "permute_fp8_forward(Tensor x, Tensor indices, int experts, str scaling, bool power_of_two,"
+    " str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _permute_fp8,
+    _permute_fp8_fake,
+    _PermuteFp8,
+)
 _UNPERMUTE = register(
-    "unpermute_forward(Tensor rows, Tensor order, Tensor weights) -> Tensor",
-    unpermute_reference,
+    "unpermute_forward(Tensor rows, Tensor order, Tensor weights, str? backend) -> Tensor",
+    _unpermute,
     _unpermute_fake,
     _Unpermute,
 )
 _UNPERMUTE_BACKWARD = register(
-    "unpermute_backward(Tensor dy, Tensor rows, Tensor order, Tensor weights) -> (Tensor, Tensor)",
+    "unpermute_backward(Tensor dy, Tensor rows, Tensor order, Tensor weights, str? backend)"
+    " -> (Tensor, Tensor)",
     _unpermute_backward,
     _unpermute_backward_fake,
 )
+
+
+def _check(op: str, x: Tensor, indices: Tensor) -> None:
+    if x.dim() != 2 or indices.dim() != 2 or len(x) != len(indices):
+        raise ValueError(
+            f"{op}: x must be [T, D] and indices [T, k], got {[*x.shape]} and {[*indices.shape]}"
+        )
 
 
 def permute(
@@ -161,7 +300,7 @@ def permute(
         x: Tokens `[T, D]`.
         indices: Experts of each token `[T, k]` int64, from 0 to `experts` - 1; -1 gives no row.
         experts: How many there are.
-        backend: `reference`; None takes the fastest that is proven here.
+        backend: `reference` or `triton`; None takes the fastest that is proven here.
 
     Returns:
         rows `[T k, D]` in the dtype of `x`, of which those beyond the sum of the counts are zero;
@@ -171,13 +310,46 @@ def permute(
         ValueError: If `indices` does not have a row for each token, or holds `experts` or more.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    if x.dim() != 2 or indices.dim() != 2 or len(x) != len(indices):
-        raise ValueError(
-            f"permute: x must be [T, D] and indices [T, k], got {[*x.shape]} and {[*indices.shape]}"
-        )
-    choose("permute", x.device, x.dtype, backend)
-    rows, counts, order = _PERMUTE(x, indices, experts)
+    _check("permute", x, indices)
+    rows, counts, order = _PERMUTE(x, indices, experts, backend)
     return rows, counts, order
+
+
+def permute_fp8(
+    x: Tensor,
+    indices: Tensor,
+    experts: int,
+    *,
+    scaling: Literal["row", "block"] = "row",
+    power_of_two: bool = False,
+    backend: str | None = None,
+) -> tuple[Fp8, Tensor, Tensor]:
+    """Quantise each token to FP8 (e4m3) once, and copy it once for each of its experts.
+
+    The same bits as `fp8_quantize` of the rows of `permute`.
+
+    Args:
+        x: Tokens `[T, D]`; float16, bfloat16, float32 or float64, taken as float32.
+        indices: Experts of each token `[T, k]` int64, from 0 to `experts` - 1; -1 gives no row.
+        experts: How many there are.
+        scaling: What shares a scale: a "row", or a "block" of 128 elements of a row.
+        power_of_two: Whether scales are rounded up to powers of two.
+        backend: `reference` or `triton`; None takes the fastest that is proven here.
+
+    Returns:
+        rows, of data `[T k, D]`, whose carrier takes their gradient; counts and order as of
+        `permute`.
+
+    Raises:
+        ValueError: As of `permute`, or if `scaling` is not one of these.
+        RuntimeError: If `backend` cannot serve these tensors here.
+    """
+    _check("permute_fp8", x, indices)
+    if scaling not in ("row", "block"):
+        raise ValueError(f"permute_fp8: scaling must be row or block, got {scaling!r}")
+    args = experts, scaling, power_of_two, backend
+    carrier, codes, scale, counts, order = _PERMUTE_FP8(x, indices, *args)
+    return Fp8(codes.view(torch.float8_e4m3fn), scale, carrier), counts, order
 
 
 def unpermute(
@@ -189,7 +361,7 @@ def unpermute(
         rows: `[M, D]`; a row whose order is -1 is not read.
         order: The slot of each row `[M]` int64, from `permute`, or its first M elements.
         weights: `[T, k]`, float32 at least.
-        backend: `reference`; None takes the fastest that is proven here.
+        backend: `reference` or `triton`; None takes the fastest that is proven here.
 
     Returns:
         `[T, D]` in the dtype of `rows`, summed in float32 at least; a token without rows is zero.
@@ -203,6 +375,5 @@ def unpermute(
             f"unpermute: rows must be [M, D], order [M] and weights [T, k], got {[*rows.shape]}, "
             f"{[*order.shape]} and {[*weights.shape]}"
         )
-    choose("unpermute", rows.device, rows.dtype, backend)
-    y: Tensor = _UNPERMUTE(rows, order, weights)
+    y: Tensor = _UNPERMUTE(rows, order, weights, backend)
     return y

@@ -2,7 +2,8 @@
 
     s = softmax(z)  or  sigmoid(z)                      scores of the experts, z the logits
     chosen = the k largest of s + bias                  the bias decides, and is no part of a weight
-             (of z + bias, where the softmax comes after), in the groups that are open
+             (of z + bias, where the softmax comes after; of z, where there is no bias: the order is
+             that of s, but z does not saturate), in the groups that are open
     w = scale s_chosen / (sum of s_chosen)              or without the sum; or softmax(z_chosen)
     p = s / (sum of s)                                  probabilities, for the losses
 
@@ -29,18 +30,37 @@ from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
 
 SCORES = ("softmax", "sigmoid", "softmax_after")
+_NAN = 0x7FFFFFFF  # above the bits of every number
 _TINY = 1e-20  # keeps a sum of scores that all underflow from dividing by 0
 
 
-def _choice(values_TE: Tensor, top_k: int, groups: int, top_groups: int) -> Tensor:
-    """Return the indices `[T, k]` of the largest values, in descending order."""
+def _largest(values_TE: Tensor, top_k: int) -> Tensor:
+    """Return the indices `[T, k]` of the largest values; the first of equal ones, NaN above all.
+
+    In float32 value and index make one integer: none are equal, and integers sort faster.
+    """
+    if values_TE.dtype == torch.float64:
+        order = values_TE.sort(dim=1, descending=True, stable=True).indices
+        return order[:, :top_k].contiguous()
+    bits = (values_TE + 0.0).view(torch.int32)  # there is no -0.0 then
+    bits = torch.where(values_TE.isnan(), _NAN, bits ^ ((bits >> 31) & _NAN))
+    experts = values_TE.shape[1]
+    last = torch.arange(experts - 1, -1, -1, device=bits.device)
+    return ((bits.to(torch.int64) << 32) | last).topk(top_k, dim=1).indices
+
+
+def _choice(
+    values_TE: Tensor, scores_TE: Tensor, top_k: int, groups: int, top_groups: int
+) -> Tensor:
+    """Return the indices `[T, k]` of the largest values in the groups with the best scores."""
     if top_groups < groups:
-        values_TGN = values_TE.unflatten(1, (groups, values_TE.shape[1] // groups))
-        best_TG = values_TGN.sort(dim=2, descending=True).values[..., :2].sum(2)
-        opened = best_TG.sort(dim=1, descending=True, stable=True).indices[:, :top_groups]
+        scores_TGN = scores_TE.unflatten(1, (groups, scores_TE.shape[1] // groups))
+        best_TG = scores_TGN.topk(min(2, scores_TGN.shape[2]), dim=2).values.sum(2)
+        opened = _largest(best_TG, top_groups)
         closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, opened, False)
-        values_TE = values_TGN.masked_fill(closed_TG.unsqueeze(2), -torch.inf).flatten(1)
-    return values_TE.sort(dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+        values_TGN = values_TE.view_as(scores_TGN).masked_fill(closed_TG.unsqueeze(2), -torch.inf)
+        values_TE = values_TGN.flatten(1)
+    return _largest(values_TE, top_k)
 
 
 def route_reference(
@@ -62,9 +82,10 @@ def route_reference(
     if score == "sigmoid":
         probabilities_TE = scores_TE / (scores_TE.sum(1, keepdim=True) + _TINY)
     if chosen is None:
-        values_TE = (z_TE if score == "softmax_after" else scores_TE).detach()
-        values_TE = values_TE if bias is None else values_TE + bias
-        indices_TK = _choice(values_TE, top_k, groups, top_groups)
+        ranked_TE = (z_TE if score == "softmax_after" else scores_TE).detach()
+        ranked_TE = ranked_TE if bias is None else ranked_TE + bias
+        values_TE = z_TE.detach() if bias is None else ranked_TE
+        indices_TK = _choice(values_TE, ranked_TE, top_k, groups, top_groups)
     else:
         indices_TK = chosen.clone()
     absent_TK = indices_TK < 0
@@ -88,7 +109,12 @@ def _forward(
     top_groups: int,
     normalise: bool,
     scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if choose("route", logits.device, logits.dtype, backend) == "triton":
+        from .router_triton import forward
+
+        return forward(logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale)
     return route_reference(
         logits,
         top_k,
@@ -112,6 +138,7 @@ def _forward_fake(
     top_groups: int,
     normalise: bool,
     scale: float,
+    backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, shape = wide(logits.dtype), (logits.shape[0], top_k)
     return (
@@ -133,8 +160,13 @@ def _backward(
     score: str,
     normalise: bool,
     scale: float,
+    backend: str | None,
 ) -> Tensor:
     """Return dlogits `[T, E]`: the scores are computed again, as they are cheaper than kept."""
+    if choose("route", logits.device, logits.dtype, backend) == "triton":
+        from .router_triton import backward
+
+        return backward(dweights, dprobabilities, logits, indices, score, normalise, scale)
     z_TE = logits.to(wide(logits.dtype))
     s_TE = torch.sigmoid(z_TE) if score == "sigmoid" else torch.softmax(z_TE, 1)
     ds_TE = torch.zeros_like(s_TE)
@@ -170,6 +202,7 @@ def _backward_fake(
     score: str,
     normalise: bool,
     scale: float,
+    backend: str | None,
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
@@ -178,7 +211,8 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weights, indices, probabilities = below_autograd(_FORWARD, logits, *args)
-        _, _, _, ctx.score, _, _, ctx.normalise, ctx.scale = args
+        _, _, _, score, _, _, *rest = args
+        ctx.rest = (score, *rest)  # with normalise, scale and backend
         ctx.save_for_backward(logits, indices)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
@@ -190,20 +224,20 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         first_derivative_only("route")
         logits, indices = ctx.saved_tensors
-        args = (ctx.score, ctx.normalise, ctx.scale)
-        return _BACKWARD(dweights, dprobabilities, logits, indices, *args), *(None,) * 8
+        dlogits = _BACKWARD(dweights, dprobabilities, logits, indices, *ctx.rest)
+        return dlogits, *(None,) * 9
 
 
 _FORWARD = register(
     "route_forward(Tensor logits, Tensor? bias, Tensor? chosen, int top_k, str score, int groups,"
-    " int top_groups, bool normalise, float scale) -> (Tensor, Tensor, Tensor)",
+    " int top_groups, bool normalise, float scale, str? backend) -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _Route,
 )
 _BACKWARD = register(
     "route_backward(Tensor? dweights, Tensor? dprobabilities, Tensor logits, Tensor indices,"
-    " str score, bool normalise, float scale) -> Tensor",
+    " str score, bool normalise, float scale, str? backend) -> Tensor",
     _backward,
     _backward_fake,
 )
@@ -262,7 +296,7 @@ def route(
         normalise: Whether the weights of a token sum to `scale`.
         scale: Factor on the weights.
         chosen: The indices `[T, k]` int64 of an earlier call, to be used again; -1 is no expert.
-        backend: `reference`; None takes the fastest that is proven here.
+        backend: `reference` or `triton`; None takes the fastest that is proven here.
 
     Returns:
         weights `[T, k]` and, last, probabilities `[T, E]` that sum to 1 a token, both in float32
@@ -283,8 +317,7 @@ def route(
         raise ValueError(
             f"route: chosen must be [{logits.shape[0]}, {top_k}], got {[*chosen.shape]}"
         )
-    choose("route", logits.device, logits.dtype, backend)
     weights, indices, probabilities = _FORWARD(
-        logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale
+        logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale, backend
     )
     return weights, indices, probabilities
