@@ -30,6 +30,7 @@ _NAME = "cross_entropy"
 def _statistics(
     logits_TV: Tensor, targets_T: Tensor, softcap: float | None, moments: bool, backend: str | None
 ) -> Tensor:
+    choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
     return finish(*reduce_slice_(logits_TV, targets_T, 0, softcap, moments, backend), moments)
 
 
@@ -77,6 +78,7 @@ def _overwrite(
     smoothing: float,
     backend: str | None,
 ) -> Tensor:
+    choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
     return nll_and_gradient_(logits_TV, targets_T, ignore_index, softcap, smoothing, backend).sum()
 
 
@@ -177,7 +179,6 @@ def cross_entropy(
     """
     check_logits(_NAME, logits_TV, targets_T)
     check_options(_NAME, softcap, label_smoothing)
-    choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
     if not logits_TV.shape[1]:
         raise ValueError(f"{_NAME}: logits must have a column at least, got {[*logits_TV.shape]}")
     trained_T = trained(targets_T, ignore_index)

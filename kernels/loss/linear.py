@@ -36,7 +36,6 @@ from .statistics import (
     gradient_of_slice_,
     log_probability,
     reduce_slice_,
-    smoothed,
     sums,
     top_k_kl,
 )
@@ -89,20 +88,17 @@ def _cross_entropy(
     smoothing: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    choose("linear_cross_entropy", hidden_TD.device, hidden_TD.dtype, backend)
     chunks = Chunks(hidden_TD, weight_VD, targets_T, ignore_index, chunk)
     gradients = Gradients(hidden_TD, weight_VD, (hidden_grad, weight_grad), chunks.count)
     total = hidden_TD.new_zeros((), dtype=wide(hidden_TD.dtype))
-    moments = smoothing > 0
+    gradient = hidden_grad or weight_grad
     for rows, hidden_CD, targets_C, logits_CV in chunks:
-        if hidden_grad or weight_grad:
-            total += nll_and_gradient_(
-                logits_CV, targets_C, ignore_index, softcap, smoothing, backend
-            ).sum()
+        total += nll_and_gradient_(
+            logits_CV, targets_C, ignore_index, softcap, smoothing, gradient, backend
+        ).sum()
+        if gradient:
             gradients.add_(rows, logits_CV, hidden_CD)
-        else:
-            reduced = reduce_slice_(logits_CV, targets_C, 0, softcap, moments, backend)
-            nll_C = smoothed(finish(*reduced, moments), smoothing, weight_VD.shape[0])
-            total += torch.where(chunks.trained_T[rows], nll_C, 0).sum()
     return total, chunks.trained_T.sum(), *gradients.result()
 
 
@@ -153,6 +149,7 @@ def _statistics(
     moments: bool,
     backend: str | None,
 ) -> Tensor:
+    choose("linear_log_probs", hidden_TD.device, hidden_TD.dtype, backend)
     chunks = Chunks(hidden_TD, weight_VD, targets, ignore_index, chunk)
     shape = _rows(targets, moments), hidden_TD.shape[0]
     statistics = hidden_TD.new_zeros(shape, dtype=wide(hidden_TD.dtype))
@@ -299,7 +296,6 @@ def linear_cross_entropy(
     """
     check_linear("linear_cross_entropy", hidden_TD, weight_VD, targets_T, chunk)
     check_options("linear_cross_entropy", softcap, label_smoothing)
-    choose("linear_cross_entropy", hidden_TD.device, hidden_TD.dtype, backend)
     inputs = hidden_TD, weight_VD, targets_T, ignore_index, chunk
     if not z_loss:
         found = _CROSS_ENTROPY(*inputs, False, False, softcap, label_smoothing, backend)
@@ -357,7 +353,6 @@ def linear_log_probs(
     """
     check_linear("linear_log_probs", hidden_TD, weight_VD, targets_T, chunk)
     check_options("linear_log_probs", softcap)
-    choose("linear_log_probs", hidden_TD.device, hidden_TD.dtype, backend)
     statistics = _STATISTICS(
         hidden_TD, weight_VD, targets_T, ignore_index, chunk, softcap, entropy, backend
     )
@@ -411,7 +406,6 @@ def linear_top_k_kl(
     check_top_k(name, teacher_indices_TM, teacher_log_probs_TM, direction)
     check_linear(name, hidden_TD, weight_VD, teacher_indices_TM, chunk)
     check_options(name, softcap)
-    choose(name, hidden_TD.device, hidden_TD.dtype, backend)
     statistics = _STATISTICS(
         hidden_TD, weight_VD, teacher_indices_TM, ignore_index, chunk, softcap, False, backend
     )

@@ -179,28 +179,33 @@ def cross_entropy_gradient_reference(
 
 
 def _nll_and_gradient_reference_(
-    logits_CV: Tensor, targets_C: Tensor, ignore: int, softcap: float | None, smoothing: float
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    ignore: int,
+    softcap: float | None,
+    smoothing: float,
+    gradient: bool,
 ) -> Tensor:
     nll_C = logits_CV.new_empty(logits_CV.shape[0], dtype=wide(logits_CV.dtype))
-    flat = smoothing / logits_CV.shape[1]
     for rows in _blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(nll_C.dtype), softcap)
         columns_C1 = find(targets_C[rows], 0, z_CV.shape[1])[0][:, None]
-        slope_CV = None if softcap is None else cap_slope(z_CV, softcap)
-        max_C, true_C = z_CV.amax(-1), (1 - smoothing) * z_CV.gather(-1, columns_C1)[:, 0]
-        if smoothing:
-            true_C += flat * z_CV.sum(-1)
+        slope_CV = None if softcap is None or not gradient else cap_slope(z_CV, softcap)
+        max_C, true_C = z_CV.amax(-1), z_CV.gather(-1, columns_C1)[:, 0]
+        even_C = smoothing * (true_C - z_CV.mean(-1)) if smoothing else 0.0
         torch.softmax(z_CV, -1, out=z_CV)  # one pass: PyTorch holds a row in cache
         # The largest probability is exp(0) / s: it gives the sum without another pass over exp.
-        nll_C[rows] = max_C - z_CV.amax(-1).log() - true_C
+        nll_C[rows] = max_C - z_CV.amax(-1).log() - true_C + even_C
+        ignored_C = targets_C[rows] == ignore
+        nll_C[rows].masked_fill_(ignored_C, 0)
+        if not gradient:
+            continue
         if smoothing:
-            z_CV.sub_(flat)
+            z_CV.sub_(smoothing / z_CV.shape[1])
         z_CV.scatter_(-1, columns_C1, z_CV.gather(-1, columns_C1) - (1 - smoothing))
         if slope_CV is not None:
             z_CV.mul_(slope_CV)
-        ignored_C = targets_C[rows] == ignore
         if z_CV.device.type != "cpu" or ignored_C.any():
-            nll_C[rows].masked_fill_(ignored_C, 0)
             z_CV.masked_fill_(ignored_C[:, None], 0)
         if softcap is not None or z_CV.dtype != logits_CV.dtype:
             logits_CV[rows] = z_CV
@@ -213,6 +218,7 @@ def nll_and_gradient_(
     ignore_index: int,
     softcap: float | None,
     label_smoothing: float,
+    gradient: bool,
     backend: str | None,
 ) -> Tensor:
     """Overwrite logits over the whole vocabulary by the gradient of the summed loss.
@@ -224,12 +230,14 @@ def nll_and_gradient_(
         ignore_index: The target of positions that do not train.
         softcap: Soft-cap of the logits, or None.
         label_smoothing: Share of the target's weight that all columns divide.
+        gradient: Whether it is wanted; else the logits' content is undefined. The losses have the
+            same bits with it and without.
         backend: As `linear_cross_entropy` takes it.
 
     Returns:
         Losses `[C]`, 0 where ignored; float32 at least.
     """
-    args = (logits_CV, targets_C, ignore_index, softcap, label_smoothing)
+    args = (logits_CV, targets_C, ignore_index, softcap, label_smoothing, gradient)
     if choose(_OP, logits_CV.device, logits_CV.dtype, backend) == "triton":
         from .logits_triton import nll_and_gradient_ as run
 

@@ -147,17 +147,17 @@ def _store_gradient(
 @triton.jit
 def nll_and_gradient_kernel(
     logits_ptr, targets_ptr, nll_ptr, row_stride, ignore_index, V, cap, smoothing,
-    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, KEPT: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    CAPPED: tl.constexpr, SMOOTHED: tl.constexpr, GRADIENT: tl.constexpr, KEPT: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Overwrite a row by the gradient of its loss, which is returned; both 0 where ignored."""
+    """Store the loss of a row, and overwrite it by the gradient; both 0 where ignored."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     target = tl.load(targets_ptr + row).to(tl.int64)
     trained = target != ignore_index
     inside = (target >= 0) & (target < V)
     true = tl.load(row_ptr + target, mask=inside & trained, other=0.0).to(tl.float32)
-    true = (1.0 - smoothing) * _capped(true, cap, CAPPED)
+    true = _capped(true, cap, CAPPED)
     tl.debug_barrier()  # the target's logit has been read before any thread overwrites it
     if KEPT:
         columns = tl.arange(0, BLOCK)
@@ -165,28 +165,35 @@ def nll_and_gradient_kernel(
         z = _capped(x, cap, CAPPED)
         high = tl.max(z, 0)
         lse = high + tl.log(tl.sum(tl.exp(z - high), 0))
+        nll = lse - true
         if SMOOTHED:
-            true += smoothing / V * tl.sum(tl.where(columns < V, z, 0.0), 0)
-        _store_gradient(row_ptr, columns, z, V, lse, target, trained, cap, smoothing, CAPPED)
-        tl.store(nll_ptr + row, tl.where(trained, lse - true, 0.0))
+            nll += smoothing * (true - tl.sum(tl.where(columns < V, z, 0.0), 0) / V)
+        tl.store(nll_ptr + row, tl.where(trained, nll, 0.0))
+        if GRADIENT:
+            _store_gradient(row_ptr, columns, z, V, lse, target, trained, cap, smoothing, CAPPED)
     else:
         lse = tl.zeros((), tl.float32)
+        nll = tl.zeros((), tl.float32)
         if trained:
             high, total, plain, _ = _reduce_row(row_ptr, V, cap, CAPPED, SMOOTHED, BLOCK, STAGES)
             lse = high + tl.log(total)
+            nll = lse - true
             if SMOOTHED:
-                true += smoothing / V * plain
-        tl.store(nll_ptr + row, tl.where(trained, lse - true, 0.0))
-        tl.debug_barrier()  # the whole row has been read
-        last = (V - 1) // BLOCK * BLOCK
-        for first in tl.range(0, V, BLOCK, num_stages=STAGES):
-            columns = last - first + tl.arange(0, BLOCK)
-            x = tl.load(
-                row_ptr + columns, mask=columns < V, other=-float("inf"),
-                eviction_policy="evict_first",
-            ).to(tl.float32)  # fmt: skip
-            z = _capped(x, cap, CAPPED)
-            _store_gradient(row_ptr, columns, z, V, lse, target, trained, cap, smoothing, CAPPED)
+                nll += smoothing * (true - plain / V)
+        tl.store(nll_ptr + row, nll)
+        if GRADIENT:
+            tl.debug_barrier()  # the whole row has been read
+            last = (V - 1) // BLOCK * BLOCK
+            for first in tl.range(0, V, BLOCK, num_stages=STAGES):
+                columns = last - first + tl.arange(0, BLOCK)
+                x = tl.load(
+                    row_ptr + columns, mask=columns < V, other=-float("inf"),
+                    eviction_policy="evict_first",
+                )  # fmt: skip
+                z = _capped(x.to(tl.float32), cap, CAPPED)
+                _store_gradient(
+                    row_ptr, columns, z, V, lse, target, trained, cap, smoothing, CAPPED
+                )
 
 
 def configuration(vocabulary: int, *, fused: bool = False) -> dict[str, Any]:
@@ -278,6 +285,7 @@ def nll_and_gradient_(
     ignore_index: int,
     softcap: float | None,
     label_smoothing: float,
+    gradient: bool,
 ) -> Tensor:
     """Launch `nll_and_gradient_kernel`.
 
@@ -287,6 +295,7 @@ def nll_and_gradient_(
         ignore_index: The target of rows whose loss and gradient are 0.
         softcap: Soft-cap of the logits, or None.
         label_smoothing: Share of the target's weight that all columns divide.
+        gradient: Whether the logits are overwritten.
 
     Returns:
         Losses `[C]`, float32.
@@ -298,7 +307,7 @@ def nll_and_gradient_(
             nll_and_gradient_kernel[(tokens,)](
                 logits_CV, targets_C.contiguous(), nll_C, logits_CV.stride(0), ignore_index,
                 vocabulary, softcap or 1.0, label_smoothing, CAPPED=softcap is not None,
-                SMOOTHED=label_smoothing > 0, STAGES=_STAGES,
+                SMOOTHED=label_smoothing > 0, GRADIENT=gradient, STAGES=_STAGES,
                 **configuration(vocabulary, fused=True),
             )  # fmt: skip
     return nll_C

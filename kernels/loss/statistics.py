@@ -184,10 +184,10 @@ def smoothed(statistics: Tensor, label_smoothing: float, vocabulary: int | Tenso
     Returns:
         `[T]`.
     """
+    nll_T = statistics[1] - statistics[0]
     if not label_smoothing:
-        return statistics[1] - statistics[0]
-    even_T = statistics[2] * (label_smoothing / vocabulary)
-    return statistics[1] - (1 - label_smoothing) * statistics[0] - even_T
+        return nll_T
+    return nll_T + label_smoothing * (statistics[0] - statistics[2] / vocabulary)
 
 
 def sums(
