@@ -1,24 +1,30 @@
-"""Everything a GPU has to say, unattended: tests, proofs of kernels, a training step.
+"""Everything a GPU has to say, unattended: proofs, a training step, benchmarks, tests.
 
     make gpu PYTHON=python3 RESULTS=benchmarks/results/h200
 
-Needs torch with CUDA and nothing to be installed. Each part runs in a process of its own, the most
-valuable first, so that a crash or a hang loses that part alone; the whole keeps to `--budget`
-seconds. Writes one JSON file a part, and `kernels/proven.json`, which the dispatcher reads.
+Needs torch with CUDA, triton, numpy and pytest, and nothing to be installed. Rows of work run in
+processes of their own (`rows.py`), the most valuable first, so that a crash or a hang of one kernel
+loses its row alone; the whole keeps to `--budget` seconds, and each part leaves time to the later
+ones. Writes at most eight files, a part's as soon as it is over.
 
     part     what                                                              file
-    prove    each Triton kernel against float64 and against torch, timed       proofs.json
+    csrc     builds csrc/ and runs its own checks                              csrc.json
+    prove    every device kernel against float64 and torch, timed              proofs.json
+             what passed, for the dispatcher (kernels/proven.json, a copy)     proven.json
     train    8 layers of Llama-3-8B, embedding and head, 8,192 tokens          training.json
+    bench    every operator beside its peers and the roof                      kernels.json
+             the same as a picture, where matplotlib is there                  roofline.png
     tests    pytest -m gpu                                                     tests.json
+    all      one page                                                          summary.md
 
 measured on an H200: nothing yet
 """
 
 import argparse
-import functools
-import json
+import importlib.util
 import os
-import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,88 +35,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from warploom.kernels import backends, timing
+from warploom.benchmarks import proofs, rows
+from warploom.benchmarks.kernels import command as bench
+from warploom.benchmarks.kernels import measure, report
+from warploom.kernels import backends
 
 _ROOT = Path(__file__).resolve().parents[1]
-_LIMIT_S = {"prove": 150, "train": 200, "tests": 240}
 _H100_BF16 = 989e12  # dense bfloat16 peak of H100 and H200, FLOP/s (datasheet)
+_MOE = ("route", "permute", "unpermute")
 
 
-def _cases(device: torch.device) -> dict[str, Callable[[str, torch.dtype], tuple[Tensor, ...]]]:
-    """Return, for each operator, a function of (backend, dtype) to its outputs and gradients."""
-    from warploom.kernels.activation import swiglu
-    from warploom.kernels.loss import linear_cross_entropy
-    from warploom.kernels.norm import rms_norm
-    from warploom.kernels.rope import rotary, rotary_tables
+class Part:
+    """A part's share of the time.
 
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        generator = torch.Generator(device).manual_seed(sum(shape))
-        x = torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16)
-        return x * scale
+    Attributes:
+        most: Seconds it may take.
+        keep: Seconds of it that the parts before leave.
+    """
 
-    def run(fn: Callable[..., Any], dtype: torch.dtype, *inputs: Tensor) -> tuple[Tensor, ...]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
-        found = fn(*leaves)
-        outputs = found if isinstance(found, tuple) else (found,)
-        upstream = [draw(*y.shape).to(y.dtype) if y.dim() else y.new_tensor(0.7) for y in outputs]
-        return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
-
-    x, r, w = draw(8192, 4096), draw(8192, 4096), draw(4096)
-    q, k, gates = draw(8192, 32, 128), draw(8192, 8, 128), draw(8192, 2 * 14336)
-    cos, sin = rotary_tables(torch.arange(8192, device=device), 128, base=5e5)
-    h, head = draw(2048, 1024), draw(32_003, 1024, scale=0.05)
-    targets = torch.randint(0, 32_003, (2048,), device=device)
-    return {
-        "rms_norm": lambda backend, dtype: run(
-            lambda a, b, c: rms_norm(a, c, residual=b, backend=backend), dtype, x, r, w
-        ),
-        "rotary": lambda backend, dtype: run(
-            lambda a, b: rotary(a, b, cos, sin, backend=backend), dtype, q, k
-        ),
-        "swiglu": lambda backend, dtype: run(lambda a: swiglu(a, backend=backend), dtype, gates),
-        "linear_cross_entropy": lambda backend, dtype: run(
-            lambda a, b: linear_cross_entropy(a, b, targets, backend=backend)[0], dtype, h, head
-        ),
-    }
+    def __init__(self, most: float, keep: float) -> None:
+        self.most, self.keep = most, keep
 
 
-def _error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """Return the largest error over the tensors, each relative to its own largest value."""
-    return max(
-        float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-300))
-        for a, b in zip(got, want, strict=True)
-    )
-
-
-def prove(device: torch.device) -> dict[str, Any]:
-    """Hold each Triton kernel to twice the reference's own bfloat16 error, and record it."""
-    result: dict[str, Any] = {"copy_bytes_per_s": timing.copy_ceiling(device), "ops": {}}
-    for op, case in _cases(device).items():
-        row: dict[str, Any] = {}
-        try:
-            want = case("reference", torch.float64)
-            plain = _error(case("reference", torch.bfloat16), want)
-            ours = _error(case("triton", torch.bfloat16), want)
-            row = {"error": ours, "reference_error": plain, "passed": ours <= 2 * plain + 1e-7}
-            for backend in ("triton", "reference"):
-                call = functools.partial(case, backend, torch.bfloat16)
-                row[f"{backend}_ms"] = timing.time_ms(call, device)
-            row["speed_ratio"] = row["reference_ms"] / row["triton_ms"]
-            if row["passed"]:
-                backends.record_proof(
-                    op, device=device, error=ours / max(plain, 1e-300), time_ms=row["triton_ms"]
-                )
-        except Exception as error:  # one kernel's failure is that kernel's row
-            row["failed"] = f"{type(error).__name__}: {error}"[:400]
-        result["ops"][op] = row
-        print(op, row, flush=True)
-    return result
+_PARTS = {
+    "csrc": Part(90, 30),
+    "prove": Part(230, 120),
+    "train": Part(120, 60),
+    "bench": Part(200, 70),
+    "tests": Part(200, 60),
+}
 
 
 def train(device: torch.device, *, steps: int = 30, small: bool = False) -> dict[str, Any]:
-    """Time whole steps (forward, backward, clip, AdamW) of a slice of Llama-3-8B on one device."""
+    """Time whole steps (forward, backward, clip, AdamW) of a slice of Llama-3-8B on one device.
+
+    Args:
+        device: Where.
+        steps: Timed steps, after 3 others.
+        small: Whether to take a tiny model, to try the harness.
+    """
     from warploom.models import cost
     from warploom.models.batch import Batch
     from warploom.models.decoder import Decoder
@@ -153,86 +117,282 @@ def train(device: torch.device, *, steps: int = 30, small: bool = False) -> dict
     return found
 
 
-def tests(results: Path) -> dict[str, Any]:
-    """Run the tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    done = subprocess.run(
-        command, cwd=_ROOT, capture_output=True, text=True, timeout=_LIMIT_S["tests"], check=False
+class Session:
+    """One run of `make gpu`: what was asked for, where it goes, and until when."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        self.asked, self.results = asked, asked.results
+        self.device = torch.device(asked.device)
+        self.end = time.monotonic() + asked.budget
+        self.parts = [name for name in asked.parts.split(",") if name]
+        self.summary: list[str] = []
+
+    def deadline(self, part: str) -> float:
+        """Return when a part must end: its own share, less what the later ones keep."""
+        later = self.parts[self.parts.index(part) + 1 :] if part in self.parts else []
+        limit = min(time.monotonic() + _PARTS[part].most, self.end)
+        return min(limit, self.end - sum(_PARTS[name].keep for name in later))
+
+    def do(self, work: str, names: Sequence[str], until: float, **rest: Any) -> dict[str, Any]:
+        """Have rows of a kind of work done."""
+        words = ["--device", self.asked.device, "--steps", str(self.asked.steps)]
+        words += ["--small"] * self.asked.small
+        command = [sys.executable, __file__, *words, "--work", work]
+        return rows.run(command, names, deadline=until, said=self.say, **rest)
+
+    def say(self, name: str, row: rows.Row) -> None:
+        """Print how a row ended."""
+        print(f"  {name}: {row.get('failed', 'done')}"[:160], flush=True)
+
+    def write(self, name: str, found: dict[str, Any]) -> None:
+        """Write a file of the results."""
+        report.write(self.results / name, report.about(self.device) | found)
+
+    def csrc(self, until: float) -> int:
+        """Build the compiled library in place, then run its stand-alone runner, if it is there."""
+        found: dict[str, Any] = {}
+        if not (tool := shutil.which("nvcc")):
+            found["left_out"] = "nvcc is not on the PATH"
+        elif importlib.util.find_spec("pybind11") is None:
+            found["left_out"] = "pybind11 is not installed"
+        else:
+            found["nvcc"] = tool
+            build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+            for name, words in (("build", build), ("run", [str(_ROOT / "csrc" / "run")])):
+                if name == "run" and not Path(words[0]).exists():
+                    found[name] = {"left_out": "there is no csrc/run"}
+                    continue
+                found[name] = _run(words, until)
+        failed = [k for k, v in found.items() if isinstance(v, dict) and v.get("exit_code")]
+        self.summary.append(f"csrc: {found.get('left_out') or ('failed: ' if failed else 'done')}")
+        self.summary[-1] += ", ".join(failed)
+        self.write("csrc.json", found)
+        return len(failed)
+
+    def prove(self, until: float) -> int:
+        """Prove every kernel, and write down what passed."""
+        cuda = self.device.type == "cuda"
+        names = proofs.rows(("triton", "cuda") if cuda else ("reference",), self.asked.only)
+        jobs = max(min((os.cpu_count() or 2) - 4, 12), 1)
+        half = time.monotonic() + 0.65 * (until - time.monotonic())
+        checked = self.do("check", names, half, row_s=90, jobs=jobs)
+        passed = [name for name in names if "failed" not in checked[name]]
+        timed = self.do("training", passed, until, row_s=60)
+        verdicts = proofs.verdicts(checked, timed)
+        lines = []
+        for (op, backend), verdict in verdicts.items():
+            if verdict["failed"]:
+                lines.append(f"- {op} {backend}: **{len(verdict['failed'])} rows failed**")
+                lines += [f"    - {row}: {why[:200]}" for row, why in verdict["failed"].items()]
+                continue
+            lines.append(f"- {op} {backend}: proven, error {verdict['error']:.2f} of plain torch's")
+            if cuda:
+                error, ms = verdict["error"], verdict["time_ms"]
+                device = torch.device("cuda", 0)
+                backends.record_proof(op, device=device, error=error, time_ms=ms, backend=backend)
+        named = {f"{op} {backend}": v for (op, backend), v in verdicts.items()}
+        self.write("proofs.json", {"verdicts": named, "checked": checked, "training": timed})
+        shutil.copy(_ROOT / "kernels" / "proven.json", self.results / "proven.json")
+        self.summary += ["", "## Proofs", "", *lines]
+        return sum(bool(v["failed"]) for v in verdicts.values())
+
+    def train(self, until: float) -> int:
+        """Time a training step."""
+        row = self.do("train", ["train"], until, row_s=_PARTS["train"].most)["train"]
+        self.write("training.json", row)
+        words = row.get("failed") or (
+            f"step {row['step_time_s'] * 1e3:.1f} ms, {row['tokens_per_s']:.0f} tokens/s, "
+            + (f"MFU {row['mfu']:.1%}" if "mfu" in row else "no peak to compare with")
+        )
+        self.summary += ["", "## Training step", "", words]
+        return int("failed" in row)
+
+    def bench(self, until: float) -> int:
+        """Time every operator beside its peers; compile all of them before, several at a time."""
+        names = _bench_rows(self.asked)
+        jobs = max(min((os.cpu_count() or 2) - 4, 12), 1)
+        begin = time.monotonic()
+        self.do("warm", names, begin + 0.4 * (until - begin), row_s=60, jobs=jobs)
+        done = self.do("bench", [*names, "host"], until, row_s=45)
+        result = report.about(self.device) | {"ceilings": {}, "rows": [], "overhead": []}
+        for name, row in done.items():
+            if "failed" in row:
+                result["rows"].append({"op": name, "variant": "", "size": "", **row})
+                result["rows"][-1]["contender"] = "all"
+                continue
+            result["ceilings"] = result["ceilings"] or row["ceilings"]
+            result["rows"] += row["rows"]
+            result["overhead"] += row["overhead"]
+        report.write(self.results / "kernels.json", result)
+        if importlib.util.find_spec("matplotlib") and result["ceilings"]:
+            report.plot(self.results / "roofline.png", result)
+        self.summary += ["", "## Operators, forward and backward", "", *_bench_lines(result)]
+        return sum("failed" in row for row in done.values())
+
+    def tests(self, until: float) -> int:
+        """Run the tests that need a GPU; what has ended is known even if the rest hangs."""
+        words = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"]
+        words += ["-n", "8"] if importlib.util.find_spec("xdist") else []
+        words += ["--timeout", "90"] if importlib.util.find_spec("pytest_timeout") else []
+        done = _run([*words, *(self.asked.tests or ["tests"])], until, keep=200_000)
+        outcomes: dict[str, str] = {}
+        for line in done["output"].splitlines():
+            if match := re.search(r"(tests/\S+::.+?)\s+(PASSED|FAILED|ERROR|SKIPPED|X\w+)", line):
+                outcomes[match[1]] = match[2]
+            elif match := re.search(r"(PASSED|FAILED|ERROR|SKIPPED|X\w+)\s+(tests/\S+::\S+)", line):
+                outcomes[match[2]] = match[1]
+        counts = {kind: list(outcomes.values()).count(kind) for kind in {*outcomes.values()}}
+        failing = [name for name, kind in outcomes.items() if kind in ("FAILED", "ERROR")]
+        last = done["output"].splitlines()[-60:]
+        found = {"exit_code": done["exit_code"], "counts": counts, "failing": failing}
+        self.write("tests.json", {**found, "last_lines": last})
+        said = ", ".join(f"{n} {kind.lower()}" for kind, n in sorted(counts.items()))
+        self.summary += [
+            "",
+            "## Tests that need a GPU",
+            "",
+            f"exit code {done['exit_code']}: {said}",
+        ]
+        self.summary += [f"- {name}" for name in failing[:40]]
+        return int(done["exit_code"] != 0)
+
+
+def _run(words: Sequence[str], until: float, keep: int = 4000) -> dict[str, Any]:
+    """Run a program to its end, or to the deadline; return its exit code and its last output."""
+    start = time.monotonic()
+    environment = os.environ | {"PYTHONPATH": f"{_ROOT / 'src'}{os.pathsep}{_ROOT}"}
+    program = subprocess.Popen(
+        words,
+        cwd=_ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+        errors="replace",
     )
-    (results / "tests.log").write_text(done.stdout + done.stderr)
-    return {"exit_code": done.returncode, "last_lines": done.stdout.splitlines()[-12:]}
+    try:
+        output = program.communicate(timeout=max(until - start, 1.0))[0]
+    except subprocess.TimeoutExpired:
+        rows.end(program)
+        output = program.communicate()[0] + "\nended: the time is used up"
+    seconds = time.monotonic() - start
+    return {"exit_code": program.returncode, "seconds": seconds, "output": output[-keep:]}
 
 
-def _part(name: str, asked: argparse.Namespace) -> dict[str, Any]:
+def _bench_words(asked: argparse.Namespace, op: str = "", shapes: str = "") -> argparse.Namespace:
+    words = ["--device", asked.device, *(["--op", op] if op else [])]
+    if asked.small:
+        words += ["--shapes", "tiny", "--quick", "--peers", "eager"]
+    elif shapes:
+        words += ["--shapes", shapes]
+    return bench.arguments(words)
+
+
+def _bench_rows(asked: argparse.Namespace) -> list[str]:
+    """Name the rows: each operator in one model first, then in the others."""
+    ops = [op for op in bench.OPERATORS if not asked.only or op in asked.only]
+    first = [f"{op}@{'qwen3-30b-a3b' if op in _MOE else 'llama3-8b'}" for op in ops]
+    return first if asked.small else [*first, *(f"{op}@deepseek-v3" for op in ops)]
+
+
+def _bench_row(name: str, asked: argparse.Namespace, *, warm: bool) -> dict[str, Any]:
+    if name == "host":
+        words = _bench_words(asked, ",".join(asked.only))
+        plan = bench.plan_of(words)
+        return {
+            "ceilings": {},
+            "rows": [],
+            "overhead": bench.overhead(bench.cases_of(words, plan), plan),
+        }
+    words = _bench_words(asked, *name.split("@"))
+    plan = bench.plan_of(words)
+    if warm:
+        plan = replace(plan, rounds=1, repeats=1)
+    result = bench.run(bench.cases_of(words, plan), plan, overhead_too=False)
+    return {key: result[key] for key in ("ceilings", "rows", "overhead")}
+
+
+def _bench_lines(result: dict[str, Any]) -> list[str]:
+    """Lay out the whole steps of our backends: time, share of the roof, ratio to each peer."""
+    lines = [report.ceilings_line(result["ceilings"]), ""] if result["ceilings"] else []
+    for row in result["rows"]:
+        who = f"- {row['op']} {row['variant']} {row['size']} {row['contender']}".replace("  ", " ")
+        if "failed" in row:
+            lines.append(f"{who}: {row['failed'][:200]}")
+        elif row["contender"] in measure.OURS:
+            ratios = [f"{r:.2f}x {peer}" for peer, r in row["times_as_fast_as"].items()]
+            share = f"{row['ms']['median']:.3f} ms, {row['roof_share']:.0%} of the roof"
+            lines.append(f"{who} {row['pass']}: {share}, {', '.join(ratios)}")
+    return lines
+
+
+def _work(asked: argparse.Namespace) -> None:
+    """Do rows, as a worker of `rows.run`."""
     device = torch.device(asked.device)
-    if name == "prove":
-        return prove(device)
-    if name == "train":
-        return train(device, steps=asked.steps, small=asked.small)
-    return tests(asked.results)
-
-
-_FILES = {"prove": "proofs.json", "train": "training.json", "tests": "tests.json"}
-
-
-def _about(device: torch.device) -> dict[str, Any]:
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else platform.processor(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
+    works: dict[str, Callable[[str], rows.Row]] = {
+        "check": lambda name: proofs.check(name, device),
+        "training": lambda name: proofs.training(name, device, small=asked.small),
+        "train": lambda name: train(device, steps=asked.steps, small=asked.small),
+        "warm": lambda name: _bench_row(name, asked, warm=True),
+        "bench": lambda name: _bench_row(name, asked, warm=False),
     }
+    file, *names = asked.names
+    rows.serve(works[asked.work], names, Path(file))
 
 
-def _run_parts(asked: argparse.Namespace) -> int:
-    """Run each part in a process of its own; return how many failed."""
-    end = time.monotonic() + asked.budget
-    failed = 0
-    for name in asked.parts.split(","):
-        limit = min(_LIMIT_S[name], end - time.monotonic())
-        if limit < 5:
-            print(f"{name}: left out, the budget of {asked.budget} s is used up", flush=True)
-            failed += 1
-            continue
-        command = [sys.executable, __file__, *sys.argv[1:], "--part", name]
-        command += ["--results", str(asked.results)]
-        print(f"--- {name} (at most {limit:.0f} s)", flush=True)
-        try:
-            code = subprocess.run(command, timeout=limit, check=False, env=os.environ).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
-        print(f"--- {name}: {'done' if code == 0 else f'failed with {code}'}", flush=True)
-        failed += code != 0
-    return failed
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the words of the command line."""
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks/results/h200")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all parts")
-    parser.add_argument("--parts", default="prove,train,tests", help="in this order")
+    parser.add_argument("--parts", default=",".join(_PARTS), help="in this order")
+    parser.add_argument("--only", default="", help="operators, names with commas between them")
+    parser.add_argument("--tests", nargs="*", help="other words for pytest than the folder tests")
     parser.add_argument("--steps", type=int, default=30, help="timed training steps")
-    parser.add_argument("--device", default="cuda", help="cpu only for `--parts train --small`")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the harness")
-    parser.add_argument("--part", choices=sorted(_FILES), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    parser.add_argument("--device", default="cuda", help="cpu, with --small, to try the harness")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to try the harness")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("names", nargs="*", help=argparse.SUPPRESS)
+    asked = parser.parse_args(argv)
+    if unknown := [name for name in asked.parts.split(",") if name not in _PARTS]:
+        parser.error(f"--parts must be among {', '.join(_PARTS)}, got {unknown[0]!r}")
+    asked.only = [name for name in asked.only.split(",") if name]
+    return asked
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for; 0 if all of them ended well, 2 without a CUDA device."""
-    asked = _arguments(argv)
+    asked = arguments(argv)
+    sys.path.insert(0, str(_ROOT))  # the specimens of the tests
+    if asked.work:
+        _work(asked)
+        return 0
     if asked.device == "cuda" and not torch.cuda.is_available():
         print("make gpu needs a CUDA device, and torch sees none here", file=sys.stderr)
         return 2
     asked.results = asked.results.resolve()
     asked.results.mkdir(parents=True, exist_ok=True)
-    if asked.part is None:
-        return int(_run_parts(asked) > 0)
-    result = {**_about(torch.device(asked.device)), **_part(asked.part, asked)}
-    (asked.results / _FILES[asked.part]).write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    session, failed = Session(asked), 0
+    for part in session.parts:
+        until = session.deadline(part)
+        left = until - time.monotonic()
+        if left < 5:
+            session.summary.append(f"{part}: left out, the budget of {asked.budget} s is used up")
+            failed += 1
+            continue
+        print(f"--- {part} (at most {left:.0f} s)", flush=True)
+        try:
+            wrong = getattr(session, part)(until)
+        except Exception as error:  # a part's failure is that part's
+            session.summary.append(f"{part}: {type(error).__name__}: {error}")
+            wrong = 1
+        print(f"--- {part}: {f'{wrong} failed' if wrong else 'done'}", flush=True)
+        failed += wrong
+        text = "\n".join([f"# make gpu, {report.about(session.device)}", "", *session.summary])
+        (asked.results / "summary.md").write_text(text + "\n")
+    print("\n".join(session.summary))
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

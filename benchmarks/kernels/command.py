@@ -120,9 +120,20 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
     return list(found.values())
 
 
-def _tiny(cases: Sequence[Case], plan: measure.Plan) -> list[Case]:
-    ops = dict.fromkeys(case.op for case in cases)
-    return [c for op in ops for c in OPERATORS[op](MODELS["tiny"], 4, plan.dtype.itemsize)]
+def overhead(cases: Sequence[Case], plan: measure.Plan) -> list[dict[str, Any]]:
+    """Measure the host's time a call of the operators of some cases, at a tiny size.
+
+    Args:
+        cases: Of the operators.
+        plan: How; torch.compile, whose calls are not eager, is left out.
+    """
+    eager = dataclasses.replace(plan, peers=[peer for peer in plan.peers if peer != "compile"])
+    tiny = [
+        case
+        for op in dict.fromkeys(case.op for case in cases)
+        for case in OPERATORS[op](MODELS["tiny"], 4, plan.dtype.itemsize)
+    ]
+    return [row for case in tiny for row in measure.overhead(case, eager)]
 
 
 @contextlib.contextmanager
@@ -139,35 +150,33 @@ def _progress(total: int) -> Iterator[Any]:
         yield lambda words: bar.update(task, advance=1, description=words)
 
 
-def run(cases: Sequence[Case], plan: measure.Plan, *, overhead: bool = True) -> dict[str, Any]:
+def run(cases: Sequence[Case], plan: measure.Plan, *, overhead_too: bool = True) -> dict[str, Any]:
     """Measure the ceilings, the cases and the host's time.
 
     Args:
         cases: What.
         plan: How.
-        overhead: Whether to measure the host's time a call too.
+        overhead_too: Whether to measure the host's time a call too.
 
     Returns:
         What `report.document` says.
     """
     rows: list[dict[str, Any]] = []
     host: list[dict[str, Any]] = []
-    tiny = _tiny(cases, plan) if overhead else []
-    with _progress(1 + len(cases) + len(tiny)) as step:
+    with _progress(1 + len(cases) + overhead_too) as step:
         step("ceilings")
         found = measure.ceilings(plan.device, plan.dtype)
         for case in cases:
             step(f"{case.name} {case.size}")
             rows += measure.measure(case, plan, found)
-        if tiny:
-            eager = dataclasses.replace(plan, peers=[p for p in plan.peers if p != "compile"])
-            for case in tiny:
-                step(f"{case.name}: host")
-                host += measure.overhead(case, eager)
+        if overhead_too:
+            step("the host's time")
+            host = overhead(cases, plan)
     return report.document(plan.device, found, rows, host)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the words after `warploom bench kernels`."""
     parser = argparse.ArgumentParser(
         prog="warploom bench kernels", description=str(__doc__).split("\n\n")[0]
     )
@@ -196,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: If what is asked for is unknown or not here.
     """
-    asked = _arguments(argv)
+    asked = arguments(argv)
     plan = plan_of(asked)
     cases = cases_of(asked, plan)
     if asked.plot:

@@ -107,8 +107,11 @@ def tensors(found: Any) -> tuple[Tensor, ...]:
     return ()
 
 
-class _Runner:
-    """One contender on one case: `prepare(span)` is what `timing.samples_ms` takes."""
+class Runner:
+    """One contender on one case: `prepare(span)` is what `timing.samples_ms` takes.
+
+    `first` is its first output, `upstream` holds a random gradient of each that takes one.
+    """
 
     def __init__(self, case: Case, run: Callable[..., Any], drawn: Inputs, draw: Draw) -> None:
         self.case, self.run, (self.inputs, self.fixed) = case, run, drawn
@@ -127,10 +130,15 @@ class _Runner:
 
     def _backward(self, outputs: Any) -> object:
         wanted = [y for y in tensors(outputs) if y.requires_grad]
-        return torch.autograd.grad(wanted, self.leaves, self.upstream)
+        leaves = [x for x in self.leaves if x.requires_grad]
+        return torch.autograd.grad(wanted, leaves, self.upstream, allow_unused=True)
 
     def prepare(self, span: str) -> Callable[[], object]:
-        """Do what is not timed; return the call that is."""
+        """Do what is not timed; return the call that is.
+
+        Args:
+            span: One of `PASSES`.
+        """
         if self.case.inplace:
             self.leaves = self._leaves()
         if span == "forward":
@@ -165,11 +173,11 @@ def measure(case: Case, plan: Plan, found: Mapping[str, float]) -> list[dict[str
     torch._dynamo.reset()  # the peers of all cases share their code, and so a limit of recompiles
     draw = Draw(plan.dtype, plan.device)
     drawn = case.draw(draw)
-    runners: dict[str, _Runner] = {}
+    runners: dict[str, Runner] = {}
     failed: dict[str, str] = {}
     for name, run in contenders(case, plan).items():
         try:
-            runners[name] = _Runner(case, run, drawn, Draw(plan.dtype, plan.device))
+            runners[name] = Runner(case, run, drawn, Draw(plan.dtype, plan.device))
         except Exception as error:  # one contender's failure is that contender's row
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
     spans = PASSES if case.backward is not None else PASSES[:1]
@@ -195,7 +203,7 @@ def measure(case: Case, plan: Plan, found: Mapping[str, float]) -> list[dict[str
     return rows + [{**shared, "contender": n, "failed": why} for n, why in failed.items()]
 
 
-def _block(runner: _Runner, span: str, plan: Plan, *, first: bool) -> list[float]:
+def _block(runner: Runner, span: str, plan: Plan, *, first: bool) -> list[float]:
     repeats, warmup = plan.repeats, 3 if first else 1
     if plan.device.type == "cpu":
         start = time.perf_counter()
@@ -258,7 +266,7 @@ def overhead(case: Case, plan: Plan) -> list[dict[str, Any]]:
     for name, run in contenders(case, plan).items():
         row = {"op": case.op, "variant": case.variant, "contender": name, "bare_us": bare}
         try:
-            runner = _Runner(case, run, drawn, Draw(plan.dtype, plan.device))
+            runner = Runner(case, run, drawn, Draw(plan.dtype, plan.device))
             with torch.no_grad():
                 row["forward_us"] = timing.host_us(runner.prepare("forward"), plan.device)
             if case.backward is not None:

@@ -177,7 +177,7 @@ def plot(file: Path, result: Mapping[str, Any]) -> None:
     """
     from matplotlib.figure import Figure
 
-    rows = [row for row in result["rows"] if row.get("flops")]
+    rows = [row for row in result["rows"] if row.get("flops") and row["pass"] != "both"]
     found = result["ceilings"]
     figure = Figure(figsize=(10, 6), layout="constrained")
     axes = figure.subplots()
