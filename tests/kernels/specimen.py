@@ -81,14 +81,14 @@ class Draw:
 
     def __call__(self, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
         if self.device == "meta":
-            return torch.empty(*shape, dtype=self.dtype, device="meta")
+            return torch.empty(shape, dtype=self.dtype, device="meta")
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(*shape, dtype=torch.float64, generator=generator) * scale
+        x = torch.randn(shape, dtype=torch.float64, generator=generator) * scale
         return x.to(self.device, self.dtype)
 
     def integers(self, high: int, *shape: int, seed: int = 0) -> Tensor:
         if self.device == "meta":
-            return torch.empty(*shape, dtype=torch.int64, device="meta")
+            return torch.empty(shape, dtype=torch.int64, device="meta")
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(0, high, shape, generator=generator).to(self.device)
 
