@@ -216,11 +216,14 @@ def _check_lists(columns: dict[str, Sequence[Tensor]], device: torch.device) -> 
                 raise ValueError(
                     f"adamw_: {name}[{n}] has shape {[*t.shape]}, parameters[{n}] {[*shape]}"
                 )
-            if t.dtype != column[0].dtype or t.device != device:
+            if t.device != device:
                 raise ValueError(
-                    f"adamw_: a call serves one dtype and device a list, but {name}[{n}] is "
-                    f"{t.dtype} on {t.device}, {name}[0] {column[0].dtype}, step on {device}: "
-                    f"call once for each"
+                    f"adamw_: all tensors must be on one device, got {device} (step) and {t.device}"
+                )
+            if t.dtype != column[0].dtype:
+                raise ValueError(
+                    f"adamw_: a call serves one dtype a list, but {name}[{n}] is {t.dtype} and "
+                    f"{name}[0] {column[0].dtype}: call once for each"
                 )
             if name != "gradients" and not t.is_contiguous():
                 raise ValueError(

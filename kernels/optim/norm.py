@@ -81,10 +81,14 @@ def _by_dtype(op: str, tensors: Sequence[Tensor], plan: Plan | None) -> list[lis
     """Check the tensors and return them by dtype: a launch serves one."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     for n, t in enumerate(tensors):
-        if t.dtype not in _DTYPES or t.device != tensors[0].device:
+        if t.device != tensors[0].device:
             raise ValueError(
-                f"{op}: the tensors must be float16, bfloat16, float32 or float64, on one device; "
-                f"tensors[{n}] is {t.dtype} on {t.device}, tensors[0] on {tensors[0].device}"
+                f"{op}: all tensors must be on one device, got {tensors[0].device} and {t.device}"
+            )
+        if t.dtype not in _DTYPES:
+            raise ValueError(
+                f"{op}: the tensors must be float16, bfloat16, float32 or float64; tensors[{n}] is "
+                f"{t.dtype}"
             )
         if t.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(

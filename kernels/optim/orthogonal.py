@@ -41,6 +41,11 @@ def newton_schulz_reference(u: Tensor, *, steps: int = 5) -> Tensor:
 
 
 def _newton_schulz(u: Tensor, steps: int, backend: str | None) -> Tensor:
+    with torch.autocast(u.device.type, enabled=False):  # the products are in the dtype of u
+        return _iterate(u, steps, backend)
+
+
+def _iterate(u: Tensor, steps: int, backend: str | None) -> Tensor:
     if not u.numel():
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     tall = u.shape[-2] > u.shape[-1]

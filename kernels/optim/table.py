@@ -20,12 +20,12 @@ class Plan(NamedTuple):
     """A table that is kept: a CUDA graph may not copy one to the device.
 
     Attributes:
-        host: int64 vector in host memory; what a call compares its tensors with.
-        device: The same on the tensors' device.
+        key: Hash of the rows, 0-dim int64 in host memory; a call compares it with its tensors'.
+        table: int64 vector on the tensors' device.
     """
 
-    host: Tensor
-    device: Tensor
+    key: Tensor
+    table: Tensor
 
 
 def _addresses(columns: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -41,33 +41,30 @@ def _addresses(columns: Sequence[Sequence[Tensor]]) -> Tensor:
     return torch.tensor(found, dtype=torch.int64)
 
 
-def host_table(columns: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Build the table.
-
-    Args:
-        columns: Lists of tensors that a kernel works on side by side: contiguous, all of one
-            length, and of one size at each place.
-
-    Returns:
-        int64 vector of `len(columns) + 3` numbers a tensor and one a chunk, in host memory.
-    """
+def _build(columns: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the rows `[tensors, columns + 3]`, and the tensor of each chunk, in host memory."""
     addresses = _addresses(columns)
     sizes = torch.tensor([t.numel() for t in columns[0]], dtype=torch.int64)
     chunks = (sizes + CHUNK - 1) // CHUNK
     aligned = (addresses % _BYTES == 0).all(0).long()
     rows = torch.stack([*addresses, sizes, chunks.cumsum(0) - chunks, aligned], 1)
-    return torch.cat([rows.flatten(), torch.repeat_interleave(chunks)])
+    return rows, torch.repeat_interleave(chunks)
 
 
-def _upload(host: Tensor, device: torch.device) -> Tensor:
+def _key(rows: Tensor) -> int:
+    return hash(tuple(rows.flatten().tolist()))
+
+
+def _upload(rows: Tensor, owners: Tensor, device: torch.device) -> Tensor:
+    host = torch.cat([rows.flatten(), owners])
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def plan(*columns: Sequence[Tensor]) -> Plan:
     """Build the table of an operator over many tensors ahead of its calls.
 
-    A call without a plan builds one, which costs the host a microsecond a tensor. A call that a
-    CUDA graph captures needs one, and the tensors that it was made for.
+    A call without a plan builds one and copies it to the device. A call that a CUDA graph captures
+    needs one, and the tensors that it was made for.
 
     Args:
         columns: The lists of tensors of the call, in its order: for `adamw_` parameters, gradients,
@@ -84,8 +81,8 @@ def plan(*columns: Sequence[Tensor]) -> Plan:
         raise ValueError(
             f"plan: the lists must have one length, at least 1; got {[len(c) for c in columns]}"
         )
-    host = host_table(columns)
-    return Plan(host, _upload(host, columns[0][0].device))
+    rows, owners = _build(columns)
+    return Plan(torch.tensor(_key(rows)), _upload(rows, owners, columns[0][0].device))
 
 
 def device_table(
@@ -102,22 +99,21 @@ def device_table(
         ValueError: If the plan is of other tensors.
         RuntimeError: If a CUDA graph is being captured and there is no plan.
     """
-    host = host_table(columns)
+    rows, owners = _build(columns)
     device = columns[0][0].device
-    chunks = host.numel() - (len(columns) + 3) * len(columns[0])
     if planned is not None:
-        if not torch.equal(planned[0], host):
+        if int(planned[0]) != _key(rows):
             raise ValueError(
                 f"{op}: the plan is of other tensors than the {len(columns[0])} given: make a new "
                 f"plan() when one is replaced, and keep them contiguous"
             )
-        return planned[1], chunks
+        return planned[1], len(owners)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{op}: a CUDA graph cannot copy the table of {len(columns[0])} tensors to the device: "
             f"make it with plan() before the capture and pass plan="
         )
-    return _upload(host, device), chunks
+    return _upload(rows, owners, device), len(owners)
 
 
 def refuse_shared_memory(op: str, columns: Mapping[str, Sequence[Tensor]]) -> None:
