@@ -117,3 +117,21 @@ def row_blocks(rows: int, width: int, block: int = _BLOCK) -> Iterator[slice]:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """Name the dtype to compute in: float32, or float64 when the input is float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast both as autocast would, if it is on: what is kept is then what is multiplied.
+
+    Args:
+        x: Input of a matrix product.
+        weight: Its weight.
+
+    Returns:
+        Both in the dtype of autocast, float64 as it is; unchanged where autocast is off.
+    """
+    kind = x.device.type  # meta knows no autocast
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return x, weight
+    dtype = torch.get_autocast_dtype(kind)
+    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
+    return x, weight

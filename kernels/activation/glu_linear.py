@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register
+from ..library import autocast, below_autograd, first_derivative_only, register
 from .glu import backward_cpu, swiglu, swiglu_reference
 
 
@@ -53,8 +53,8 @@ def _backward(
     if choose("swiglu", gate_up.device, gate_up.dtype, backend) == "triton":
         from .glu_triton import backward, forward
 
-        dgate_up = backward(dh_TF, gate_up_TF)
-        h_TF = forward(gate_up_TF) if weight_grad else h_TF
+        dgate_up = backward(dh_TF, gate_up_TF, "swiglu")
+        h_TF = forward(gate_up_TF, "swiglu") if weight_grad else h_TF
     else:
         dgate_up = backward_cpu(dh_TF, gate_up_TF, h_TF if weight_grad else None)
     dweight = dy_TD.t() @ h_TF if weight_grad else weight.new_empty(0)
@@ -103,11 +103,11 @@ def swiglu_linear(gate_up: Tensor, weight_DF: Tensor, *, backend: str | None = N
     Args:
         gate_up: `[..., 2F]`, the gate first; float16, bfloat16, float32 or float64. It and the
             weight are all that is saved.
-        weight_DF: `[D, F]`, in the dtype of `gate_up`.
+        weight_DF: `[D, F]`, in the dtype of `gate_up`; under autocast both are cast first.
         backend: Of the activation: `reference` or `triton`; None takes the fastest proven here.
 
     Returns:
-        `[..., D]` in the dtype of `gate_up`.
+        `[..., D]` in the dtype of `gate_up`, or in autocast's.
 
     Raises:
         ValueError: If the widths do not fit, or the dtypes differ or are not supported.
@@ -118,6 +118,7 @@ def swiglu_linear(gate_up: Tensor, weight_DF: Tensor, *, backend: str | None = N
             f"swiglu_linear: gate_up must be twice as wide as the weight's input, got "
             f"{[*gate_up.shape]} and weight {[*weight_DF.shape]}"
         )
+    gate_up, weight_DF = autocast(gate_up, weight_DF)
     if gate_up.dtype != weight_DF.dtype:
         raise ValueError(
             f"swiglu_linear: gate_up and weight must have one dtype, got {gate_up.dtype} and "

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from warploom.kernels.library import first_derivative_only
+from warploom.kernels.library import autocast, first_derivative_only
 
 from ..collectives import (
     Pending,
@@ -40,7 +40,7 @@ from ..collectives import (
     reduce_scatter_rows_begin,
     watched,
 )
-from .product import WeightGradients, autocast, current_queue, kept, uncompiled
+from .product import WeightGradients, current_queue, kept, uncompiled
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,20 +35,10 @@ from torch._compile import _disable_dynamo
 
 from warploom.kernels.activation import swiglu
 from warploom.kernels.activation import swiglu_linear as fused_swiglu_linear
-from warploom.kernels.library import first_derivative_only
+from warploom.kernels.library import autocast, first_derivative_only
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast both as autocast would, if it is on: what is kept is then what is multiplied."""
-    kind = x.device.type  # meta knows no autocast
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return x, weight
-    dtype = torch.get_autocast_dtype(kind)
-    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-    return x, weight
 
 
 def uncompiled(function: Callable[P, R]) -> Callable[P, R]:

@@ -79,6 +79,15 @@ def test_only_the_input_and_the_weight_are_saved():
     assert sorted(x.numel() for x in saved) == sorted((gate_up.numel(), weight.numel()))
 
 
+def test_autocast_casts_both_as_for_a_linear_layer():
+    gate_up, weight, dy = _draw(3, 4, 5, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _run(swiglu_linear, gate_up.bfloat16(), weight, dy.bfloat16())
+    want = _run(swiglu_linear_reference, gate_up.bfloat16(), weight.bfloat16(), dy.bfloat16())
+    assert torch.equal(got[0], want[0])
+    assert got[2].dtype == torch.float32  # the weight's, which was cast
+
+
 @pytest.mark.parametrize(
     ("gate_up", "weight", "message"),
     [
