@@ -1,6 +1,6 @@
 """What is measured: an operator at the sizes of a model, its roof and its form in plain PyTorch."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -171,3 +171,7 @@ class Draw:
         """Draw int64 numbers from 0 to `high` - 1."""
         generator, device = self._generator, self.device
         return torch.randint(0, high, shape, generator=generator, device=device)
+
+
+Build = Callable[[Model, int, int], Iterator[Case]]
+"""The cases of an operator, of the model, the tokens and the bytes of an element."""

@@ -4,7 +4,9 @@ The bytes are those of the roof in the operator's docstring: each tensor of the 
 dtype it has there. The flops are those of the formula; only matrix products are held to them.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from warploom.kernels import activation, loss, moe, norm, rope
+from warploom.kernels import activation, moe, norm, rope
 
-from .cases import Case, Model, Work
+from . import losses, optimizers, quantisers
+from .cases import Build, Case, Model, Work
 
-Build = Callable[[Model, int, int], Iterator[Case]]
 _EPS = 1e-6
 
 
@@ -75,8 +77,20 @@ def _rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
 
         return turn(q), turn(k)
 
+    def paired(q: Tensor, k: Tensor, *, cos: Tensor, sin: Tensor) -> Any:
+        cos, sin = (t.to(q.dtype).unsqueeze(1) for t in (cos, sin))
+
+        def turn(x: Tensor) -> Tensor:
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+        return turn(q), turn(k)
+
+    def ours_paired(q: Tensor, k: Tensor, *, backend: str | None, **tables: Tensor) -> Any:
+        return rope.rotary(q, k, *tables.values(), interleaved=True, backend=backend)
+
     work = Work(2 * elements * item + 4 * tokens * m.head_dim, 3 * elements)
-    yield Case(
+    case = Case(
         op="rotary",
         size=f"{tokens}x({m.heads}+{m.groups})x{m.head_dim}",
         draw=draw,
@@ -85,78 +99,63 @@ def _rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
         forward=work,
         backward=work,
     )
+    yield case
+    yield replace(case, variant="interleaved", ours=ours_paired, eager=paired, peers=False)
 
 
-def _swiglu(m: Model, tokens: int, item: int) -> Iterator[Case]:
+def _gated(
+    op: str, m: Model, tokens: int, item: int, act: Callable[[Tensor], Tensor], cost: int
+) -> Iterator[Case]:
+    """Yield a gated activation alone, and with its result quantised by blocks of a row."""
     rows = tokens * max(m.top_k, 1)
     elements = rows * m.hidden
+    ours, fused = getattr(activation, op), getattr(activation, f"{op}_fp8")
 
     def eager(gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
-        return functional.silu(gate) * up
+        return act(gate) * up
 
-    yield Case(
-        op="swiglu",
+    case = Case(
+        op=op,
         size=f"{rows}x2x{m.hidden}",
         draw=lambda d: ((d(rows, 2 * m.hidden),), {}),
-        ours=activation.swiglu,
+        ours=ours,
         eager=eager,
-        forward=Work(3 * elements * item, 5 * elements),
-        backward=Work(5 * elements * item, 10 * elements),
+        forward=Work(3 * elements * item, cost * elements),
+        backward=Work(5 * elements * item, 2 * cost * elements),
+    )
+    yield case
+    yield replace(
+        case,
+        variant="fp8",
+        ours=lambda x, *, backend: fused(x, scaling="block", backend=backend),
+        eager=lambda x: quantisers.by_rows(eager(x).float(), 128),
+        forward=Work(elements * (2 * item + 1 + 4 / 128), (cost + 4) * elements),
+        backward=None,
+        peers=False,
     )
 
 
-def _head(m: Model, tokens: int, item: int) -> tuple[str, Callable[..., Any], Work, Work]:
-    """Return what the losses over a linear head have in common."""
-    rows = min(tokens, 4096)  # the hidden states of more tokens are as many calls
-
-    def draw(d: Any) -> Any:
-        hidden, weight = d(rows, m.width), d(m.vocabulary, m.width, scale=m.width**-0.5)
-        return (hidden, weight), {"targets": d.integers(m.vocabulary, rows)}
-
-    product = 2.0 * rows * m.width * m.vocabulary
-    operands = (rows + m.vocabulary) * m.width * item
-    forward = Work(operands, product, products=True)
-    return f"{rows}x{m.width}x{m.vocabulary}", draw, forward, Work(2 * operands, 2 * product, True)
+def _swiglu(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    yield from _gated("swiglu", m, tokens, item, functional.silu, 5)
 
 
-def _linear_cross_entropy(m: Model, tokens: int, item: int) -> Iterator[Case]:
-    size, draw, forward, backward = _head(m, tokens, item)
+def _geglu(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    tanh = functools.partial(functional.gelu, approximate="tanh")
+    yield from _gated("geglu", m, tokens, item, tanh, 10)
 
-    def ours(hidden: Tensor, weight: Tensor, *, targets: Tensor, backend: str | None) -> Any:
-        return loss.linear_cross_entropy(hidden, weight, targets, backend=backend)[0]
 
-    def eager(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
-        return functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="sum")
-
+def _relu2(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    rows = tokens * max(m.top_k, 1)
+    elements = rows * m.hidden
     yield Case(
-        op="linear_cross_entropy",
-        size=size,
-        draw=draw,
-        ours=ours,
-        eager=eager,
-        forward=forward,
-        backward=backward,
-    )
-
-
-def _linear_log_probs(m: Model, tokens: int, item: int) -> Iterator[Case]:
-    size, draw, forward, backward = _head(m, tokens, item)
-
-    def ours(hidden: Tensor, weight: Tensor, *, targets: Tensor, backend: str | None) -> Any:
-        return loss.linear_log_probs(hidden, weight, targets, backend=backend)
-
-    def eager(hidden: Tensor, weight: Tensor, *, targets: Tensor) -> Tensor:
-        return -functional.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none")
-
-    yield Case(
-        op="linear_log_probs",
-        size=size,
-        draw=draw,
-        ours=ours,
-        eager=eager,
-        forward=forward,
-        backward=backward,
+        op="relu2",
+        size=f"{rows}x{m.hidden}",
+        draw=lambda d: ((d(rows, m.hidden),), {}),
+        ours=activation.relu2,
+        eager=lambda x: functional.relu(x).square(),
+        forward=Work(2 * elements * item, 2 * elements),
+        backward=Work(3 * elements * item, 3 * elements),
     )
 
 
@@ -265,11 +264,14 @@ OPERATORS: Mapping[str, Build] = MappingProxyType(
         "rms_norm": _rms_norm,
         "rotary": _rotary,
         "swiglu": _swiglu,
-        "linear_cross_entropy": _linear_cross_entropy,
-        "linear_log_probs": _linear_log_probs,
+        "geglu": _geglu,
+        "relu2": _relu2,
         "route": _route,
         "permute": _permute,
         "unpermute": _unpermute,
+        **losses.OPERATORS,
+        **optimizers.OPERATORS,
+        **quantisers.OPERATORS,
     }
 )
 """Every operator's cases, as a function of the model, the tokens and the bytes of an element."""
