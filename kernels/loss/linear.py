@@ -431,6 +431,11 @@ def check_top_k(name: str, indices_TM: Tensor, log_probs_TM: Tensor, direction: 
             f"{name}: teacher_indices and teacher_log_probs must be [T, M] with M at least 1, "
             f"got {[*indices_TM.shape]} and {[*log_probs_TM.shape]}"
         )
+    if log_probs_TM.device != indices_TM.device:
+        raise ValueError(
+            f"{name}: all tensors must be on one device, "
+            f"got {indices_TM.device} and {log_probs_TM.device}"
+        )
     if not log_probs_TM.is_floating_point():
         raise ValueError(f"{name}: teacher_log_probs must be floating, got {log_probs_TM.dtype}")
     if direction not in ("forward", "reverse"):

@@ -1,7 +1,7 @@
 """Statistics of each token's distribution over the vocabulary, and what the losses make of them.
 
     pick_i = z at index i,    lse = log sum_v exp z_v,    sum = sum_v z_v,    entropy
-    nll = lse - (1 - e) pick - (e / V) sum    with label smoothing e
+    nll = lse - pick + e (pick - sum / V)    with label smoothing e
 
 For targets `[T]` the pick is the target's logit. For indices `[T, M]` there are M picks, and lse is
 over the other columns: the tail. Then (pick_1 .. pick_M, lse) are the logits of M + 1 outcomes, and
