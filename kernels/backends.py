@@ -56,8 +56,9 @@ class _Operator:
         rest = [_HERE / f"{stem}_{backend}.py" for stem in self.shared]
         return [own, *(file for file in rest if file.exists())] if own.exists() else []
 
-    @property
+    @functools.cached_property
     def backends(self) -> tuple[str, ...]:
+        """Name ours; looked up once, because a call that names its backend asks each time."""
         library = ("torch",) if self.library else ()
         return ("reference", *library, *(name for name in _DEVICE if self.files(name)))
 
@@ -70,7 +71,7 @@ _FP8 = ("quant/fp8",)
 _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
     {
         "rms_norm": _Operator(stem="norm/rms", shared=_FP8),
-        "layer_norm": _Operator(stem="norm/layer", shared=_FP8),
+        "layer_norm": _Operator(stem="norm/layer", shared=("norm/rms", *_FP8)),
         "qk_norm_rotary": _Operator(stem="norm/qk_rotary"),
         "rotary": _Operator(stem="rope/rotate"),
         "swiglu": _Operator(stem="activation/glu", shared=_FP8),
