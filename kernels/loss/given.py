@@ -79,7 +79,9 @@ def _overwrite(
     backend: str | None,
 ) -> Tensor:
     choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
-    return nll_and_gradient_(logits_TV, targets_T, ignore_index, softcap, smoothing, backend).sum()
+    return nll_and_gradient_(
+        logits_TV, targets_T, ignore_index, softcap, smoothing, True, backend
+    ).sum()
 
 
 def _overwrite_fake(logits_TV: Tensor, *_: Any) -> Tensor:

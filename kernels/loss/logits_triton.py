@@ -2,14 +2,14 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Device code of `logits.py`: one program a row of logits, all sums in float32.
 
-`nll_and_gradient_` overwrites logits by their gradient. A row of up to 32,768 columns stays in
-registers: one read, one write. A longer one (128k bfloat16 are 256 KB, all registers of a
-multiprocessor) is walked over twice, and the second walk must hit the L2 cache. Two things see to
-that. 32 warps leave room for one program a multiprocessor, so that 132 rows are in flight, 34 MB of
-the 50 MB; and the second walk goes backwards, so that what was read last is met first: were only
-half of it still there, the hits are that half, where a walk forwards would find nothing. The first
-walk asks to keep its lines, the second one to drop them; what it writes lies where it was read and
-needs no further room. Loads run ahead in shared memory.
+`nll_and_gradient_` overwrites logits by their gradient. A row of up to 64 KB stays in registers:
+one read, one write. A longer one (128k bfloat16 are 256 KB, all registers of a multiprocessor) is
+walked over twice, and the second walk must hit the L2 cache. Three things see to that. 32 warps
+leave room for one program a multiprocessor, so that 132 rows are in flight, 34 MB of the 50 MB.
+What the second walk writes lies where it was read, and is marked to leave the cache first. And the
+second walk goes backwards, so that what was read last is met first: were only half of a row still
+there, the hits are that half, where a walk forwards would find nothing. Loads run two tiles ahead
+in shared memory (asynchronous copies, which take no mark of their own).
 
 Roof: one read and one write of C V elements: 2.1 GB for 4096 x 128,256 in bfloat16, 0.44 ms at
 4.8 TB/s. Not run on a GPU yet. Row offsets are 64 bits wide.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..launch import next_power_of_two, on_device
 
-_KEEP = 32768  # columns that a program's registers can hold: 32 a thread
+_KEEP = 1 << 16  # bytes of a row that a program's registers can hold
 _BLOCK = 16384  # columns at a time of a longer row
 
 
@@ -61,9 +61,7 @@ def _reduce_row(
     for first in tl.range(0, V, BLOCK, num_stages=STAGES):
         columns = first + tl.arange(0, BLOCK)
         inside = columns < V
-        x = tl.load(
-            row_ptr + columns, mask=inside, other=-float("inf"), eviction_policy="evict_last"
-        )
+        x = tl.load(row_ptr + columns, mask=inside, other=-float("inf"))
         z = _capped(x.to(tl.float32), cap, CAPPED)
         higher = tl.maximum(high, tl.max(z, 0))
         shift = tl.where(higher == -float("inf"), 0.0, higher)  # else exp(-inf + inf) is NaN
@@ -186,30 +184,27 @@ def nll_and_gradient_kernel(
             last = (V - 1) // BLOCK * BLOCK
             for first in tl.range(0, V, BLOCK, num_stages=STAGES):
                 columns = last - first + tl.arange(0, BLOCK)
-                x = tl.load(
-                    row_ptr + columns, mask=columns < V, other=-float("inf"),
-                    eviction_policy="evict_first",
-                )  # fmt: skip
+                x = tl.load(row_ptr + columns, mask=columns < V, other=-float("inf"))
                 z = _capped(x.to(tl.float32), cap, CAPPED)
                 _store_gradient(
                     row_ptr, columns, z, V, lse, target, trained, cap, smoothing, CAPPED
                 )
 
 
-def configuration(vocabulary: int, *, fused: bool = False) -> dict[str, Any]:
+def configuration(vocabulary: int, *, keep: int | None = None) -> dict[str, Any]:
     """Choose the tile of a kernel.
 
     Args:
         vocabulary: Columns of the logits.
-        fused: Whether it is for `nll_and_gradient_kernel`.
+        keep: For `nll_and_gradient_kernel`, how many columns stay in registers.
 
     Returns:
-        Compile-time arguments of the launch: `BLOCK` and `num_warps`, and if fused `KEPT`.
+        Compile-time arguments of the launch: `BLOCK` and `num_warps`, with `keep` also `KEPT`.
     """
-    if not fused:
+    if keep is None:
         block = min(4096, next_power_of_two(vocabulary))
         return {"BLOCK": block, "num_warps": max(1, block // 512)}
-    kept = vocabulary <= _KEEP
+    kept = vocabulary <= keep
     block = next_power_of_two(vocabulary) if kept else _BLOCK
     return {"BLOCK": block, "KEPT": kept, "num_warps": min(32, max(1, block // 512))}
 
@@ -308,7 +303,7 @@ def nll_and_gradient_(
                 logits_CV, targets_C.contiguous(), nll_C, logits_CV.stride(0), ignore_index,
                 vocabulary, softcap or 1.0, label_smoothing, CAPPED=softcap is not None,
                 SMOOTHED=label_smoothing > 0, GRADIENT=gradient, STAGES=_STAGES,
-                **configuration(vocabulary, fused=True),
+                **configuration(vocabulary, keep=_KEEP // logits_CV.element_size()),
             )  # fmt: skip
     return nll_C
 

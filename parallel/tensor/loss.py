@@ -84,16 +84,16 @@ def linear_cross_entropy(
             softcap=softcap,
             label_smoothing=label_smoothing,
         )
-        return found if z_loss else (found,)
+        both: tuple[Pair, ...] = found if z_loss else (found,)
+        return both
     options = targets_T, group, start, softcap
     if not z_loss:
         total: Tensor = _Sum.apply(hidden_TD, weight_WD, *options, label_smoothing)
         return ((total, (targets_T != _IGNORED).sum()),)
     statistics, vocabulary = _Statistics.apply(hidden_TD, weight_WD, *options, label_smoothing > 0)
-    pairs: Any = merge.sums(
-        statistics, trained(targets_T, _IGNORED), label_smoothing, vocabulary, True
-    )
-    return pairs
+    trained_T = trained(targets_T, _IGNORED)
+    pairs: Any = merge.sums(statistics, trained_T, label_smoothing, vocabulary, True)
+    return tuple(pairs)
 
 
 def linear_log_probs(
@@ -233,7 +233,7 @@ class _Sum(torch.autograd.Function):
         slices, moments = _Slices(*inputs), smoothing > 0
         ctx.needs = ctx.needs_input_grad[:2]
         gradients = slices.gradients(ctx.needs)
-        total = inputs[0].new_zeros((), dtype=wide(inputs[0].dtype))
+        total: Tensor = inputs[0].new_zeros((), dtype=wide(inputs[0].dtype))
         for rows, hidden, logits in slices:
             found = slices.statistics(rows, logits, moments)
             mask = slices.trained[rows]
