@@ -219,10 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.write(asked.json, result)
     if asked.plot:
         report.plot(asked.plot, result)
-    return _judge(result["rows"])
+    return judge(result["rows"])
 
 
-def _judge(rows: Sequence[Mapping[str, Any]]) -> int:
+def judge(rows: Sequence[Mapping[str, Any]]) -> int:
     """Print what of ours failed, or computed something else; return the exit code."""
     wrong = [
         f"{row['op']} {row['variant']} {row['size']}, {row['contender']}: "

@@ -14,46 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from warploom.kernels import activation, moe, norm, rope
+from warploom.kernels import activation, moe, rope
 
-from . import losses, optimizers, quantisers
+from . import losses, norms, optimizers, quantisers
 from .cases import Build, Case, Model, Work
-
-_EPS = 1e-6
-
-
-def _rms_norm(m: Model, tokens: int, item: int) -> Iterator[Case]:
-    elements, size = tokens * m.width, f"{tokens}x{m.width}"
-
-    def plain(x: Tensor, weight: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, _EPS)
-
-    def fused(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        h = x + residual
-        return functional.rms_norm(h, weight.shape, weight, _EPS), h
-
-    def ours(x: Tensor, weight: Tensor, residual: Tensor, *, backend: str | None) -> Any:
-        return norm.rms_norm(x, weight, residual=residual, backend=backend)
-
-    yield Case(
-        op="rms_norm",
-        size=size,
-        draw=lambda d: ((d(tokens, m.width), d(m.width)), {}),
-        ours=norm.rms_norm,
-        eager=plain,
-        forward=Work(2 * elements * item, 4 * elements),
-        backward=Work(3 * elements * item, 9 * elements),
-    )
-    yield Case(
-        op="rms_norm",
-        variant="residual",
-        size=size,
-        draw=lambda d: ((d(tokens, m.width), d(m.width), d(tokens, m.width)), {}),
-        ours=ours,
-        eager=fused,
-        forward=Work(4 * elements * item, 5 * elements),
-        backward=Work(4 * elements * item, 10 * elements),
-    )
 
 
 def _rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
@@ -261,7 +225,7 @@ def _unpermute(m: Model, tokens: int, item: int) -> Iterator[Case]:
 
 OPERATORS: Mapping[str, Build] = MappingProxyType(
     {
-        "rms_norm": _rms_norm,
+        **norms.OPERATORS,
         "rotary": _rotary,
         "swiglu": _swiglu,
         "geglu": _geglu,

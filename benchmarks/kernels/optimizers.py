@@ -57,6 +57,7 @@ def _adamw(m: Model, tokens: int, item: int) -> Iterator[Case]:
         weights, gradients, means, squares, *rest = columns
         masters = rest[0] if narrow else weights
         gradients = [g.float() for g in gradients]
+        step.add_(1)
         steps = [step] * len(weights)
         torch._fused_adamw_(
             *(masters, gradients, means, squares, [], steps),
