@@ -14,6 +14,7 @@ RESULTS ?= benchmarks/results/h200 # where `make gpu` writes
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
 INPUTS := pyproject.toml constraints.txt setup.py
+QUIET := PYTHONWARNINGS='ignore:Benchmarks are automatically disabled' # pytest-benchmark, beside other processes
 
 # Sets $$python to the interpreter, or stops with one sentence.
 define choose_python
@@ -52,10 +53,10 @@ train: setup ## train a small Llama on Python's standard library sources, on two
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(strip $(RANKS)) recipes/pretrain.py $(strip $(RUN)) $(FLAGS)
 
 test: setup ## run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal $(FLAGS)
+	@$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal $(FLAGS)
 
 test-all: setup ## run the tests, and the slow ones too
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" $(FLAGS)
+	@$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" $(FLAGS)
 
 mutants: setup ## break every collective and divisor, one at a time: each must fail a test (half an hour; goes on where it was)
 	@$(BIN)/python -m tests.mutants --jobs $(strip $(JOBS)) $(FLAGS)
@@ -70,11 +71,13 @@ format: setup ## lay the sources out as `make check` wants them
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## time a training step against transformers on this machine
-	@$(BIN)/warploom bench train $(FLAGS)
+bench: setup ## time operators against eager PyTorch and torch.compile, and a step against transformers, on this machine
+	@$(BIN)/warploom bench kernels $(FLAGS)
+	@$(BIN)/warploom bench train
+	@echo "the same cases under pytest-benchmark: $(BIN)/python -m pytest tests/benchmarks/test_kernels_benchmark.py --benchmark-only -m ''"
 
-gpu: ## GPU tests and a training step, with the Python that is there (PYTHON=python3), results as JSON
-	@PYTHONPATH=src $(or $(strip $(PYTHON)),python3) benchmarks/gpu.py --results $(strip $(RESULTS)) $(FLAGS)
+gpu: ## what a GPU has to say, in ten minutes, with the Python that is there (PYTHON=python3): proofs, a step, benchmarks, tests
+	@PYTHONPATH=src PYTHONUNBUFFERED=1 $(or $(strip $(PYTHON)),python3) benchmarks/gpu.py --results $(strip $(RESULTS)) $(FLAGS)
 
 docs: setup ## build the documentation into site/
 	@$(PIP) 'mkdocs-material'
