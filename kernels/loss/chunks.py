@@ -43,7 +43,7 @@ class Chunks:
         chunk: Tokens of a chunk; None chooses.
 
     Raises:
-        ValueError: On the CPU, if a target that trains is outside the vocabulary.
+        ValueError: On the CPU, if a target that trains is outside the vocabulary or is repeated.
     """
 
     def __init__(
@@ -77,6 +77,14 @@ class Chunks:
                 f"targets must be in [0, {vocabulary}) or the ignore_index, "
                 f"got {self.targets[at].tolist()} at position {at}"
             )
+        if self.targets.dim() > 1:
+            same = self.targets.sort(-1).values.diff(dim=-1).eq(0).any(-1) & self.trained_T
+            if same.any():
+                at = int(same.nonzero()[0])
+                raise ValueError(
+                    f"indices of a position must be distinct, "
+                    f"got {self.targets[at].tolist()} at position {at}"
+                )
 
     def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor, Tensor]]:
         """Yield rows of the call, their hidden states `[C, D]`, targets, logits `[C, V]`."""

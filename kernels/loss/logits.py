@@ -192,10 +192,13 @@ def _nll_and_gradient_reference_(
         columns_C1 = find(targets_C[rows], 0, z_CV.shape[1])[0][:, None]
         slope_CV = None if softcap is None or not gradient else cap_slope(z_CV, softcap)
         max_C, true_C = z_CV.amax(-1), z_CV.gather(-1, columns_C1)[:, 0]
-        even_C = smoothing * (true_C - z_CV.mean(-1)) if smoothing else 0.0
+        mean_C = z_CV.mean(-1) if smoothing else 0.0
         torch.softmax(z_CV, -1, out=z_CV)  # one pass: PyTorch holds a row in cache
         # The largest probability is exp(0) / s: it gives the sum without another pass over exp.
-        nll_C[rows] = max_C - z_CV.amax(-1).log() - true_C + even_C
+        lse_C = max_C - z_CV.amax(-1).log()
+        nll_C[rows] = lse_C - true_C
+        if smoothing:
+            nll_C[rows] = (1 - smoothing) * nll_C[rows] + smoothing * (lse_C - mean_C)
         ignored_C = targets_C[rows] == ignore
         nll_C[rows].masked_fill_(ignored_C, 0)
         if not gradient:

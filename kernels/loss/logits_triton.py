@@ -165,7 +165,8 @@ def nll_and_gradient_kernel(
         lse = high + tl.log(tl.sum(tl.exp(z - high), 0))
         nll = lse - true
         if SMOOTHED:
-            nll += smoothing * (true - tl.sum(tl.where(columns < V, z, 0.0), 0) / V)
+            even = lse - tl.sum(tl.where(columns < V, z, 0.0), 0) / V
+            nll = (1.0 - smoothing) * nll + smoothing * even
         tl.store(nll_ptr + row, tl.where(trained, nll, 0.0))
         if GRADIENT:
             _store_gradient(row_ptr, columns, z, V, lse, target, trained, cap, smoothing, CAPPED)
@@ -177,7 +178,7 @@ def nll_and_gradient_kernel(
             lse = high + tl.log(total)
             nll = lse - true
             if SMOOTHED:
-                nll += smoothing * (true - plain / V)
+                nll = (1.0 - smoothing) * nll + smoothing * (lse - plain / V)
         tl.store(nll_ptr + row, nll)
         if GRADIENT:
             tl.debug_barrier()  # the whole row has been read

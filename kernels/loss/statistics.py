@@ -1,7 +1,7 @@
 """Statistics of each token's distribution over the vocabulary, and what the losses make of them.
 
     pick_i = z at index i,    lse = log sum_v exp z_v,    sum = sum_v z_v,    entropy
-    nll = lse - pick + e (pick - sum / V)    with label smoothing e
+    nll = (1 - e) (lse - pick) + e (lse - sum / V)    with label smoothing e
 
 For targets `[T]` the pick is the target's logit. For indices `[T, M]` there are M picks, and lse is
 over the other columns: the tail. Then (pick_1 .. pick_M, lse) are the logits of M + 1 outcomes, and
@@ -187,7 +187,8 @@ def smoothed(statistics: Tensor, label_smoothing: float, vocabulary: int | Tenso
     nll_T = statistics[1] - statistics[0]
     if not label_smoothing:
         return nll_T
-    return nll_T + label_smoothing * (statistics[0] - statistics[2] / vocabulary)
+    even_T = statistics[1] - statistics[2] / vocabulary
+    return (1 - label_smoothing) * nll_T + label_smoothing * even_T
 
 
 def sums(
@@ -258,7 +259,7 @@ def top_k_kl(
     q = (statistics if tail else statistics[:-1]).t().log_softmax(-1)
     if direction == "reverse":
         p, q = q, p
-    certain = p == -torch.inf  # an outcome without probability adds nothing
-    p = p.masked_fill(certain, 0)
-    kl_T = (p.exp() * (p - q)).masked_fill(certain, 0).sum(-1)
+    none = p.exp() == 0  # an outcome without probability adds nothing
+    p = p.masked_fill(none, 0)
+    kl_T = (p.exp() * (p - q)).masked_fill(none, 0).sum(-1)
     return torch.where(trained_T, kl_T, 0)
