@@ -120,6 +120,8 @@ class Case:
         peers: Whether further backends (liger, te, apex) serve this way of calling it.
         inplace: Whether a call overwrites its inputs, so that each gets fresh ones.
         compiles: Whether `eager` can be compiled.
+        others: Peers of this operator alone, by the package that must be installed; called as
+            `eager` is.
     """
 
     op: str
@@ -133,6 +135,7 @@ class Case:
     peers: bool = True
     inplace: bool = False
     compiles: bool = True
+    others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,7 +59,8 @@ def _libraries() -> list[str]:
     rows = [row.items() for row in backends.available().values()]
     here = [name for row in rows for name, status in row if not status.startswith("needs")]
     known = {*measure.OURS, "torch"}
-    return sorted({name for name in here if name not in known})
+    packages = [name for name in measure.PACKAGES if importlib.util.find_spec(name)]
+    return [*sorted({name for name in here if name not in known}), *packages]
 
 
 def plan_of(asked: argparse.Namespace) -> measure.Plan:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -92,11 +93,42 @@ def _linear_log_probs(m: Model, tokens: int, item: int) -> Iterator[Case]:
     )
 
 
+def _linear_top_k_kl(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    size, _, forward, backward = _head(m, tokens, item)
+    rows, top = min(tokens, _ROWS), min(64, m.vocabulary)
+
+    def draw(d: Any) -> Any:
+        hidden, weight = d(rows, m.width), d(m.vocabulary, m.width, scale=m.width**-0.5)
+        teacher = d(rows, m.vocabulary, dtype=torch.float32).log_softmax(-1)
+        log_probs, indices = teacher.topk(top, -1)
+        return (hidden, weight), {"indices": indices, "log_probs": log_probs}
+
+    def ours(x: Tensor, w: Tensor, *, indices: Tensor, log_probs: Tensor, backend: Any) -> Any:
+        return loss.linear_top_k_kl(x, w, indices, log_probs, backend=backend)
+
+    def eager(x: Tensor, w: Tensor, *, indices: Tensor, log_probs: Tensor) -> Tensor:
+        student = (x @ w.t()).float().log_softmax(-1).gather(-1, indices)
+        rest = [torch.log1p(-p.exp().sum(-1, keepdim=True)) for p in (log_probs, student)]
+        p, q = torch.cat([log_probs, rest[0]], -1), torch.cat([student, rest[1]], -1)
+        return functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+    yield Case(
+        op="linear_top_k_kl",
+        size=f"{size}, top {top}",
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=forward,
+        backward=backward,
+    )
+
+
 OPERATORS: Mapping[str, Build] = MappingProxyType(
     {
         "cross_entropy": _cross_entropy,
         "linear_cross_entropy": _linear_cross_entropy,
         "linear_log_probs": _linear_log_probs,
+        "linear_top_k_kl": _linear_top_k_kl,
     }
 )
 """As in `operators.py`."""

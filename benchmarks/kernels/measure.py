@@ -23,6 +23,7 @@ from .cases import Case, Draw, Inputs, Work
 PASSES = ("forward", "backward", "both")
 OURS = ("reference", "triton", "cuda")
 PEERS = ("eager", "compile")
+PACKAGES = ("bitsandbytes",)  # peers of single operators, `Case.others`
 _CPU_S = 0.4  # what a round of one contender may take on the CPU
 
 
@@ -84,6 +85,7 @@ def contenders(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
     for name in (*plan.ours, *others):
         if name in backends.available()[case.op] and _served(case.op, name, plan):
             found[name] = serve(name)
+    found |= {name: run for name, run in case.others.items() if name in plan.peers}
     if "eager" in plan.peers:
         found["eager"] = case.eager
     if "compile" in plan.peers and case.compiles:
