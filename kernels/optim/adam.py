@@ -106,6 +106,16 @@ def adamw_reference(
     return parameter * (1 - learning_rate * weight_decay) - learning_rate * update, m, v
 
 
+def advance(step: Tensor, found: Tensor | None) -> None:
+    """Count a step that is about to be taken, unless the flag is up; after all checks.
+
+    Args:
+        step: 0-dim.
+        found: 0-dim flag on the same device, or None.
+    """
+    step.add_(1 if found is None else found == 0)
+
+
 def _write(parameter: Tensor, value: Tensor, found: Tensor | None) -> None:
     parameter.copy_(value if found is None else torch.where(found != 0, parameter, value))
 
@@ -123,6 +133,7 @@ def _torch(
     rates: Rates,
 ) -> None:
     """Step with torch's fused kernel, block by block where something is to be converted."""
+    advance(step, found)
     skip = None if found is None else (found != 0).float()
 
     def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
@@ -178,8 +189,8 @@ def _adamw(
     plan: list[Tensor] | None,
     backend: str | None,
 ) -> None:
-    step.add_(1 if found is None else found == 0)
     if not parameters:
+        advance(step, found)
         return
     gradients = [g.contiguous() for g in gradients]
     names = {"parameters": parameters, "gradients": gradients, "means": means, "squares": squares}

@@ -10,7 +10,6 @@ float32 1 - 0.999^1 has five digits.
 # ruff: noqa: ANN001, ANN201, ANN202
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -18,10 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import on_device
+from .adam import Rates, advance
 from .table import CHUNK, device_table
-
-if TYPE_CHECKING:
-    from .adam import Rates
 
 TYPES = {
     torch.float16: tl.float16,
@@ -221,7 +218,7 @@ def update(
     rate: Tensor | None,
     scale: Tensor | None,
     found: Tensor | None,
-    rates: "Rates",
+    rates: Rates,
     plan: list[Tensor] | None,
 ) -> None:
     """Launch the update.
@@ -232,7 +229,7 @@ def update(
         means: First moments, float32.
         squares: Second moments, float32.
         extra: float32 masters, int16 remainders, or nothing.
-        step: 0-dim float32, this step's number.
+        step: 0-dim float32, steps before; the call adds one.
         rate: 0-dim float32 learning rate, or None for that of `rates`.
         scale: 0-dim factor of the gradients, or None.
         found: 0-dim flag, or None.
@@ -241,6 +238,7 @@ def update(
     """
     columns = [parameters, gradients, means, squares, *([extra] if extra else [])]
     table, chunks = device_table("adamw_", columns, plan)
+    advance(step, found)
     if not chunks:
         return
     kept = extra[0].dtype if extra else parameters[0].dtype

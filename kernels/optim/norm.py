@@ -24,6 +24,7 @@ from ..library import register, wide
 from .table import Plan, refuse_shared_memory
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BLOCK = 1 << 16  # elements torch's CPU norm may add up in float32: of 2^26 it loses half a percent
 _TINY = 1e-6  # added to the norm, as torch.nn.utils.clip_grad_norm_ does
 
 
@@ -48,6 +49,8 @@ def _squared_norm(tensors: list[Tensor], plan: list[Tensor] | None, backend: str
     filled = [t for t in tensors if t.numel()]
     if not filled:
         return tensors[0].new_zeros((), dtype=torch.float64)
+    if tensors[0].is_cpu:
+        filled = [part for t in filled for part in t.reshape(-1).split(_BLOCK)]
     norms = torch._foreach_norm(filled, 2, dtype=wide(dtype))
     return torch.stack(norms).double().square().sum()
 

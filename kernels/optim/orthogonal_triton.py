@@ -1,8 +1,8 @@
 """Triton code of `newton_schulz`: products of a matrix with its own transpose.
 
 A program computes one square tile on or below the diagonal and stores it and its mirror image; the
-programs above the diagonal leave at once. b add + the product is formed before the rounding. The
-mirror is exact, so the result is symmetric bit for bit.
+programs above the diagonal leave at once. b add + the product is formed before the rounding. Tiles
+on the diagonal mirror their lower half, so that the result is symmetric bit for bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
@@ -66,6 +66,8 @@ def symmetric_kernel(
         if ADD:
             total += beta * tl.load(add + at, inside, other=0.0).to(tl.float32)
         total = total.to(out.dtype.element_ty)
+        if tl.program_id(0) == tl.program_id(1):
+            total = tl.where(row[:, None] >= column[None, :], total, tl.trans(total))
         tl.store(out + at, total, inside)
         if tl.program_id(0) > tl.program_id(1):
             mirror = batch * n * n + column[:, None] * n + row[None, :]
