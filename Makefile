@@ -13,7 +13,7 @@ RESULTS ?= benchmarks/results/h200 # where `make gpu` writes
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
-INPUTS := pyproject.toml constraints.txt setup.py
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
 QUIET := PYTHONWARNINGS='ignore:Benchmarks are automatically disabled' # pytest-benchmark, beside other processes
 
 # Sets $$python to the interpreter, or stops with one sentence.
@@ -37,7 +37,7 @@ help: ## list the targets
 setup: ## build .venv, where it is not there yet or its inputs have changed
 	@$(choose_python); \
 	version=$$("$$python" -c 'import sys; print(sys.version.replace("\n", " "))'); \
-	place="$(CURDIR) $$version"; sum=$$(cat $(INPUTS) | cksum); \
+	place="$(CURDIR) $$version"; sum=$$({ cat $(INPUTS); command -v nvcc || true; } | cksum); \
 	if [ "$$(cat .venv/stamp 2>/dev/null || true)" = "$$place"$$'\n'"$$sum" ]; then exit 0; fi; \
 	if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 	  echo "$$python cannot make a virtual environment: install its venv module (on Debian and Ubuntu, apt-get install python3-venv)" >&2; exit 1; \
@@ -45,8 +45,9 @@ setup: ## build .venv, where it is not there yet or its inputs have changed
 	echo "setting up .venv with $$python ($${version%% *}); once, some minutes"; \
 	if [ "$$(head -n 1 .venv/stamp 2>/dev/null || true)" != "$$place" ]; then "$$python" -m venv --clear .venv; fi; \
 	rm -f .venv/stamp; \
-	$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools; \
+	$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools pybind11 ninja; \
 	$(PIP) --no-build-isolation --editable '.[dev,plot]' tensorboard build; \
+	ls src/warploom/_csrc*.so >/dev/null 2>&1 || echo "no nvcc: the CUDA C++ kernels (csrc/) are not built, everything else is"; \
 	printf '%s\n' "$$place" "$$sum" > .venv/stamp
 
 train: setup ## train a small Llama on Python's standard library sources, on two processes

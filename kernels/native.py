@@ -120,7 +120,6 @@ def call(name: str, tensor: Tensor, *arguments: float) -> None:
     Raises:
         RuntimeError: If the arguments do not fit or the launch fails; the message has the values.
     """
-    at = tensor.device
-    place = (at.index, torch.cuda.current_stream(at).cuda_stream)
-    if getattr(library(), name)(*arguments, *place):
+    stream = torch.cuda.current_stream(tensor.device).cuda_stream
+    if getattr(library(), name)(*arguments, tensor.get_device(), stream):
         raise RuntimeError(f"{name}: {library().last_error()}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = ("kernels", "parallel", "models", "recipes", "benchmarks")
 DATA = (".json", ".csv", ".typed")
+NVCC = runpy.run_path(str(ROOT / "setup.py"))["find_nvcc"]() is not None
 PROBE = """
 import importlib, importlib.resources, json, sys
 modules, data = json.loads(sys.argv[1])
@@ -37,7 +39,7 @@ def clone(tmp_path_factory):
     """The sources in a folder of their own, so that a build leaves nothing in this one."""
     folder = tmp_path_factory.mktemp("packaging") / "warploom"
     skip = shutil.ignore_patterns(
-        ".git", ".venv", "runs", "build", "dist", "*.egg-info", ".*_cache"
+        ".git", ".venv", "runs", "build", "dist", "*.egg-info", ".*_cache", "*.so"
     )
     shutil.copytree(ROOT, folder, symlinks=True, ignore=skip)
     return folder
@@ -69,6 +71,7 @@ def test_the_sdist_holds_what_a_build_and_a_reader_need(sdist):
         assert not missing, f"{layer}: name them in pyproject.toml or MANIFEST.in: {missing}"
     assert {"src/warploom/py.typed", "LICENSE", "README.md", "constraints.txt"} <= names
     assert {"csrc/README.md", "tests/conftest.py", "tests/test_house.py"} <= names
+    assert {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()} <= names
     assert not [name for name in names if "__pycache__" in name or name.startswith(".venv")]
 
 
@@ -79,6 +82,8 @@ def test_the_wheel_holds_every_layer_and_nothing_else(clone):
     for layer in LAYERS:
         assert not _below(layer, (".py", *DATA)) - names
     assert "warploom/py.typed" in names
+    modules = [name for name in names if name.startswith("warploom/_csrc.") and ".so" in name]
+    assert len(modules) == NVCC
     assert {name.split("/")[0].split("-")[0] for name in names} == {"warploom"}
 
 
@@ -115,6 +120,7 @@ def test_an_installation_has_working_front_doors(way, clone, sdist, tmp_path):
         "warploom.parallel.mesh",
         "warploom.models.hf",
         "warploom.cli",
+        *(["warploom._csrc"] if NVCC else []),
     ]
     data = {name.removeprefix("warploom/") for layer in LAYERS for name in _below(layer, DATA)}
     words = json.dumps([doors, sorted({"py.typed", *data})])

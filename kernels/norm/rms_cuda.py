@@ -12,6 +12,11 @@ def _rows(x_TD: Tensor) -> Tensor:
     return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
 
 
+def _weight(weight_D: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make another 16-bit dtype than that of the rows float32, which is exact."""
+    return (weight_D if weight_D.dtype == dtype else weight_D.float()).contiguous()
+
+
 def forward(
     x_TD: Tensor, weight_D: Tensor, residual_TD: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,8 +35,7 @@ def forward(
         RuntimeError: If the library is missing, serves no such dtype, or the launch fails.
     """
     tokens, width = x_TD.shape
-    codes = code(x_TD.dtype), code(weight_D.dtype)
-    x_TD, weight_D = _rows(x_TD), weight_D.contiguous()
+    x_TD, weight_D = _rows(x_TD), _weight(weight_D, x_TD.dtype)
     residual = None if residual_TD is None else _rows(residual_TD)
     y_TD = x_TD.new_empty(tokens, width)
     h_TD = x_TD if residual is None else x_TD.new_empty(tokens, width)
@@ -51,7 +55,8 @@ def forward(
             x_TD.stride(0),
             0 if residual is None else residual.stride(0),
             eps,
-            *codes,
+            code(x_TD.dtype),
+            code(weight_D.dtype),
         )
     return y_TD, h_TD, rstd_T
 
@@ -75,13 +80,12 @@ def backward(
         RuntimeError: If the library is missing, serves no such dtype, or the launch fails.
     """
     tokens, width = h_TD.shape
-    codes = code(h_TD.dtype), code(weight_D.dtype)
-    dy_TD, h_TD = _rows(dy_TD), _rows(h_TD)
-    weight_D, rstd_T = weight_D.contiguous(), rstd_T.contiguous()
+    dy_TD, h_TD, rstd_T = _rows(dy_TD), _rows(h_TD), rstd_T.contiguous()
     dh = None if dh_TD is None else _rows(dh_TD)
-    parts = library().rms_norm_parts(tokens, width, codes[0], processors(h_TD.device))
+    parts = library().rms_norm_parts(tokens, width, code(h_TD.dtype), processors(h_TD.device))
     dx_TD = h_TD.new_empty(tokens, width)
     dweight_D = weight_D.new_empty(width)
+    weight_D = _weight(weight_D, h_TD.dtype)
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     with on_device(h_TD):
         call(
@@ -101,6 +105,8 @@ def backward(
             0 if dh is None else dh.stride(0),
             h_TD.stride(0),
             parts,
-            *codes,
+            code(h_TD.dtype),
+            code(weight_D.dtype),
+            code(dweight_D.dtype),
         )
     return dx_TD, dweight_D

@@ -1,0 +1,65 @@
+"""csrc compiled for the CPU: every thread of every block runs, under g++'s sanitizers."""
+
+import ctypes
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from warploom.kernels import native
+from warploom.kernels.norm import rms, rms_cuda
+
+ROOT = Path(__file__).parents[2]
+LONG, INT = ctypes.c_int64, ctypes.c_int
+FUNCTIONS = {  # as csrc/warploom.h declares them; a pointer may be any integer
+    "rms_norm_forward": [*[LONG] * 10, ctypes.c_float, INT, INT, INT, LONG],
+    "rms_norm_parts": [LONG, LONG, INT, INT],
+    "rms_norm_backward": [*[LONG] * 14, INT, INT, INT, INT, LONG],
+}
+
+
+@functools.cache
+def library(folder: Path, digits: str) -> SimpleNamespace:
+    """Compile the operators once a state of the sources; return what stands for `_csrc`."""
+    built = folder / f"emulated-{digits[:16]}.so"
+    if not built.exists():
+        host = f"-include,{Path(__file__).parent / 'emulator.h'},-fPIC,-Wall,-Wextra,-Werror"
+        host += ",-Wno-unknown-pragmas,-fvisibility=hidden,-fno-strict-aliasing"
+        host += ",-fsanitize=undefined,-fno-sanitize-recover"
+        part = built.with_name(f"{built.name}.{id(built)}")
+        operators = sorted((ROOT / "csrc").glob("*.cu"))
+        subprocess.run(
+            ["nvcc", "-x", "c++", "-std=c++17", "-O1", "-shared", "-Xcompiler", host]
+            + [*operators, "-o", part],
+            check=True,
+        )
+        part.rename(built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.warploom_last_error.restype = ctypes.c_char_p
+    found = SimpleNamespace(last_error=lambda: loaded.warploom_last_error().decode())
+    for name, kinds in FUNCTIONS.items():
+        function = getattr(loaded, f"warploom_{name}")
+        function.argtypes, function.restype = kinds, LONG if name.endswith("parts") else INT
+        setattr(found, name, function)
+    found.packs = LONG.in_dll(loaded, "emulated_packs")
+    return found
+
+
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path, digits: str) -> SimpleNamespace:
+    """Let backend `cuda` of CPU tensors run in the emulator."""
+    if not shutil.which("nvcc"):
+        pytest.skip("needs nvcc, for the headers of CUDA")
+    found = library(folder, digits)
+    monkeypatch.setattr(native, "_loaded", lambda: found)
+    stream = SimpleNamespace(cuda_stream=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(rms_cuda, "processors", lambda device: 1)  # blocks stride over rows
+    choose = rms.choose
+    monkeypatch.setattr(
+        rms, "choose", lambda op, d, t, b=None: b if b == "cuda" else choose(op, d, t, b)
+    )
+    return found

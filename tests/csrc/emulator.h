@@ -1,0 +1,157 @@
+// A CUDA device on the CPU, for the kernels of csrc: g++ reads this file first (-include).
+//
+// Blocks run one after the other; the threads of a block are fibers that run in turn, each until it
+// waits for its warp (shuffle) or its block (__syncthreads); every other block in reverse order, so
+// that a missing barrier shows. Who waits for what never comes is an error; g++'s sanitizers find
+// misaligned packs and indices outside of arrays. Only what the kernels use is here.
+#pragma once
+#define WARPLOOM_EMULATED
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static
+#define __launch_bounds__(...)
+
+namespace emulator {
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack{new char[1 << 16]};
+  uint3 at{};
+  int warp = 0;
+  bool done = false;
+  bool waits = false, block_wide = false;
+  float given = 0;
+};
+
+inline ucontext_t scheduler;
+inline std::vector<Fiber> fibers;
+inline Fiber* running = nullptr;
+inline std::function<void()> body;
+
+[[noreturn]] inline void stop(const char* why) {
+  fprintf(stderr, "emulator: %s\n", why);
+  abort();
+}
+
+inline void enter() {
+  body();
+  running->done = true;
+  swapcontext(&running->context, &scheduler);
+}
+
+// Wait until all of the warp, or of the block, are here.
+inline void wait(bool block_wide) {
+  running->waits = true;
+  running->block_wide = block_wide;
+  swapcontext(&running->context, &scheduler);
+}
+
+// Let those go on whose warp or block has come together; false when nobody can.
+inline bool release(size_t begin, size_t end, bool block_wide) {
+  for (size_t i = begin; i < end; ++i)
+    if (!fibers[i].waits || fibers[i].block_wide != block_wide) return false;
+  for (size_t i = begin; i < end; ++i) fibers[i].waits = false;
+  return true;
+}
+
+inline void run_block(dim3 block, bool reversed) {
+  const size_t count = size_t(block.x) * block.y;
+  if (count % 32 || count > 1024) stop("a block must be warps, at most 32");
+  if (fibers.size() < count) fibers = std::vector<Fiber>(count);
+  for (size_t i = 0; i < count; ++i) {
+    Fiber& f = fibers[i];
+    f.at = {unsigned(i % block.x), unsigned(i / block.x), 0};
+    f.done = false;
+    f.waits = false;
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = 1 << 16;
+    f.context.uc_link = nullptr;
+    makecontext(&f.context, enter, 0);
+  }
+  for (;;) {
+    bool moved = false, all_done = true;
+    for (size_t n = 0; n < count; ++n) {
+      running = &fibers[reversed ? count - 1 - n : n];
+      if (!running->done && !running->waits) {
+        swapcontext(&scheduler, &running->context);
+        moved = true;
+      }
+      all_done &= running->done;
+    }
+    if (all_done) return;
+    for (size_t w = 0; w < count; w += 32) moved |= release(w, w + 32, false);
+    moved |= release(0, count, true);
+    if (!moved) stop("threads wait for others that do not come");
+  }
+}
+
+}  // namespace emulator
+
+// Read by kernels. The names are those of CUDA.
+#define threadIdx (emulator::running->at)
+inline uint3 blockIdx;
+inline dim3 blockDim, gridDim;
+
+inline void __syncthreads() { emulator::wait(true); }
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  emulator::Fiber* self = emulator::running;
+  self->given = value;
+  emulator::wait(false);
+  const float got = emulator::fibers[size_t(self - emulator::fibers.data()) ^ mask].given;
+  emulator::wait(false);  // nobody gives the next value before all have taken this one
+  return got;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+// Packs of rows that were read: tells which way a kernel went. -fsanitize=alignment looks at each.
+extern "C" {
+__attribute__((visibility("default"))) inline long emulated_packs = 0;
+}
+
+template <typename V>
+V __ldcs(const V* from) {
+  ++emulated_packs;
+  return *from;
+}
+
+namespace warploom {
+
+inline int use_device(int) { return 0; }
+
+template <typename A>
+int launch(void (*kernel)(A), int64_t grid, dim3 block, void*, const A& arguments) {
+  if (grid < 1 || grid > 0x7fffffff) emulator::stop("a grid must be 1 to 2^31 - 1 blocks");
+  gridDim = dim3(unsigned(grid));
+  blockDim = block;
+  for (unsigned b = 0; b < grid; ++b) {
+    blockIdx = {b, 0, 0};
+    emulator::body = [&] { kernel(arguments); };
+    emulator::run_block(block, b % 2);
+  }
+  return 0;
+}
+
+}  // namespace warploom
