@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("kernels", "parallel", "models", "recipes", "benchmarks", "cli")
-LINES = 20_000  # of Python in kernels, parallel and models together
+LINES = 20_000  # of code in kernels, parallel and models together
 IGNORES = 9  # comments that silence a type checker
 TERMINAL = ("tyro", "rich")  # only recipes and above speak to a terminal
 PICKLES = ("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib")
@@ -269,6 +269,20 @@ def nothing_is_left_to_do(source: Source) -> Iterator[str]:
             yield f"line {line}: {text}"
 
 
+def code_lines(source: Source) -> int:
+    """Count lines that hold code: no docstring, no comment, not blank."""
+    quiet = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source.text).readline):
+        if token.type not in quiet | {tokenize.ENDMARKER}:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    owners = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in source.nodes:
+        if isinstance(node, owners) and ast.get_docstring(node):
+            lines -= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    return len(lines)
+
+
 def silenced(source: Source) -> int:
     return sum(
         bool(re.search(r"(type|pyright|pyrefly|ty): *ignore", t)) for _, t in comments(source)
@@ -430,8 +444,9 @@ def test_the_house_stays_small_and_typed(sources):
     assert silenced(Source("models/a.py", "import x  # type: ignore[import]\n")) == 1
     assert silenced(Source("models/a.py", 'x = "type: ignore"\n')) == 0
     assert sum(silenced(s) for s in sources) <= IGNORES, [s.path for s in sources if silenced(s)]
-    lines = sum(s.text.count("\n") for s in sources if s.layer in ("kernels", "parallel", "models"))
-    assert lines <= LINES
+    assert code_lines(Source("models/a.py", '"""M."""\n\n# why\nx = 1\ny = (\n    2\n)\n')) == 4
+    lines = sum(code_lines(s) for s in sources if s.layer in ("kernels", "parallel", "models"))
+    assert lines <= LINES, lines
 
 
 def test_each_layer_is_a_link_and_has_no_init():
