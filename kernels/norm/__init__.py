@@ -1,5 +1,13 @@
 """Normalisation."""
 
-from .rms import rms_norm, rms_norm_reference
+from .layer import layer_norm, layer_norm_fp8, layer_norm_reference
+from .rms import rms_norm, rms_norm_fp8, rms_norm_reference
 
-__all__ = ["rms_norm", "rms_norm_reference"]
+__all__ = [
+    "layer_norm",
+    "layer_norm_fp8",
+    "layer_norm_reference",
+    "rms_norm",
+    "rms_norm_fp8",
+    "rms_norm_reference",
+]

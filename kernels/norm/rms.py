@@ -9,7 +9,8 @@
 
 Shapes: T tokens, D model width. Bound by memory. Roof of the forward: 2 T D elements (4 T D with
 the residual) / bandwidth; of the backward, which reads dy and h and writes dh: 3 T D.
-Saved for the backward: h, weight and rstd; y is not.
+Saved for the backward: h, weight and rstd; y is not. `rms_norm_fp8` quantises y in the same pass,
+from the float32 that y would be rounded from: it writes half the bytes.
 
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, equation 4.
 """
@@ -21,8 +22,10 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
+from ..peers import PEERS, serve
+from ..quant.fp8 import BLOCK, Fp8, carrier_of, fp8_rows
+from .common import Scaling, alike, check, quantiser
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 1 << 21  # elements a block of rows: the passes are few, so that calls cost more than cache
 
 
@@ -46,17 +49,19 @@ def rms_norm_reference(
     return (h * rstd * weight_D.to(h.dtype)).to(x_TD.dtype), h_TD
 
 
-def _forward_cpu(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Normalise rows with few passes: the norm, two products in place, one rounding."""
+def _forward_cpu(
+    x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Normalise rows with few passes: the norm, two products in place, one rounding to `dtype`."""
     accumulate = wide(x_TD.dtype)
-    y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)
+    y_TD = torch.empty_like(x_TD, dtype=dtype, memory_format=torch.contiguous_format)
     rstd_T = torch.empty(x_TD.shape[0], dtype=accumulate, device=x_TD.device)
     weight = weight_D.to(accumulate)
     for rows in row_blocks(x_TD.shape[0], x_TD.shape[1], _BLOCK):
         h, rstd = x_TD[rows].to(accumulate), rstd_T[rows].unsqueeze(1)
         torch.linalg.vector_norm(h, dim=-1, keepdim=True, out=rstd)
         rstd.square_().div_(x_TD.shape[1]).add_(eps).rsqrt_()
-        if accumulate == x_TD.dtype:
+        if accumulate == y_TD.dtype:
             torch.mul(h, rstd, out=y_TD[rows]).mul_(weight)
         else:
             y_TD[rows].copy_(h.mul_(rstd).mul_(weight))
@@ -152,28 +157,84 @@ def _backward_fake(
     return h.new_empty(h.shape), weight_D.new_empty(weight_D.shape)
 
 
+def _forward_fp8(
+    x: Tensor,
+    weight_D: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    scaling: Scaling,
+    power_of_two: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    x_TD = x.reshape(-1, x.shape[-1])
+    if quantiser("rms_norm", x, scaling, backend) == "triton":
+        from .rms_triton import normalise
+
+        other = None if residual is None else residual.reshape(x_TD.shape)
+        data, h_TD, rstd_T, _, scale = normalise(
+            x_TD,
+            weight_D,
+            None,
+            other,
+            eps,
+            centred=False,
+            scaling=scaling,
+            power_of_two=power_of_two,
+        )
+    else:
+        h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape)
+        y_TD, rstd_T = _forward_cpu(h_TD, weight_D, eps, torch.float32)
+        data, scale = fp8_rows(y_TD, scaling, torch.float8_e4m3fn, power_of_two)
+    h, rows = x.new_empty(0) if residual is None else h_TD.view(x.shape), x.shape[:-1]
+    scale = scale.view(*rows, scale.shape[-1])
+    return carrier_of(x), h, rstd_T.view(rows), data.view(x.shape).view(torch.uint8), scale
+
+
+def fp8_fake(x: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
+    """Return codes (bytes: PyTorch has few operators for FP8) and scale without storage."""
+    groups = 1 if scaling == "row" else (x.shape[-1] + BLOCK - 1) // BLOCK
+    data = x.new_empty(x.shape, dtype=torch.uint8)
+    return data, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
+
+
+def _forward_fp8_fake(
+    x: Tensor,
+    weight_D: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    scaling: Scaling,
+    power_of_two: bool,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
+    _, h, rstd = _forward_fake(x, weight_D, residual, eps, backend)
+    return carrier_of(x), h, rstd, *fp8_fake(x, scaling)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        y, h, rstd = below_autograd(_FORWARD, x, weight_D, residual, eps, backend)
-        ctx.fused, ctx.backend = residual is not None, backend
+        ctx: Any, x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        op = _FORWARD if len(rest) == 1 else _FORWARD_FP8
+        parts: tuple[Tensor, ...] = below_autograd(op, x, weight_D, residual, eps, *rest)
+        _, h, rstd, *codes = parts
+        ctx.fused, ctx.rest = residual is not None, rest
         ctx.save_for_backward(h if ctx.fused else x, weight_D, rstd)
-        ctx.mark_non_differentiable(*((rstd,) if ctx.fused else (h, rstd)))
+        ctx.mark_non_differentiable(rstd, *codes, *(() if ctx.fused else (h,)))
         ctx.set_materialize_grads(False)
-        return y, h, rstd
+        return parts
 
     @staticmethod
     def backward(
-        ctx: Any, dy: Tensor | None, dh: Tensor | None, _drstd: Tensor | None
+        ctx: Any, dy: Tensor | None, dh: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         first_derivative_only("rms_norm")
+        none = (None,) * (1 + len(ctx.rest))
         if dy is None:
-            return dh, None, dh, None, None
+            return dh, None, dh, *none
         h, weight_D, rstd = ctx.saved_tensors
-        dx, dweight_D = _BACKWARD(dy, dh if ctx.fused else None, h, weight_D, rstd, ctx.backend)
-        return dx, dweight_D, dx if ctx.fused else None, None, None
+        dx, dweight_D = _BACKWARD(dy, dh if ctx.fused else None, h, weight_D, rstd, ctx.rest[-1])
+        return dx, dweight_D, dx if ctx.fused else None, *none
 
 
 _FORWARD = register(
@@ -181,6 +242,13 @@ _FORWARD = register(
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    _RmsNorm,
+)
+_FORWARD_FP8 = register(
+    "rms_norm_fp8_forward(Tensor x, Tensor weight, Tensor? residual, float eps, str scaling,"
+    " bool power_of_two, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward_fp8,
+    _forward_fp8_fake,
     _RmsNorm,
 )
 _BACKWARD = register(
@@ -221,10 +289,12 @@ def rms_norm(
     Args:
         x: Activations `[..., D]`, any strides; float16, bfloat16, float32 or float64.
         weight: Scale `[D]`, any of these dtypes.
-        residual: Added to `x` before, `[..., D]` in the dtype of `x`; the sum is rounded to that
-            dtype, and the rounded sum is what is normalised.
+        residual: Added to `x` before, `[..., D]`; the sum is rounded to the dtype of both, and the
+            rounded sum is what is normalised. Of two dtypes, as under autocast, the sum has the
+            wider one.
         eps: Added to the mean square; dimensionless.
-        backend: `reference`, `triton` or `cuda`; None takes the fastest that is proven here.
+        backend: `reference`, `triton` or `cuda`, or a peer, `liger`, `te` or `apex`; None takes the
+            fastest of ours that is proven here.
 
     Returns:
         y, `[..., D]` in the dtype of `x`; with `residual` the pair (y, x + residual). Statistics
@@ -235,22 +305,83 @@ def rms_norm(
             is negative or not finite.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    if weight.shape != x.shape[-1:] or not weight.numel():
-        raise ValueError(f"rms_norm: weight has shape {[*weight.shape]}, x has {[*x.shape]}")
-    if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
-        raise ValueError(
-            f"rms_norm: x and weight must be float16, bfloat16, float32 or float64, "
-            f"got {x.dtype} and {weight.dtype}"
+    check("rms_norm", x, weight, None, residual, eps)
+    if backend in PEERS:
+        found: Tensor | tuple[Tensor, Tensor] = serve(
+            "rms_norm", backend, x, weight, residual=residual, eps=eps
         )
-    if not 0 <= eps < float("inf"):
-        raise ValueError(f"rms_norm: eps must be at least 0 and finite, got {eps}")
+        return found
     if residual is None:
         y: Tensor = _FORWARD(x, weight, None, eps, backend)[0]
         return y
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"rms_norm: residual must have the shape and dtype of x ({[*x.shape]}, {x.dtype}), "
-            f"got {[*residual.shape]}, {residual.dtype}"
-        )
+    dtype = x.dtype
+    if residual.dtype != dtype:
+        x, residual = alike(x, residual)
     y, h, _ = _FORWARD(x, weight, residual, eps, backend)
-    return y, h
+    return y.to(dtype), h
+
+
+@overload
+def rms_norm_fp8(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: None = None,
+    eps: float = ...,
+    scaling: Scaling = ...,
+    power_of_two: bool = ...,
+    backend: str | None = ...,
+) -> Fp8: ...
+
+
+@overload
+def rms_norm_fp8(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor,
+    eps: float = ...,
+    scaling: Scaling = ...,
+    power_of_two: bool = ...,
+    backend: str | None = ...,
+) -> tuple[Fp8, Tensor]: ...
+
+
+def rms_norm_fp8(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    scaling: Scaling = "row",
+    power_of_two: bool = False,
+    backend: str | None = None,
+) -> Fp8 | tuple[Fp8, Tensor]:
+    """Compute `rms_norm` and quantise its result to float8_e4m3fn in the same pass.
+
+    Args:
+        x: As in `rms_norm`.
+        weight: The same.
+        residual: The same.
+        eps: The same.
+        scaling: What shares a scale: a "row", or a "block" of 128 elements of one.
+        power_of_two: Whether scales are rounded up to powers of two.
+        backend: `reference` or `triton`; None takes the fastest that is proven here.
+
+    Returns:
+        The quantised y, bit for bit that of the unfused float32 result before it is rounded to the
+        dtype of `x`; with `residual` the pair (y, x + residual). The backward is that of
+        `rms_norm`, at the gradient of y's carrier.
+
+    Raises:
+        ValueError: As `rms_norm`; if `scaling` is neither.
+        RuntimeError: If `backend` cannot serve these tensors here.
+    """
+    check("rms_norm_fp8", x, weight, None, residual, eps)
+    if residual is not None:
+        x, residual = alike(x, residual)
+    carrier, h, _, data, scale = _FORWARD_FP8(
+        x, weight, residual, eps, scaling, power_of_two, backend
+    )
+    y = Fp8(data=data.view(torch.float8_e4m3fn), scale=scale, carrier=carrier)
+    return y if residual is None else (y, h)

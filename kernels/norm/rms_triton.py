@@ -1,14 +1,17 @@
-"""Triton code of `rms_norm`.
+"""Triton code of `rms_norm` and `layer_norm`, alone and with the result quantised to FP8.
 
-Forward: a program normalises a tile of rows that it holds in registers. Backward: a persistent
-grid of two programs a multiprocessor strides over the tiles and keeps its share of dweight in
+Forward: a program normalises a tile of rows that it holds in registers; with CENTRED it subtracts
+their means first, so that the variance is that of what is left. Backward: a persistent grid of two
+programs a multiprocessor strides over the tiles and keeps its share of dweight (and of dbias) in
 float32 registers; a second kernel adds the shares in a fixed order, so that the same inputs give
 the same bits. Rows wider than KEEP leave no registers for a share: a column kernel reads dy and h
-once more for dweight. Row offsets are 64-bit.
+once more. Row offsets are 64-bit.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import next_power_of_two, on_device, processors
+from ..quant.fp8 import BLOCK, MAXIMA
+from ..quant.fp8_triton import fp8_amax, fp8_cast, fp8_scale
 
 MAX_WIDTH = 16384
 KEEP = 8192  # widest row whose share of dweight stays in registers without a spill
@@ -24,13 +29,16 @@ _COLUMNS = 32  # columns of dweight a program of the second kernel adds up
 _SHARES = 64  # shares it adds at a time
 COLUMN_TILE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 _COLUMN_PARTS = 16  # programs that share the rows of a column tile
+_TYPE = torch.float8_e4m3fn
+_DENSE = torch.contiguous_format
 
 
-def configuration(width: int) -> dict[str, int]:
+def configuration(width: int, least: int = 1) -> dict[str, int]:
     """Choose tile and warps for a width.
 
     Args:
         width: D.
+        least: Columns that a tile has at least.
 
     Returns:
         ROWS and BLOCK, the shape of a tile, and num_warps.
@@ -39,13 +47,15 @@ def configuration(width: int) -> dict[str, int]:
         RuntimeError: If a row does not fit in the registers of one program.
     """
     if width > MAX_WIDTH:
-        raise RuntimeError(f"rms_norm: triton serves widths to {MAX_WIDTH}, x has {width}")
-    block = next_power_of_two(width)
-    least = 8 if width % 16 else 4  # elements that are loaded one by one take more registers
+        raise RuntimeError(
+            f"norm: triton serves widths to {MAX_WIDTH}, x has {width}: use backend='reference'"
+        )
+    block = max(next_power_of_two(width), least)
+    warps = 8 if width % 16 else 4  # elements that are loaded one by one take more registers
     return {
         "ROWS": max(1, _TILE // block),
         "BLOCK": block,
-        "num_warps": min(max(block // 512, least), 32),
+        "num_warps": min(max(block // 512, warps), 32),
     }
 
 
@@ -65,8 +75,18 @@ def forward_kernel(
     FUSED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    bias=None,
+    mean=None,
+    scales=None,
+    CENTRED: tl.constexpr = False,
+    GROUP: tl.constexpr = 0,
+    MAX: tl.constexpr = 0,
+    POWER_OF_TWO: tl.constexpr = False,
 ):
-    """Normalise ROWS rows; with FUSED add the residual first and write the rounded sum to h."""
+    """Normalise ROWS rows; with FUSED add the residual first and write the rounded sum to h.
+
+    With GROUP the result is quantised, GROUP elements of a row to a scale.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < tokens)[:, None] & (column < width)[None, :]
@@ -79,11 +99,27 @@ def forward_kernel(
         value = (value.to(tl.float32) + other.to(tl.float32)).to(h.dtype.element_ty)
         tl.store(h + to, value, inside)
     value = value.to(tl.float32)
+    if CENTRED:
+        centre = tl.sum(value, 1) / width
+        tl.store(mean + row, centre, row < tokens)
+        value = tl.where(inside, value - centre[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)
     tl.store(rstd + row, scale, row < tokens)
     gain = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
     normal = value * scale[:, None] * gain[None, :]
-    tl.store(y + to, normal.to(y.dtype.element_ty), inside)
+    if bias is not None:
+        normal += tl.load(bias + column, column < width, other=0.0).to(tl.float32)[None, :]
+    if GROUP:
+        groups = tl.reshape(normal, [ROWS, BLOCK // GROUP, GROUP])
+        factor, inverse = fp8_scale(fp8_amax(groups, 2), MAX, POWER_OF_TWO)
+        codes = fp8_cast(groups, inverse[:, :, None], MAX, y.dtype.element_ty)
+        tl.store(y + to, tl.reshape(codes, [ROWS, BLOCK]), inside)
+        count = tl.cdiv(width, GROUP)
+        group = tl.arange(0, BLOCK // GROUP)
+        there = (row < tokens)[:, None] & (group < count)[None, :]
+        tl.store(scales + row[:, None] * count + group[None, :], factor, there)
+    else:
+        tl.store(y + to, normal.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -104,12 +140,16 @@ def backward_kernel(
     KEPT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    mean=None,
+    bias_shares=None,
 ):
     """Stride over tiles of rows: write dx; with KEPT keep this program's share of dweight."""
     column = tl.arange(0, BLOCK)
     gain = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
     if KEPT:
         share = tl.zeros([ROWS, BLOCK], tl.float32)
+        if bias_shares is not None:
+            bias_share = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(tokens, ROWS), tl.num_programs(0)):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
@@ -117,11 +157,17 @@ def backward_kernel(
         value = tl.load(h + at * h_stride + column[None, :], inside, other=0.0).to(tl.float32)
         above = tl.load(dy + at * dy_stride + column[None, :], inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, row < tokens, other=0.0)
+        if mean is not None:
+            value -= tl.load(mean + row, row < tokens, other=0.0)[:, None]
         normal = value * scale[:, None]
         if KEPT:
             share += above * normal
+            if bias_shares is not None:
+                bias_share += above
         above = above * gain[None, :]
         slope = tl.sum(above * normal, 1) / width
+        if mean is not None:
+            above -= (tl.sum(above, 1) / width)[:, None]
         result = (above - normal * slope[:, None]) * scale[:, None]
         if FUSED:
             result += tl.load(dh + at * dh_stride + column[None, :], inside, other=0.0).to(
@@ -131,6 +177,8 @@ def backward_kernel(
     if KEPT:
         out = tl.program_id(0).to(tl.int64) * width + column
         tl.store(shares + out, tl.sum(share, 0), column < width)
+        if bias_shares is not None:
+            tl.store(bias_shares + out, tl.sum(bias_share, 0), column < width)
 
 
 @triton.jit
@@ -145,10 +193,13 @@ def column_kernel(
     h_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    mean=None,
+    bias_shares=None,
 ):
     """Add up dweight of COLUMNS columns over every num_programs(1)-th tile of rows."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.zeros([ROWS, COLUMNS], tl.float32)
+    bias_share = tl.zeros([ROWS, COLUMNS], tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(tokens, ROWS), tl.num_programs(1)):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
@@ -156,9 +207,14 @@ def column_kernel(
         value = tl.load(h + at * h_stride + column[None, :], inside, other=0.0).to(tl.float32)
         above = tl.load(dy + at * dy_stride + column[None, :], inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, row < tokens, other=0.0)
+        if mean is not None:
+            value -= tl.load(mean + row, row < tokens, other=0.0)[:, None]
         share += above * value * scale[:, None]
+        bias_share += above
     out = tl.program_id(1).to(tl.int64) * width + column
     tl.store(shares + out, tl.sum(share, 0), column < width)
+    if bias_shares is not None:
+        tl.store(bias_shares + out, tl.sum(bias_share, 0), column < width)
 
 
 @triton.jit
@@ -174,54 +230,102 @@ def shares_kernel(shares, dweight, programs, width, SHARES: tl.constexpr, COLUMN
     tl.store(dweight + column, tl.sum(total, 0).to(dweight.dtype.element_ty), column < width)
 
 
+class Normed(NamedTuple):
+    """What the forward wrote.
+
+    Attributes:
+        y: `[T, D]`, in the dtype of x or as FP8 codes.
+        h: What was normalised; x itself without a residual.
+        rstd: `[T]` float32.
+        mean: `[T]` float32; empty unless it was subtracted.
+        scales: `[T, groups]` float32; empty unless y was quantised.
+    """
+
+    y: Tensor
+    h: Tensor
+    rstd: Tensor
+    mean: Tensor
+    scales: Tensor
+
+
 def _rows(x_TD: Tensor) -> Tensor:
     """Leave strided rows as they are; copy only when the elements of a row are apart."""
     return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
 
 
-def forward(
-    x_TD: Tensor, weight_D: Tensor, residual_TD: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def normalise(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    residual_TD: Tensor | None,
+    eps: float,
+    *,
+    centred: bool,
+    scaling: str | None = None,
+    power_of_two: bool = False,
+) -> Normed:
     """Launch the forward.
 
     Args:
         x_TD: `[T, D]`.
         weight_D: `[D]`.
+        bias_D: `[D]` or None.
         residual_TD: `[T, D]` or None.
         eps: Added to the mean square.
-
-    Returns:
-        y and h `[T, D]` (h is x without a residual), rstd `[T]` float32.
+        centred: Whether the mean is subtracted.
+        scaling: "row" or "block" to quantise; None does not.
+        power_of_two: Whether scales are powers of two.
     """
     tokens, width = x_TD.shape
-    chosen = configuration(width)
+    chosen = configuration(width, BLOCK if scaling == "block" else 1)
     x_TD, fused = _rows(x_TD), residual_TD is not None
     residual = x_TD if residual_TD is None else _rows(residual_TD)
-    y_TD = x_TD.new_empty(tokens, width)
-    h_TD = x_TD.new_empty(tokens, width) if fused else x_TD
-    rstd_T = x_TD.new_empty(tokens, dtype=torch.float32)
+    group = {None: 0, "row": chosen["BLOCK"], "block": BLOCK}[scaling]
+    count = triton.cdiv(width, group) if group else 0
+    statistics = x_TD.new_empty(tokens, dtype=torch.float32)
+    out = Normed(
+        y=torch.empty_like(x_TD, dtype=_TYPE if group else None, memory_format=_DENSE),
+        h=torch.empty_like(x_TD, memory_format=_DENSE) if fused else x_TD,
+        rstd=statistics,
+        mean=torch.empty_like(statistics) if centred else statistics.new_empty(0),
+        scales=statistics.new_empty(tokens if group else 0, count),
+    )
     if tokens:
         with on_device(x_TD):
             forward_kernel[(triton.cdiv(tokens, chosen["ROWS"]),)](
                 x_TD,
                 residual,
                 weight_D.contiguous(),
-                y_TD,
-                h_TD,
-                rstd_T,
+                out.y,
+                out.h,
+                out.rstd,
                 tokens,
                 width,
                 x_TD.stride(0),
                 residual.stride(0),
                 eps,
                 FUSED=fused,
+                bias=None if bias_D is None else bias_D.contiguous(),
+                mean=out.mean if centred else None,
+                scales=out.scales if group else None,
+                CENTRED=centred,
+                GROUP=group,
+                MAX=MAXIMA[_TYPE] if group else 0,
+                POWER_OF_TWO=power_of_two,
                 **chosen,
             )
-    return y_TD, h_TD, rstd_T
+    return out
 
 
-def _column_shares(dy_TD: Tensor, h_TD: Tensor, rstd_T: Tensor, shares: Tensor) -> None:
-    """Fill `shares`, `[parts, D]`, whose rows add up to dweight."""
+def _column_shares(
+    dy_TD: Tensor,
+    h_TD: Tensor,
+    rstd_T: Tensor,
+    mean_T: Tensor | None,
+    shares: Tensor,
+    bias_shares: Tensor | None,
+) -> None:
+    """Fill the shares, `[parts, D]`, whose rows add up to dweight and dbias."""
     tokens, width = h_TD.shape
     column_kernel[(triton.cdiv(width, COLUMN_TILE["COLUMNS"]), shares.shape[0])](
         dy_TD,
@@ -232,39 +336,68 @@ def _column_shares(dy_TD: Tensor, h_TD: Tensor, rstd_T: Tensor, shares: Tensor) 
         width,
         dy_TD.stride(0),
         h_TD.stride(0),
+        mean=mean_T,
+        bias_shares=bias_shares,
         **COLUMN_TILE,
     )
 
 
-def backward(
-    dy_TD: Tensor, dh_TD: Tensor | None, h_TD: Tensor, weight_D: Tensor, rstd_T: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Launch the backward and the addition of the shares of dweight.
+def add_shares(shares: Tensor, like: Tensor) -> Tensor:
+    """Launch the addition of the programs' shares of a weight's gradient.
+
+    Args:
+        shares: `[parts, D]` float32.
+        like: The weight, `[D]`.
+
+    Returns:
+        `[D]` in the dtype of the weight.
+    """
+    parts, width = shares.shape
+    out = like.new_empty(width)
+    shares_kernel[(triton.cdiv(width, _COLUMNS),)](
+        shares, out, parts, width, SHARES=_SHARES, COLUMNS=_COLUMNS, num_warps=4
+    )
+    return out
+
+
+def gradients(
+    dy_TD: Tensor,
+    dh_TD: Tensor | None,
+    h_TD: Tensor,
+    weight_D: Tensor,
+    bias_D: Tensor | None,
+    rstd_T: Tensor,
+    mean_T: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch the backward and the addition of the shares.
 
     Args:
         dy_TD: Gradient of y, `[T, D]`.
         dh_TD: Gradient of h, `[T, D]`, or None.
         h_TD: What was normalised, `[T, D]`.
         weight_D: `[D]`.
+        bias_D: `[D]` or None.
         rstd_T: `[T]` float32.
+        mean_T: `[T]` float32, or None where no mean was subtracted.
 
     Returns:
-        dx `[T, D]` and dweight `[D]`.
+        dx `[T, D]`, dweight `[D]` and dbias `[D]` (None without a bias).
     """
     tokens, width = h_TD.shape
     chosen = configuration(width)
     dx_TD = h_TD.new_empty(tokens, width)
     if not tokens:
-        return dx_TD, torch.zeros_like(weight_D)
+        dbias_D = None if bias_D is None else torch.zeros_like(bias_D, memory_format=_DENSE)
+        return dx_TD, torch.zeros_like(weight_D, memory_format=_DENSE), dbias_D
     dy_TD, h_TD = _rows(dy_TD), _rows(h_TD)
     dh = dy_TD if dh_TD is None else _rows(dh_TD)
-    kept = width <= KEEP
+    kept = width <= (KEEP if bias_D is None else KEEP // 2)
     programs = min(2 * processors(h_TD.device), triton.cdiv(tokens, chosen["ROWS"]))
     tiles = triton.cdiv(tokens, COLUMN_TILE["ROWS"])
     parts = programs if kept else min(tiles, _COLUMN_PARTS)
-    rstd_T = rstd_T.contiguous()
+    rstd_T, mean_T = rstd_T.contiguous(), None if mean_T is None else mean_T.contiguous()
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
-    dweight_D = weight_D.new_empty(width)
+    bias_shares = None if bias_D is None else torch.empty_like(shares)
     with on_device(h_TD):
         backward_kernel[(programs,)](
             dy_TD,
@@ -281,11 +414,28 @@ def backward(
             h_TD.stride(0),
             FUSED=dh_TD is not None,
             KEPT=kept,
+            mean=mean_T,
+            bias_shares=bias_shares if kept else None,
             **chosen,
         )
         if not kept:
-            _column_shares(dy_TD, h_TD, rstd_T, shares)
-        shares_kernel[(triton.cdiv(width, _COLUMNS),)](
-            shares, dweight_D, parts, width, SHARES=_SHARES, COLUMNS=_COLUMNS, num_warps=4
-        )
-    return dx_TD, dweight_D
+            _column_shares(dy_TD, h_TD, rstd_T, mean_T, shares, bias_shares)
+        dweight_D = add_shares(shares, weight_D)
+        dbias_D = None
+        if bias_D is not None and bias_shares is not None:
+            dbias_D = add_shares(bias_shares, bias_D)
+    return dx_TD, dweight_D, dbias_D
+
+
+def forward(
+    x_TD: Tensor, weight_D: Tensor, residual_TD: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Launch the forward of `rms_norm`: see `normalise`; returns y, h and rstd."""
+    return normalise(x_TD, weight_D, None, residual_TD, eps, centred=False)[:3]
+
+
+def backward(
+    dy_TD: Tensor, dh_TD: Tensor | None, h_TD: Tensor, weight_D: Tensor, rstd_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Launch the backward of `rms_norm`: see `gradients`; returns dx and dweight."""
+    return gradients(dy_TD, dh_TD, h_TD, weight_D, None, rstd_T, None)[:2]

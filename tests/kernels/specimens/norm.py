@@ -1,57 +1,121 @@
 """Specimens of `kernels/norm`."""
 
-from tests.kernels.specimen import Specimen
+import functools
 
-from warploom.kernels.norm import rms_norm, rms_norm_reference
+import torch
+import torch.nn.functional as F
+from tests.kernels.specimen import SHAPES, Specimen
 
-_TRAINING = tuple((8192, width) for width in (64, 128, 576, 1000, 2048, 4096, 8192, 16384))
+from warploom.kernels.norm import (
+    layer_norm,
+    layer_norm_fp8,
+    layer_norm_reference,
+    rms_norm,
+    rms_norm_fp8,
+    rms_norm_reference,
+)
+from warploom.kernels.quant import Fp8, fp8_quantize
+
+_WIDTHS = (64, 128, 576, 1000, 2048, 4096, 8192, 16384)
+# One element has no variance: PyTorch's own backward, the reference, is not exactly 0 there.
+_SHAPES = {"rms_norm": SHAPES, "layer_norm": ((1, 2), *(s for s in SHAPES if s[1] > 1))}
+_OPS = {
+    "rms_norm": (rms_norm, rms_norm_fp8, rms_norm_reference),
+    "layer_norm": (layer_norm, layer_norm_fp8, layer_norm_reference),
+}
 
 
-def _draw(draw, rows, width):
-    return (draw(rows, width), draw(width, seed=1)), {}
+def _draw(draw, rows, width, shape):
+    """Draw x, weight and what the form `shape` has: a bias, a residual."""
+    x, weight = draw(rows, width), draw(width, seed=1)
+    bias = (draw(width, seed=2),) if "bias" in shape else ()
+    residual = (draw(rows, width, seed=3),) if "residual" in shape else ()
+    return (x, weight, *bias, *residual), {}
 
 
-def _draw_residual(draw, rows, width):
-    return (draw(rows, width), draw(width, seed=1), draw(rows, width, seed=2)), {}
+def _call(fn, inputs, shape, **rest):
+    """Call a norm; what is quantised comes back as its value and scale."""
+    if "residual" in shape:
+        *inputs, residual = inputs
+        rest["residual"] = residual
+    out = fn(*inputs, **rest)
+    y, *h = (out,) if isinstance(out, Fp8 | torch.Tensor) else out
+    return (*((y.dequantize(), y.scale) if isinstance(y, Fp8) else (y,)), *h)
 
 
-def _truth(x, weight, residual=None, *, rounded):
+def _through(y, scaling):
+    """Quantise y, and let the gradient pass straight through."""
+    q = fp8_quantize(y.float(), backend="reference", **scaling)
+    return y + (q.dequantize(y.dtype).detach() - y).detach(), q.scale
+
+
+def _truth(reference, shape, scaling):
     """Normalise the sum as it was rounded to the dtype of the input."""
-    if residual is None:
-        return rms_norm_reference(x, weight)[0]
-    h = x + residual
-    h = h + ((x.to(rounded) + residual.to(rounded)).to(h.dtype) - h).detach()
-    return rms_norm_reference(h, weight)[0], h
+
+    def truth(*inputs, rounded):
+        h, *rest = inputs
+        if "residual" in shape:
+            *rest, residual = rest
+            total = h + residual
+            h = total + ((h.to(rounded) + residual.to(rounded)).to(h.dtype) - total).detach()
+        y = reference(h, *rest)[0]
+        parts = _through(y, scaling) if scaling else (y,)
+        return (*parts, h) if "residual" in shape else parts
+
+    return truth
 
 
-def _plain(x, weight, residual=None):
-    import torch
+def _plain(name, shape, scaling):
+    def plain(x, weight, *rest):
+        h = x + rest[-1] if "residual" in shape else x
+        if name == "layer_norm":
+            y = F.layer_norm(h, weight.shape, weight, rest[0] if "bias" in shape else None)
+        else:
+            y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
+        parts = _through(y, scaling) if scaling else (y,)
+        return (*parts, h) if "residual" in shape else parts
 
-    h = x if residual is None else x + residual
-    y = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-6) * weight
-    return y if residual is None else (y, h)
+    return plain
+
+
+def _specimen(name, op, shape=(), widths=_WIDTHS, **scaling):
+    plain, fp8, reference = _OPS[op]
+    fn = functools.partial(fp8, **scaling) if scaling else plain
+    return Specimen(
+        name=name,
+        op=op,
+        draw=functools.partial(_draw, shape=shape),
+        run=lambda *inputs, backend=None: _call(fn, inputs, shape, backend=backend),
+        truth=_truth(reference, shape, scaling),
+        plain=_plain(op, shape, scaling),
+        shapes=_SHAPES[op],
+        training=tuple((8192, width) for width in widths),
+        huge=not scaling,  # a value that is read again is touched
+        rows=tuple(range(1 + bool(scaling) + ("residual" in shape))),
+        **({"dtypes": (torch.bfloat16, torch.float16)} if scaling else {}),
+        **({"backends": ("triton", "cuda")} if plain is rms_norm and not scaling else {}),
+    )
 
 
 SPECIMENS = (
-    Specimen(
-        name="rms_norm",
-        op="rms_norm",
-        draw=_draw,
-        run=rms_norm,
-        truth=_truth,
-        plain=_plain,
-        training=_TRAINING,
+    _specimen("rms_norm", "rms_norm"),
+    _specimen("rms_norm_residual", "rms_norm", ("residual",)),
+    _specimen("rms_norm_fp8_row", "rms_norm", widths=(4096, 16384), scaling="row"),
+    _specimen(
+        "rms_norm_fp8_block",
+        "rms_norm",
+        ("residual",),
+        widths=(576, 4096, 16384),
+        scaling="block",
+        power_of_two=True,
     ),
-    Specimen(
-        name="rms_norm_residual",
-        op="rms_norm",
-        draw=_draw_residual,
-        run=lambda x, weight, residual, backend: rms_norm(
-            x, weight, residual=residual, backend=backend
-        ),
-        truth=_truth,
-        plain=_plain,
-        training=_TRAINING,
-        rows=(0, 1),
+    _specimen("layer_norm", "layer_norm", ("bias",)),
+    _specimen("layer_norm_residual", "layer_norm", ("residual",), widths=(768, 4096, 8192)),
+    _specimen(
+        "layer_norm_fp8_block",
+        "layer_norm",
+        ("bias", "residual"),
+        widths=(4096, 16384),
+        scaling="block",
     ),
 )
