@@ -1,6 +1,7 @@
 """csrc compiled for the CPU: every thread of every block runs, under g++'s sanitizers."""
 
 import ctypes
+import fcntl
 import functools
 import shutil
 import subprocess
@@ -26,18 +27,10 @@ FUNCTIONS = {  # as csrc/warploom.h declares them; a pointer may be any integer
 def library(folder: Path, digits: str) -> SimpleNamespace:
     """Compile the operators once a state of the sources; return what stands for `_csrc`."""
     built = folder / f"emulated-{digits[:16]}.so"
-    if not built.exists():
-        host = f"-include,{Path(__file__).parent / 'emulator.h'},-fPIC,-Wall,-Wextra,-Werror"
-        host += ",-Wno-unknown-pragmas,-fvisibility=hidden,-fno-strict-aliasing"
-        host += ",-fsanitize=undefined,-fno-sanitize-recover"
-        part = built.with_name(f"{built.name}.{id(built)}")
-        operators = sorted((ROOT / "csrc").glob("*.cu"))
-        subprocess.run(
-            ["nvcc", "-x", "c++", "-std=c++17", "-O1", "-shared", "-Xcompiler", host]
-            + [*operators, "-o", part],
-            check=True,
-        )
-        part.rename(built)
+    with (folder / "lock").open("w") as lock:  # of test processes side by side one compiles
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            _compile(built)
     loaded = ctypes.CDLL(str(built))
     loaded.warploom_last_error.restype = ctypes.c_char_p
     found = SimpleNamespace(last_error=lambda: loaded.warploom_last_error().decode())
@@ -47,6 +40,17 @@ def library(folder: Path, digits: str) -> SimpleNamespace:
         setattr(found, name, function)
     found.packs = LONG.in_dll(loaded, "emulated_packs")
     return found
+
+
+def _compile(built: Path) -> None:
+    host = f"-include,{Path(__file__).parent / 'emulator.h'},-fPIC,-Wall,-Wextra,-Werror"
+    host += ",-Wno-unknown-pragmas,-fvisibility=hidden,-fno-strict-aliasing"
+    host += ",-fsanitize=undefined,-fno-sanitize-recover"
+    part = built.with_suffix(".part")
+    operators = sorted((ROOT / "csrc").glob("*.cu"))
+    command = ["nvcc", "-x", "c++", "-std=c++17", "-O1", "-shared", "-Xcompiler", host]
+    subprocess.run([*command, *operators, "-o", part], check=True)
+    part.rename(built)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, folder: Path, digits: str) -> SimpleNamespace:
