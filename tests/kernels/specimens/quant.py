@@ -3,7 +3,7 @@
 import torch
 from tests.kernels.specimen import Specimen
 
-from warploom.kernels.quant import fp8_quantize
+from warploom.kernels.quant import Nf4, fp8_quantize, nf4_dequantize, nf4_quantize
 
 
 def _fp8(name, rows=(), shapes=((0, 6), (3, 0), (1, 1), (5, 3), (33, 129), (130, 300)), **fixed):
@@ -34,7 +34,64 @@ def _fp8(name, rows=(), shapes=((0, 6), (3, 0), (1, 1), (5, 3), (33, 129), (130,
     )
 
 
+_NF4 = {
+    "shapes": ((0, 6), (1, 1), (5, 3), (33, 129)),
+    "dtypes": (torch.float32, torch.bfloat16, torch.float16),
+    "rows": (),
+    "second": None,
+}
+
+
+def _nf4_codes(x, *, backend=None):
+    q = nf4_quantize(x.detach(), double=False, backend=backend)
+    return q.packed, q.absmax
+
+
+def _nf4_codes_truth(x, *, rounded):
+    return _nf4_codes(x.detach().to(rounded), backend="reference")
+
+
+def _draw_codes(draw, rows, width):
+    """Draw codes and scales; the numbers to multiply have no gradient."""
+    size = rows * width
+    packed = draw.integers(256, (size + 1) // 2, 1).to(torch.uint8)
+    levels = draw.integers(256, -(-size // 64), seed=1).to(torch.uint8)
+    code, offset = draw(256, seed=2).float(), draw(1, seed=3).float()
+    fixed = {"packed": packed, "levels": levels, "code": code, "offset": offset}
+    return (draw(-(-size // (64 * 256)), seed=4),), {**fixed, "shape": (rows, width)}
+
+
+def _nf4_value(absmax2, *, packed, levels, code, offset, shape, backend=None):
+    dtype, absmax2 = absmax2.dtype, absmax2.detach().float()
+    q = Nf4(packed, levels, shape, dtype, 64, code, absmax2, offset.reshape(()))
+    return nf4_dequantize(q, backend=backend)
+
+
+def _nf4_value_truth(absmax2, *, rounded, **fixed):
+    return _nf4_value(absmax2.to(rounded), backend="reference", **fixed)
+
+
 SPECIMENS = (
+    Specimen(
+        name="nf4_quantize",
+        op="nf4_quantize",
+        draw=lambda draw, rows, width: ((draw(rows, width),), {}),
+        run=_nf4_codes,
+        truth=_nf4_codes_truth,
+        plain=_nf4_codes,
+        exact=(0, 1),
+        **_NF4,
+    ),
+    Specimen(
+        name="nf4_dequantize",
+        op="nf4_dequantize",
+        draw=_draw_codes,
+        run=_nf4_value,
+        truth=_nf4_value_truth,
+        plain=_nf4_value,
+        exact=(0,),
+        **_NF4,
+    ),
     _fp8("fp8_quantize_tensor"),
     _fp8("fp8_quantize_tensor_transposed", transpose=True, dtype=torch.float8_e5m2),
     _fp8("fp8_quantize_row", (0, 1, 2), scaling="row"),
