@@ -19,6 +19,7 @@ _FLUSHES = 64  # the most before a repetition: some 4 ms of a host that is slow
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 
 
 def samples_ms(
@@ -28,6 +29,7 @@ def samples_ms(
     repeats: int = 20,
     warmup: int = 3,
     flush: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> list[float]:
     """Measure calls, each with something done before that is not measured.
 
@@ -37,6 +39,8 @@ def samples_ms(
         repeats: Calls measured, at least 1.
         warmup: Calls before, which compile and fill the allocator.
         flush: On a GPU, overwrite the L2 cache before each call.
+        clock: What the CPU's calls are timed by, in seconds; `time.thread_time` leaves out what
+            other processes took from a call of one thread.
 
     Returns:
         Milliseconds of each call, in order.
@@ -51,7 +55,7 @@ def samples_ms(
         raise ValueError(f"device must be a CPU or a CUDA device, got {device}")
     host = [_once_cpu(prepare()) for _ in range(warmup)]
     if device.type == "cpu":
-        return [_once_cpu(prepare()) for _ in range(repeats)]
+        return [_once_cpu(prepare(), clock) for _ in range(repeats)]
     flushes = math.ceil(min(host, default=0.0) * 1e-3 / _FLUSH_S)
     with torch.cuda.device(device):
         return _all_cuda(prepare, repeats, min(max(flushes, 1), _FLUSHES) if flush else 0)
@@ -64,6 +68,7 @@ def time_ms(
     repeats: int = 20,
     warmup: int = 3,
     flush: bool = True,
+    clock: Clock = time.perf_counter,
 ) -> float:
     """Measure the median time of a call.
 
@@ -73,6 +78,7 @@ def time_ms(
         repeats: Calls measured, at least 1.
         warmup: Calls before, which compile and fill the allocator.
         flush: On a GPU, overwrite the L2 cache before each call.
+        clock: As in `samples_ms`.
 
     Returns:
         Median milliseconds.
@@ -80,14 +86,14 @@ def time_ms(
     Raises:
         ValueError: If `repeats` is below 1, or the device is neither a CPU nor a CUDA device.
     """
-    found = samples_ms(lambda: fn, device, repeats=repeats, warmup=warmup, flush=flush)
+    found = samples_ms(lambda: fn, device, repeats=repeats, warmup=warmup, flush=flush, clock=clock)
     return statistics.median(found)
 
 
-def _once_cpu(fn: Call) -> float:
-    start = time.perf_counter()
+def _once_cpu(fn: Call, clock: Clock = time.perf_counter) -> float:
+    start = clock()
     fn()
-    return (time.perf_counter() - start) * 1e3
+    return (clock() - start) * 1e3
 
 
 def _all_cuda(prepare: Callable[[], Call], repeats: int, flushes: int) -> list[float]:
@@ -108,7 +114,13 @@ def _all_cuda(prepare: Callable[[], Call], repeats: int, flushes: int) -> list[f
 
 
 def host_us(
-    fn: Call, device: torch.device | str, *, calls: int = 100, rounds: int = 7, warmup: int = 20
+    fn: Call,
+    device: torch.device | str,
+    *,
+    calls: int = 100,
+    rounds: int = 7,
+    warmup: int = 20,
+    clock: Clock = time.perf_counter,
 ) -> float:
     """Measure what the host spends on a call, on inputs so small that the device keeps up.
 
@@ -118,6 +130,7 @@ def host_us(
         calls: Calls a round; fewer than the device's queue holds, about 1000 kernels.
         rounds: Of which the quietest counts.
         warmup: Calls before.
+        clock: As in `samples_ms`.
 
     Returns:
         Microseconds a call.
@@ -128,16 +141,20 @@ def host_us(
     times = []
     for _ in range(rounds):
         wait()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             fn()
-        times.append((time.perf_counter() - start) / calls)
+        times.append((clock() - start) / calls)
     wait()
     return min(times) * 1e6
 
 
 def matmul_ceiling(
-    device: torch.device | str, dtype: torch.dtype, *, size: int | None = None
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    size: int | None = None,
+    clock: Clock = time.perf_counter,
 ) -> float:
     """Measure what a large square matrix product of random numbers reaches.
 
@@ -146,6 +163,7 @@ def matmul_ceiling(
         dtype: Of the factors; of an 8-bit one the product is bfloat16, with one scale a factor.
         size: Rows, columns and depth; None takes 8192 on a GPU and 1024 on the CPU, where a dtype
             that its processor cannot multiply (some 50 times slower) gets 192.
+        clock: As in `samples_ms`.
 
     Returns:
         FLOP/s, two to a multiply-add.
@@ -160,7 +178,7 @@ def matmul_ceiling(
     n = size or (8192 if device.type == "cuda" else 1024 if native else 192)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2 * n**3 / (time_ms(lambda: torch.mm(a, b, out=out), device) * 1e-3)
+    return 2 * n**3 / (time_ms(lambda: torch.mm(a, b, out=out), device, clock=clock) * 1e-3)
 
 
 def _fp8_ceiling(device: torch.device, dtype: torch.dtype, n: int) -> float:
@@ -175,12 +193,15 @@ def _fp8_ceiling(device: torch.device, dtype: torch.dtype, n: int) -> float:
     return 2 * n**3 / (time_ms(product, device) * 1e-3)
 
 
-def copy_ceiling(device: torch.device | str, *, size: int | None = None) -> float:
+def copy_ceiling(
+    device: torch.device | str, *, size: int | None = None, clock: Clock = time.perf_counter
+) -> float:
     """Measure what a large copy reaches.
 
     Args:
         device: CPU or CUDA device.
         size: Bytes copied; None takes 4 GiB on a GPU and 256 MiB on the CPU.
+        clock: As in `samples_ms`.
 
     Returns:
         Bytes a second, reads and writes both counted.
@@ -189,4 +210,5 @@ def copy_ceiling(device: torch.device | str, *, size: int | None = None) -> floa
     count = math.ceil((size or (4 << 30 if device.type == "cuda" else 256 << 20)) / 4)
     source = torch.rand(count, device=device)
     target = torch.empty_like(source)
-    return 8 * count / (time_ms(lambda: target.copy_(source), device, repeats=10) * 1e-3)
+    ms = time_ms(lambda: target.copy_(source), device, repeats=10, clock=clock)
+    return 8 * count / (ms * 1e-3)

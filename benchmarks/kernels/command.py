@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def plan_of(asked: argparse.Namespace) -> measure.Plan:
         peers=_chosen("peers", asked.peers, peers, peers),
         rounds=asked.rounds or (3 if asked.quick else 5),
         repeats=3 if asked.quick else 20,
+        clock=time.thread_time if torch.get_num_threads() == 1 else time.perf_counter,
     )
 
 
@@ -167,7 +169,7 @@ def run(cases: Sequence[Case], plan: measure.Plan, *, overhead_too: bool = True)
     host: list[dict[str, Any]] = []
     with _progress(1 + len(cases) + overhead_too) as step:
         step("ceilings")
-        found = measure.ceilings(plan.device, plan.dtype)
+        found = measure.ceilings(plan)
         for case in cases:
             step(f"{case.name} {case.size}")
             rows += measure.measure(case, plan, found)
@@ -191,6 +193,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="cpu or cuda")
     parser.add_argument("--dtype", help=", ".join(DTYPES))
     parser.add_argument("--rounds", type=int, help="turns of each contender, 5; at least 3")
+    parser.add_argument("--threads", type=int, help="of the CPU; of one, the processor time counts")
     parser.add_argument("--quick", action="store_true", help="few tokens, 3 rounds")
     parser.add_argument("--tune", action="store_true", help="search configurations first")
     parser.add_argument("--json", type=Path, help="write everything to this file")
@@ -208,6 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: If what is asked for is unknown or not here.
     """
     asked = arguments(argv)
+    if asked.threads is not None:
+        if asked.threads < 1:
+            raise UserError(f"--threads must be at least 1, got {asked.threads}")
+        torch.set_num_threads(asked.threads)
     plan = plan_of(asked)
     cases = cases_of(asked, plan)
     if asked.plot:

@@ -38,6 +38,7 @@ class Plan:
         peers: Names of peers: `eager`, `compile` and backends of other libraries.
         rounds: How often the contenders take turns, at least 3 for a spread that means something.
         repeats: Calls a round.
+        clock: Of the CPU, as `timing.samples_ms` takes it.
     """
 
     device: torch.device
@@ -46,21 +47,22 @@ class Plan:
     peers: Sequence[str]
     rounds: int = 5
     repeats: int = 10
+    clock: Callable[[], float] = time.perf_counter
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(plan: Plan) -> dict[str, float]:
     """Measure what this device reaches, now.
 
     Args:
-        device: Where.
-        dtype: Of the matrix product that the operators' own are held to.
+        plan: Where, by which clock, and the dtype of the product that operators are held to.
 
     Returns:
-        `copy_bytes_per_s`, `matmul_flops_per_s` in `dtype`, and on a device that has such products
+        `copy_bytes_per_s`, `matmul_flops_per_s`, and on a device that has such products
         `fp8_matmul_flops_per_s`.
     """
-    found = {"copy_bytes_per_s": timing.copy_ceiling(device)}
-    found["matmul_flops_per_s"] = timing.matmul_ceiling(device, dtype)
+    device = plan.device
+    found = {"copy_bytes_per_s": timing.copy_ceiling(device, clock=plan.clock)}
+    found["matmul_flops_per_s"] = timing.matmul_ceiling(device, plan.dtype, clock=plan.clock)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
         found["fp8_matmul_flops_per_s"] = timing.matmul_ceiling(device, torch.float8_e4m3fn)
     return found
@@ -213,7 +215,11 @@ def _block(runner: Runner, span: str, plan: Plan, *, first: bool) -> list[float]
         seconds = time.perf_counter() - start
         repeats, warmup = max(1, min(repeats, int(_CPU_S / max(seconds, 1e-9)))), int(first)
     return timing.samples_ms(
-        lambda: runner.prepare(span), plan.device, repeats=repeats, warmup=warmup
+        lambda: runner.prepare(span),
+        plan.device,
+        repeats=repeats,
+        warmup=warmup,
+        clock=plan.clock,
     )
 
 
@@ -263,17 +269,21 @@ def overhead(case: Case, plan: Plan) -> list[dict[str, Any]]:
     draw = Draw(plan.dtype, plan.device)
     drawn = case.draw(draw)
     x = torch.ones(8, device=plan.device)
-    bare = timing.host_us(lambda: x.add_(1), plan.device)
+    bare = _host(lambda: x.add_(1), plan)
     rows = []
     for name, run in contenders(case, plan).items():
         row = {"op": case.op, "variant": case.variant, "contender": name, "bare_us": bare}
         try:
             runner = Runner(case, run, drawn, Draw(plan.dtype, plan.device))
             with torch.no_grad():
-                row["forward_us"] = timing.host_us(runner.prepare("forward"), plan.device)
+                row["forward_us"] = _host(runner.prepare("forward"), plan)
             if case.backward is not None:
-                row["both_us"] = timing.host_us(runner.prepare("both"), plan.device)
+                row["both_us"] = _host(runner.prepare("both"), plan)
         except Exception as error:  # as above
             row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         rows.append(row)
     return rows
+
+
+def _host(call: Callable[[], object], plan: Plan) -> float:
+    return timing.host_us(call, plan.device, clock=plan.clock)

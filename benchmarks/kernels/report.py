@@ -19,7 +19,8 @@ _ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("triton", "liger-kernel", "transformer-engine", "apex", "bitsandbytes", "numpy")
 _METHOD = (
     "contenders in turns in one process, rotated each round; random inputs; on a GPU device events "
-    "after an L2 flush; the backward alone after an untimed forward; ratios of medians"
+    "after an L2 flush, on one CPU thread its processor time; the backward alone after an untimed "
+    "forward; ratios of medians"
 )
 
 
