@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from warploom.kernels.optim import squared_norm
+
 from .collectives import all_reduce_, device_of, place
 from .data import BUCKET_ELEMENTS, Gradients, Units, unit_of
 from .mesh import Mesh
@@ -346,9 +348,7 @@ class Step:
             for part in _counted(gradient, self.optimizer.shards[path].layout, self.owned[path])
         ]
         device = next(iter(shards.values())).device
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        if parts:
-            total = torch.stack(torch._foreach_norm(parts)).double().square().sum()
+        total = squared_norm(parts).to(device)
         if not all(map(math.isfinite, losses.values())):
             total = total * math.nan
         return math.sqrt(float(all_reduce_(total, self.mesh.world)))

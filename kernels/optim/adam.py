@@ -30,6 +30,7 @@ from .table import Plan, refuse_shared_memory
 
 _NARROW = (torch.float16, torch.bfloat16)
 _DTYPES = (*_NARROW, torch.float32, torch.float64)
+_NAMES = ("parameters", "gradients", "means", "squares")
 _NAN = 0x7FC00000  # the quiet NaN whose low half is 0
 
 
@@ -106,13 +107,8 @@ def adamw_reference(
     return parameter * (1 - learning_rate * weight_decay) - learning_rate * update, m, v
 
 
-def advance(step: Tensor, found: Tensor | None) -> None:
-    """Count a step that is about to be taken, unless the flag is up; after all checks.
-
-    Args:
-        step: 0-dim.
-        found: 0-dim flag on the same device, or None.
-    """
+def _advance(step: Tensor, found: Tensor | None) -> None:
+    """Count a step, unless the flag is up; after all checks."""
     step.add_(1 if found is None else found == 0)
 
 
@@ -133,7 +129,7 @@ def _torch(
     rates: Rates,
 ) -> None:
     """Step with torch's fused kernel, block by block where something is to be converted."""
-    advance(step, found)
+    _advance(step, found)
     skip = None if found is None else (found != 0).float()
 
     def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
@@ -190,13 +186,15 @@ def _adamw(
     backend: str | None,
 ) -> None:
     if not parameters:
-        advance(step, found)
+        _advance(step, found)
         return
     gradients = [g.contiguous() for g in gradients]
-    names = {"parameters": parameters, "gradients": gradients, "means": means, "squares": squares}
-    refuse_shared_memory("adamw_", names | ({"masters or remainders": extra} if extra else {}))
     rates = Rates(learning_rate, beta1, beta2, eps, weight_decay)
     lists = (parameters, gradients, means, squares, extra)
+    names = dict(zip(_NAMES, lists[:4], strict=True))
+    if extra:
+        names["masters or remainders"] = extra
+    refuse_shared_memory("adamw_", names)
     if choose("adamw", step.device, parameters[0].dtype, backend) == "triton":
         from .adam_triton import update
 
@@ -217,7 +215,12 @@ _ADAMW = register(
 
 
 def _check_lists(columns: dict[str, Sequence[Tensor]], device: torch.device) -> None:
-    """Hold each list to the parameters: their number and shapes, one dtype, one device, no gaps."""
+    """Hold each list to the parameters: number, shapes, device, strides, and then the dtypes."""
+    if len(columns) > len(_NAMES) + 1:
+        raise ValueError(
+            f"adamw_: give masters or remainders, not both; got {len(columns['masters'])} and "
+            f"{len(columns['remainders'])}"
+        )
     shapes = [p.shape for p in columns["parameters"]]
     for name, column in columns.items():
         if len(column) != len(shapes):
@@ -241,16 +244,18 @@ def _check_lists(columns: dict[str, Sequence[Tensor]], device: torch.device) -> 
                     f"adamw_: what is written must be contiguous, {name}[{n}] has shape "
                     f"{[*shape]} and strides {[*t.stride()]}"
                 )
+    if shapes:
+        _check_dtypes(columns)
 
 
-def _check_dtypes(columns: dict[str, Sequence[Tensor]], masters: bool, remainders: bool) -> None:
+def _check_dtypes(columns: dict[str, Sequence[Tensor]]) -> None:
     """Refuse dtypes in which a step would lose bits silently."""
     found = {name: column[0].dtype for name, column in columns.items()}
     own = found["parameters"]
-    if remainders:
+    if "remainders" in found:
         right = own == torch.bfloat16 and found["remainders"] == torch.int16
         rule = "remainders are int16, of bfloat16 parameters"
-    elif masters:
+    elif "masters" in found:
         right = own in _DTYPES and found["masters"] == wide(own)
         rule = "masters are float32, float64 of float64 parameters"
     else:
@@ -271,15 +276,13 @@ def _shown(found: dict[str, torch.dtype]) -> str:
     return ", ".join(f"{name} {dtype}" for name, dtype in found.items())
 
 
-def _check_scalars(
-    rates: Rates, step: Tensor, scalars: dict[str, Tensor | None], wanted: torch.device
-) -> None:
+def _check_scalars(rates: Rates, step: Tensor, scalars: dict[str, Tensor | None]) -> None:
     for name, t in {"step": step, **scalars}.items():
         if t is None:
             continue
-        if t.dim() or t.device != wanted or not t.is_floating_point():
+        if t.dim() or t.device != step.device or not t.is_floating_point():
             raise ValueError(
-                f"adamw_: {name} must be 0-dim, floating and on {wanted}, got {[*t.shape]}, "
+                f"adamw_: {name} must be 0-dim, floating and on {step.device}, got {[*t.shape]}, "
                 f"{t.dtype} on {t.device}"
             )
         if name in ("step", "learning_rate") and t.dtype != torch.float32:
@@ -338,28 +341,14 @@ def adamw_(
             share memory, or the plan is of others.
         RuntimeError: If `backend` cannot serve these tensors here, or a CUDA graph lacks a plan.
     """
-    if masters is not None and remainders is not None:
-        raise ValueError(
-            f"adamw_: give masters or remainders, not both; got {len(masters)} and "
-            f"{len(remainders)}"
-        )
-    columns = {
-        "parameters": parameters,
-        "gradients": gradients,
-        "means": means,
-        "squares": squares,
-        **({} if masters is None else {"masters": masters}),
-        **({} if remainders is None else {"remainders": remainders}),
-    }
-    constant = not isinstance(learning_rate, Tensor)
-    rate = None if constant else learning_rate
-    rates = Rates(float(learning_rate) if constant else 0.0, *betas, eps, weight_decay)
-    scalars = {"learning_rate": rate, "scale": scale, "found_inf": found_inf}
-    _check_scalars(rates, step, scalars, step.device)
-    _check_lists(columns, step.device)
-    if parameters:
-        _check_dtypes(columns, masters is not None, remainders is not None)
-    lists = [list(column) for column in columns.values()]
-    extra = lists[4] if len(lists) > 4 else []
+    wide_or_rest = {"masters": masters, "remainders": remainders}
+    lists = (parameters, gradients, means, squares)
+    given = {name: column for name, column in wide_or_rest.items() if column is not None}
+    rate = learning_rate if isinstance(learning_rate, Tensor) else None
+    number = 0.0 if isinstance(learning_rate, Tensor) else float(learning_rate)
+    rates = Rates(number, *betas, eps, weight_decay)
+    _check_scalars(rates, step, {"learning_rate": rate, "scale": scale, "found_inf": found_inf})
+    _check_lists(dict(zip(_NAMES, lists, strict=True)) | given, step.device)
+    extra = [t for column in given.values() for t in column]
     with torch.no_grad():
-        _ADAMW(*lists[:4], extra, step, rate, scale, found_inf, *rates, plan, backend)
+        _ADAMW(*map(list, lists), extra, step, rate, scale, found_inf, *rates, plan, backend)

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import on_device
-from .adam import Rates, advance
 from .table import CHUNK, device_table
 
 TYPES = {
@@ -218,32 +217,33 @@ def update(
     rate: Tensor | None,
     scale: Tensor | None,
     found: Tensor | None,
-    rates: Rates,
+    rates: tuple[float, ...],
     plan: list[Tensor] | None,
 ) -> None:
     """Launch the update.
 
     Args:
-        parameters: What the model computes with, contiguous.
-        gradients: As the parameters.
+        parameters: What the model computes with, contiguous, as `gradients`.
+        gradients: One for each.
         means: First moments, float32.
         squares: Second moments, float32.
         extra: float32 masters, int16 remainders, or nothing.
         step: 0-dim float32, steps before; the call adds one.
         rate: 0-dim float32 learning rate, or None for that of `rates`.
-        scale: 0-dim factor of the gradients, or None.
-        found: 0-dim flag, or None.
-        rates: The numbers.
+        scale: 0-dim factor of the gradients, or None, as `found`, the flag.
+        found: 0-dim.
+        rates: Learning rate, beta1, beta2, eps, weight decay.
         plan: A plan of the lists, or None.
     """
     columns = [parameters, gradients, means, squares, *([extra] if extra else [])]
     table, chunks = device_table("adamw_", columns, plan)
-    advance(step, found)
+    step.add_(1 if found is None else found == 0)
     if not chunks:
         return
-    kept = extra[0].dtype if extra else parameters[0].dtype
+    kept = (extra or parameters)[0].dtype
     remainders = kept == torch.int16
-    logs = [math.log(beta) if beta else -math.inf for beta in (rates.beta1, rates.beta2)]
+    number, beta1, beta2, eps, decay = rates
+    logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     with on_device(step):
         update_kernel[(chunks,)](
             table,
@@ -252,13 +252,9 @@ def update(
             step if rate is None else rate,
             step if scale is None else scale,
             step if found is None else found,
-            rates.learning_rate,
+            number,
             *logs,
-            1 - rates.beta1,
-            rates.beta2,
-            1 - rates.beta2,
-            rates.eps,
-            rates.weight_decay,
+            *(1 - beta1, beta2, 1 - beta2, eps, decay),
             KIND="remainders" if remainders else "masters" if extra else "in place",
             PARAMETER=TYPES[kept if remainders else parameters[0].dtype],
             GRADIENT=TYPES[gradients[0].dtype],

@@ -37,7 +37,8 @@ def newton_schulz_reference(u: Tensor, *, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return x.mT if u.shape[-2] > u.shape[-1] else x
+    y: Tensor = x.mT if u.shape[-2] > u.shape[-1] else x
+    return y
 
 
 def _newton_schulz(u: Tensor, steps: int, backend: str | None) -> Tensor:

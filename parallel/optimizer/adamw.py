@@ -3,8 +3,8 @@
     m <- b1 m + (1 - b1) g          v <- b2 v + (1 - b2) g^2
     w <- w - lr wd w - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-Bound by memory: 28 bytes a float32 element (reads w, g, m, v; writes w, m, v), in one pass of
-torch's fused kernel.
+Shards of one kind take the step together, in one pass of `kernels/optim` (see there for the roof),
+which rounds masters to rows as it goes. Masters in host memory are brought up afterwards.
 
 Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2.
 """
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
+
+from warploom.kernels.optim import adamw_
 
 from ..mesh import Mesh
 from ..sharding import Layout
@@ -70,38 +71,29 @@ class AdamW(ShardedOptimizer):
     def update(
         self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], learning_rate: float
     ) -> None:
-        """Change the masters of `shards` in place."""
-        for decay in (True, False):
-            self._update(
-                [s for s in shards if s.decay == decay and s.master.numel()],
-                gradients,
-                learning_rate,
-                self.weight_decay if decay else 0.0,
+        """Change masters and rows of `shards` in place."""
+        kinds: dict[tuple[bool, bool, torch.dtype, torch.dtype], list[Shard]] = {}
+        for s in shards:
+            if s.master.numel():
+                apart = s.master is not s.rows and s.master.device == s.rows.device
+                kind = (apart, s.decay, s.rows.dtype, gradients[s.path].dtype)
+                kinds.setdefault(kind, []).append(s)
+        for (apart, decay, *_), alike in kinds.items():
+            masters = [s.master for s in alike]
+            adamw_(
+                [s.rows for s in alike] if apart else masters,
+                [gradients[s.path] for s in alike],
+                [self.means[s.path] for s in alike],
+                [self.squares[s.path] for s in alike],
+                masters=masters if apart else None,
+                step=torch.tensor(float(self.steps - 1), device=masters[0].device),
+                learning_rate=learning_rate,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay if decay else 0.0,
             )
-
-    def _update(
-        self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], rate: float, decay: float
-    ) -> None:
-        if not shards:
-            return
-        adamw(
-            params=[s.master for s in shards],
-            grads=[gradients[s.path].to(s.master.dtype) for s in shards],
-            exp_avgs=[self.means[s.path] for s in shards],
-            exp_avg_sqs=[self.squares[s.path] for s in shards],
-            max_exp_avg_sqs=[],
-            state_steps=[
-                torch.tensor(float(self.steps - 1), device=s.master.device) for s in shards
-            ],
-            fused=True,
-            amsgrad=False,
-            beta1=self.betas[0],
-            beta2=self.betas[1],
-            lr=rate,
-            weight_decay=decay,
-            eps=self.eps,
-            maximize=False,
-        )
+            if not apart:
+                self.bring(alike)
 
 
 def _zeros(master: Tensor) -> Tensor:

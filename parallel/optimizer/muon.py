@@ -2,16 +2,15 @@
 
     b <- mu b + g,   u = g + mu b (Nesterov),   w <- w - lr wd w - lr s(n, m) O(u)
 
-O(u) replaces the singular values of u `[n, m]` by about 1: five Newton-Schulz steps
-x <- a x + (b A + c A^2) x, A = x x^T, from x = u / |u|. s(n, m) = 0.2 sqrt(max(n, m)) gives the
-update the root mean square of AdamW's, so that one learning rate serves both.
+O(u) replaces the singular values of u `[n, m]` by about 1, in five Newton-Schulz steps (see
+`kernels/optim`). s(n, m) = 0.2 sqrt(max(n, m)) gives the update the root mean square of AdamW's, so
+that one learning rate serves both.
 
 The shards of u go to the ranks that make whole matrices of them (see `matrices.py`), and the rows
 come back. Parameters that are no hidden matrices (embedding, head, norms) take AdamW's step.
 
-Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (the method and its
-coefficients); Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2 (scale, decay) and
-2.3 (sharding).
+Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/ (the method); Liu et al.
+2025, https://arxiv.org/abs/2502.16982, section 2.2 (scale, decay) and 2.3 (sharding).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,27 +18,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from warploom.kernels.optim import newton_schulz
+
 from ..mesh import Mesh
 from ..sharding import Layout
 from .adamw import AdamW
 from .matrices import Matrices
 from .sharded import Shard, decays
-
-
-def newton_schulz(u: Tensor, *, steps: int = 5) -> Tensor:
-    """Return a matrix `[n, m]` with the singular vectors of `u` and singular values of about 1.
-
-    Args:
-        u: Matrix `[n, m]`, in the dtype of the computation.
-        steps: Iterations.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = u.t() if u.shape[0] > u.shape[1] else u
-    x = x / (x.norm() + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if u.shape[0] > u.shape[1] else x
 
 
 class Muon(AdamW):
@@ -138,14 +123,15 @@ class Muon(AdamW):
     def update(
         self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], learning_rate: float
     ) -> None:
-        """Change the masters of `shards` in place."""
+        """Change masters and rows of `shards` in place."""
         rest = [shard for shard in shards if shard.path not in self.momenta]
         super().update(rest, gradients, learning_rate * self.rest_rate)
-        for shard in shards:
-            if shard.path in self.momenta:
-                if shard.decay:
-                    shard.master.mul_(1 - learning_rate * self.weight_decay)
-                shard.master.sub_(self.orthogonal.pop(shard.path), alpha=learning_rate)
+        hidden = [shard for shard in shards if shard.path in self.momenta]
+        for shard in hidden:
+            if shard.decay:
+                shard.master.mul_(1 - learning_rate * self.weight_decay)
+            shard.master.sub_(self.orthogonal.pop(shard.path), alpha=learning_rate)
+        self.bring(hidden)
 
 
 def _orthogonal(u: Tensor, narrow: torch.dtype) -> Tensor:

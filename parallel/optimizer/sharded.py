@@ -160,7 +160,7 @@ class ShardedOptimizer(ABC):
     def update(
         self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], learning_rate: float
     ) -> None:
-        """Change the masters of `shards` in place; `self.steps` already counts this step."""
+        """Change masters and rows of `shards` in place; `self.steps` already counts this step."""
 
     @abstractmethod
     def states(self) -> Iterable[tuple[str, str, Tensor]]:
@@ -197,7 +197,7 @@ class ShardedOptimizer(ABC):
             wait()
             trained = [self.shards[p] for p in bucket.paths if self.parameters[p].requires_grad]
             self.update(trained, gradients, learning_rate)
-            self._publish(bucket, flying)
+            self._gather(bucket, flying)
         self._land(flying, 0)
         self.written = self._versions()
 
@@ -223,7 +223,8 @@ class ShardedOptimizer(ABC):
         """Give the ranks the parameters that the masters hold."""
         flying: deque[tuple[Bucket, Pending]] = deque()
         for bucket in self.buckets:
-            self._publish(bucket, flying)
+            self.bring([self.shards[path] for path in bucket.paths])
+            self._gather(bucket, flying)
         self._land(flying, 0)
         self.written = self._versions()
 
@@ -239,16 +240,19 @@ class ShardedOptimizer(ABC):
         apart = [s for s in self.shards.values() if s.master is not s.rows and self.zero < 3]
         return {shard.path: shard.parameter._version for shard in apart}
 
-    def _publish(self, bucket: Bucket, flying: deque[tuple[Bucket, Pending]]) -> None:
-        """Bring masters to own rows, and begin to gather these where every rank has all."""
-        shards = [self.shards[path] for path in bucket.paths]
+    @staticmethod
+    def bring(shards: Iterable[Shard]) -> None:
+        """Round masters to own rows, where these are apart."""
         for shard in shards:
             if shard.master is not shard.rows:
                 shard.rows.copy_(shard.master, non_blocking=True)
+
+    def _gather(self, bucket: Bucket, flying: deque[tuple[Bucket, Pending]]) -> None:
+        """Begin to gather own rows where every rank has all."""
         if bucket.group is None or self.zero == 3:
             return
         self._land(flying, _FLYING - 1)
-        own = bucket.own([shard.rows for shard in shards])
+        own = bucket.own([self.shards[path].rows for path in bucket.paths])
         flying.append((bucket, all_gather_rows_begin(own, bucket.group)))
 
     def _land(self, flying: deque[tuple[Bucket, Pending]], left: int) -> None:
