@@ -26,6 +26,7 @@ from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 from ..quant.fp8 import BLOCK, Fp8, fp8_quantize_reference
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 1 << 18  # elements a block of rows of the backward, so that its temporaries stay in cache
 
 
@@ -118,9 +119,14 @@ def _places(order_M: Tensor, slots: int) -> Tensor:
     return places.scatter_(0, target, torch.arange(len(order_M), device=order_M.device))[:slots]
 
 
-def _gather(rows_MD: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def unpermute_reference(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
+    """Specify `unpermute`, differentiably in `rows_MD` and `weights_TK`."""
     accumulate = wide(rows_MD.dtype)
-    y_TD = rows_MD.new_zeros(places_TK.shape[0], rows_MD.shape[1], dtype=accumulate)
+    tokens, top_k = weights_TK.shape
+    y_TD = rows_MD.new_zeros(tokens, rows_MD.shape[1], dtype=accumulate)
+    if tokens and not rows_MD.shape[0]:
+        return y_TD.to(rows_MD.dtype)
+    places_TK = _places(order_M, tokens * top_k).view(tokens, top_k)
     for place_T, weight_T in zip(places_TK.unbind(1), weights_TK.unbind(1), strict=True):
         part_TD = rows_MD.index_select(0, place_T.clamp(min=0)).to(accumulate)
         part_TD = part_TD.masked_fill((place_T < 0).unsqueeze(1), 0.0)
@@ -128,45 +134,57 @@ def _gather(rows_MD: Tensor, places_TK: Tensor, weights_TK: Tensor) -> Tensor:
     return y_TD.to(rows_MD.dtype)
 
 
-def unpermute_reference(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
-    """Specify `unpermute`, differentiably in `rows_MD` and `weights_TK`."""
-    if not rows_MD.shape[0] and weights_TK.shape[0]:
-        return rows_MD.new_zeros(weights_TK.shape[0], rows_MD.shape[1])
-    places_TK = _places(order_M, weights_TK.numel()).view(weights_TK.shape)
-    return _gather(rows_MD, places_TK, weights_TK)
+def _unpermute_cpu(rows_MD: Tensor, places_TK: Tensor, weights_TK: Tensor | None) -> Tensor:
+    """Gather and sum in one pass, by blocks whose copies in a wider dtype stay in cache.
+
+    A sum without weights needs no copies: it is in float32, whatever the rows are.
+    """
+    tokens, top_k = places_TK.shape
+    copied = weights_TK is not None and rows_MD.dtype != wide(rows_MD.dtype)
+    parts = []
+    for block in row_blocks(tokens, rows_MD.shape[1] * top_k) if copied else [slice(tokens)]:
+        held_TK = places_TK[block] >= 0
+        rows, places, length_T = rows_MD, places_TK[block][held_TK], held_TK.sum(1)
+        weights = None if weights_TK is None else weights_TK[block][held_TK]
+        if copied:
+            rows = rows_MD.index_select(0, places).to(torch.float32)
+            places = torch.arange(len(places))
+        if weights is not None:
+            weights = weights.to(rows.dtype)
+        starts_T = length_T.cumsum(0) - length_T
+        y_TD = torch.embedding_bag(rows, places, starts_T, per_sample_weights=weights)[0]
+        parts.append(y_TD.to(rows_MD.dtype))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _unpermute_cpu(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
-    """Gather and sum in one pass; in low precision by blocks, as a bag sums in its own dtype."""
-    places_TK = _places(order_M, weights_TK.numel()).view(weights_TK.shape)
-    if rows_MD.dtype == wide(rows_MD.dtype):
-        held_TK = places_TK >= 0
-        ends_T = held_TK.sum(1).cumsum(0)
-        y: Tensor = torch.embedding_bag(
-            rows_MD,
-            places_TK[held_TK],
-            ends_T - held_TK.sum(1),
-            per_sample_weights=weights_TK[held_TK].to(rows_MD.dtype),
-        )[0]
-        return y
-    y_TD = rows_MD.new_empty(weights_TK.shape[0], rows_MD.shape[1])
-    for block in row_blocks(*y_TD.shape):
-        y_TD[block] = _gather(rows_MD, places_TK[block], weights_TK[block])
-    return y_TD
-
-
-def _unpermute(rows: Tensor, order: Tensor, weights: Tensor, backend: str | None) -> Tensor:
+def _unpermute(
+    rows: Tensor,
+    order: Tensor,
+    weights: Tensor | None,
+    tokens: int,
+    top_k: int,
+    backend: str | None,
+) -> Tensor:
+    """Weights of None are ones."""
     if choose("unpermute", rows.device, rows.dtype, backend) == "triton":
         from .permutation_triton import unpermute
 
-        return unpermute(rows, order, weights)
+        return unpermute(rows, order, weights, tokens, top_k)
     if rows.device.type == "cpu" and rows.numel():
-        return _unpermute_cpu(rows, order, weights)
+        return _unpermute_cpu(rows, _places(order, tokens * top_k).view(tokens, top_k), weights)
+    weights = rows.new_ones(tokens, top_k) if weights is None else weights
     return unpermute_reference(rows, order, weights)
 
 
-def _unpermute_fake(rows: Tensor, order: Tensor, weights: Tensor, backend: str | None) -> Tensor:
-    return rows.new_empty(weights.shape[0], rows.shape[1])
+def _unpermute_fake(
+    rows: Tensor,
+    order: Tensor,
+    weights: Tensor | None,
+    tokens: int,
+    top_k: int,
+    backend: str | None,
+) -> Tensor:
+    return rows.new_empty(tokens, rows.shape[1])
 
 
 def _unpermute_backward(
@@ -200,8 +218,7 @@ def _unpermute_backward_fake(
 
 def _gradient(ctx: Any, drows: Tensor) -> Tensor:
     """Sum the gradients of the rows of each token."""
-    ones = drows.new_ones(ctx.slots, dtype=wide(drows.dtype))
-    dx: Tensor = _UNPERMUTE(drows, *ctx.saved_tensors, ones, ctx.backend)
+    dx: Tensor = _UNPERMUTE(drows, *ctx.saved_tensors, None, *ctx.slots, ctx.backend)
     return dx
 
 
@@ -241,19 +258,17 @@ class _PermuteFp8(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, order: Tensor, weights: Tensor, backend: str | None
-    ) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor, *rest: Any) -> Tensor:
         ctx.save_for_backward(rows, order, weights)
-        ctx.backend = backend
-        y: Tensor = below_autograd(_UNPERMUTE, rows, order, weights, backend)
+        ctx.backend = rest[-1]
+        y: Tensor = below_autograd(_UNPERMUTE, rows, order, weights, *rest)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only("unpermute")
         drows, dweights = _UNPERMUTE_BACKWARD(dy, *ctx.saved_tensors, ctx.backend)
-        return drows, None, dweights, None
+        return drows, None, dweights, None, None, None
 
 
 _PERMUTE = register(
@@ -271,7 +286,8 @@ _PERMUTE_FP8 = register(
     _PermuteFp8,
 )
 _UNPERMUTE = register(
-    "unpermute_forward(Tensor rows, Tensor order, Tensor weights, str? backend) -> Tensor",
+    "unpermute_forward(Tensor rows, Tensor order, Tensor? weights, SymInt tokens, SymInt top_k,"
+    " str? backend) -> Tensor",
     _unpermute,
     _unpermute_fake,
     _Unpermute,
@@ -284,11 +300,20 @@ _UNPERMUTE_BACKWARD = register(
 )
 
 
-def _check(op: str, x: Tensor, indices: Tensor) -> None:
+def _check(op: str, x: Tensor, integers: str, indices: Tensor) -> None:
+    if x.dtype not in _DTYPES or indices.dtype != torch.int64:
+        raise ValueError(
+            f"{op}: {'rows' if integers == 'order' else 'x'} must be float16, bfloat16, float32 or "
+            f"float64 and {integers} int64, got {x.dtype} and {indices.dtype}"
+        )
+
+
+def _check_tokens(op: str, x: Tensor, indices: Tensor) -> None:
     if x.dim() != 2 or indices.dim() != 2 or len(x) != len(indices):
         raise ValueError(
             f"{op}: x must be [T, D] and indices [T, k], got {[*x.shape]} and {[*indices.shape]}"
         )
+    _check(op, x, "indices", indices)
 
 
 def permute(
@@ -297,7 +322,7 @@ def permute(
     """Copy each token once for each of its experts, sorted by expert.
 
     Args:
-        x: Tokens `[T, D]`.
+        x: Tokens `[T, D]`; float16, bfloat16, float32 or float64.
         indices: Experts of each token `[T, k]` int64, from 0 to `experts` - 1; -1 gives no row.
         experts: How many there are.
         backend: `reference` or `triton`; None takes the fastest that is proven here.
@@ -307,10 +332,12 @@ def permute(
         counts `[experts]` int64; order `[T k]` int64, for `unpermute`.
 
     Raises:
-        ValueError: If `indices` does not have a row for each token, or holds `experts` or more.
+        ValueError: If `indices` does not have a row for each token, a dtype is not one of these,
+            or, on the CPU, `indices` holds `experts` or more (elsewhere these give no row: to know
+            would be to wait for the device).
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check("permute", x, indices)
+    _check_tokens("permute", x, indices)
     rows, counts, order = _PERMUTE(x, indices, experts, backend)
     return rows, counts, order
 
@@ -344,7 +371,7 @@ def permute_fp8(
         ValueError: As of `permute`, or if `scaling` is not one of these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check("permute_fp8", x, indices)
+    _check_tokens("permute_fp8", x, indices)
     if scaling not in ("row", "block"):
         raise ValueError(f"permute_fp8: scaling must be row or block, got {scaling!r}")
     args = experts, scaling, power_of_two, backend
@@ -358,7 +385,7 @@ def unpermute(
     """Sum the rows of each token, times their weights.
 
     Args:
-        rows: `[M, D]`; a row whose order is -1 is not read.
+        rows: `[M, D]`, dtypes as of `permute`; a row whose order is -1 is not read.
         order: The slot of each row `[M]` int64, from `permute`, or its first M elements.
         weights: `[T, k]`, float32 at least.
         backend: `reference` or `triton`; None takes the fastest that is proven here.
@@ -367,7 +394,7 @@ def unpermute(
         `[T, D]` in the dtype of `rows`, summed in float32 at least; a token without rows is zero.
 
     Raises:
-        ValueError: If `order` does not have an element for each row.
+        ValueError: If `order` does not have an element for each row, or a dtype is none of these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     if rows.dim() != 2 or weights.dim() != 2 or order.shape != rows.shape[:1]:
@@ -375,5 +402,6 @@ def unpermute(
             f"unpermute: rows must be [M, D], order [M] and weights [T, k], got {[*rows.shape]}, "
             f"{[*order.shape]} and {[*weights.shape]}"
         )
-    y: Tensor = _UNPERMUTE(rows, order, weights, backend)
+    _check("unpermute", rows, "order", order)
+    y: Tensor = _UNPERMUTE(rows, order, weights, *weights.shape, backend)
     return y

@@ -54,18 +54,21 @@ def rank_kernel(
 ):
     """Count in a tile the slots of the same expert before each; the last one knows them all."""
     tile = tl.program_id(0).to(tl.int64)
-    slot = tile * SLOTS + tl.arange(0, SLOTS)
-    expert = _expert(indices, slot, slots, experts)
+    indices += tile * SLOTS
+    left = tl.minimum(slots - tile * SLOTS, SLOTS).to(tl.int32)
+    slot = tl.arange(0, SLOTS)
+    expert = _expert(indices, slot, left, experts).to(tl.int32)
     before = tl.zeros([SLOTS], tl.int32)
     after = tl.zeros([SLOTS], tl.int32)
-    for start in range(0, SLOTS, CHUNK):
-        other = tile * SLOTS + start + tl.arange(0, CHUNK)
-        same = expert[:, None] == _expert(indices, other, slots, experts)[None, :]
-        same = same & (other < slots)[None, :]
+    for start in range(0, left, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        same = expert[:, None] == _expert(indices, other, left, experts).to(tl.int32)[None, :]
         before += tl.sum((same & (other[None, :] < slot[:, None])).to(tl.int32), 1)
+        same = same & (other < left)[None, :]
         after += tl.sum((same & (other[None, :] > slot[:, None])).to(tl.int32), 1)
-    tl.store(ranks + slot, before.to(tl.int64), slot < slots)
-    tl.store(counts + expert * tiles + tile, before + 1, (slot < slots) & (after == 0))
+    tl.store(ranks + tile * SLOTS + slot, before.to(tl.int64), slot < left)
+    to = counts + expert.to(tl.int64) * tiles + tile
+    tl.store(to, before + 1, (slot < left) & (after == 0))
 
 
 @triton.jit
@@ -168,11 +171,12 @@ def gather_kernel(
     width,
     pieces,
     stride,
+    WEIGHTED: tl.constexpr,
     K: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Sum the K rows of each token, in their order, times their weights."""
+    """Sum the K rows of each token, in their order; with WEIGHTED times their weights."""
     program = tl.program_id(0)
     token = (program // pieces).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = (program % pieces) * COLUMNS + tl.arange(0, COLUMNS)
@@ -182,11 +186,12 @@ def gather_kernel(
     for j in tl.range(0, K, loop_unroll_factor=4):
         place = tl.load(places + token * K + j, known, other=-1)
         held = place >= 0
-        weight = tl.load(weights + token * K + j, held, other=0.0).to(tl.float32)
-        part = tl.load(
-            rows + place[:, None] * stride + column[None, :], inside & held[:, None], other=0.0
-        )
-        total += weight[:, None] * part.to(tl.float32)
+        at = rows + place[:, None] * stride + column[None, :]
+        part = tl.load(at, inside & held[:, None], other=0.0).to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weights + token * K + j, held, other=0.0).to(tl.float32)
+            part = weight[:, None] * part
+        total += part
     to = y + token[:, None] * width + column[None, :]
     tl.store(to, total.to(y.dtype.element_ty), inside)
 
@@ -344,34 +349,39 @@ def _invert(order: Tensor, slots: int, drows: Tensor | None) -> Tensor:
     return places
 
 
-def unpermute(rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor) -> Tensor:
+def unpermute(
+    rows_MD: Tensor, order_M: Tensor, weights_TK: Tensor | None, tokens: int, top_k: int
+) -> Tensor:
     """Launch `unpermute`.
 
     Args:
         rows_MD: `[M, D]`.
         order_M: `[M]` int64.
-        weights_TK: `[T, k]`.
+        weights_TK: `[T, k]`; None is ones.
+        tokens: T.
+        top_k: k.
 
     Returns:
         `[T, D]`.
     """
-    (tokens, top_k), width = weights_TK.shape, rows_MD.shape[1]
+    width = rows_MD.shape[1]
     y_TD = rows_MD.new_empty(tokens, width)
     if not y_TD.numel():
         return y_TD
     rows_MD, chosen = _strided(rows_MD), configuration(width)
     pieces = triton.cdiv(width, chosen["COLUMNS"])
     with on_device(rows_MD):
-        places = _invert(order_M, weights_TK.numel(), None)
+        places = _invert(order_M, tokens * top_k, None)
         gather_kernel[(triton.cdiv(tokens, chosen["TOKENS"]) * pieces,)](
             rows_MD,
             places,
-            weights_TK.contiguous(),
+            places if weights_TK is None else weights_TK.contiguous(),
             y_TD,
             tokens,
             width,
             pieces,
             rows_MD.stride(0),
+            WEIGHTED=weights_TK is not None,
             K=top_k,
             **chosen,
         )

@@ -13,8 +13,8 @@ Equal values are taken in the order of their index. With groups, a group's score
 two best values, and only the experts of the `top_groups` best groups are open. A NaN poisons the
 weights of its own token, whose indices stay valid.
 
-Shapes: T tokens, E experts, k experts a token. Bound by memory. Saved for the backward: z and the
-indices.
+Shapes: T tokens, E experts, k experts a token. Bound by memory. Saved for the backward: z, the
+indices and p.
 
 Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1 (softmax after the
 choice); DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, equations 12 to 16 (sigmoid, groups,
@@ -30,23 +30,26 @@ from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
 
 SCORES = ("softmax", "sigmoid", "softmax_after")
-_NAN = 0x7FFFFFFF  # above the bits of every number
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TINY = 1e-20  # keeps a sum of scores that all underflow from dividing by 0
 
 
 def _largest(values_TE: Tensor, top_k: int) -> Tensor:
     """Return the indices `[T, k]` of the largest values; the first of equal ones, NaN above all.
 
-    In float32 value and index make one integer: none are equal, and integers sort faster.
+    `topk` is faster than a stable sort, but leaves the order of equal values open: on the CPU only
+    the tokens where these matter are sorted. Elsewhere to know which would be to wait.
     """
-    if values_TE.dtype == torch.float64:
+    if values_TE.device.type != "cpu":
         order = values_TE.sort(dim=1, descending=True, stable=True).indices
         return order[:, :top_k].contiguous()
-    bits = (values_TE + 0.0).view(torch.int32)  # there is no -0.0 then
-    bits = torch.where(values_TE.isnan(), _NAN, bits ^ ((bits >> 31) & _NAN))
-    experts = values_TE.shape[1]
-    last = torch.arange(experts - 1, -1, -1, device=bits.device)
-    return ((bits.to(torch.int64) << 32) | last).topk(top_k, dim=1).indices
+    best = values_TE.topk(min(top_k + 1, values_TE.shape[1]), dim=1)
+    indices_TK = best.indices[:, :top_k].contiguous()
+    tied_T = ~(best.values[:, :-1] > best.values[:, 1:]).all(1)  # or NaN
+    if tied_T.any():
+        order = values_TE[tied_T].sort(dim=1, descending=True, stable=True).indices
+        indices_TK[tied_T] = order[:, :top_k]
+    return indices_TK
 
 
 def _choice(
@@ -88,15 +91,19 @@ def route_reference(
         indices_TK = _choice(values_TE, ranked_TE, top_k, groups, top_groups)
     else:
         indices_TK = chosen.clone()
-    absent_TK = indices_TK < 0
-    held_TK = indices_TK.clamp(min=0)
+    absent_TK = None if chosen is None else indices_TK < 0  # what is no expert
+    values_TE = z_TE if score == "softmax_after" else scores_TE
+    weights_TK = values_TE.gather(1, indices_TK.clamp(min=0))
     if score == "softmax_after":
-        weights_TK = z_TE.gather(1, held_TK).masked_fill(absent_TK, -torch.inf).softmax(1)
-    else:
-        weights_TK = scores_TE.gather(1, held_TK).masked_fill(absent_TK, 0.0)
-        if normalise:
-            weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + _TINY)
-    return (weights_TK * scale).masked_fill(absent_TK, 0.0), indices_TK, probabilities_TE
+        weights_TK = _fill(weights_TK, absent_TK, -torch.inf).softmax(1)
+    elif normalise:
+        weights_TK = _fill(weights_TK, absent_TK, 0.0)
+        weights_TK = weights_TK / (weights_TK.sum(1, keepdim=True) + _TINY)
+    return _fill(weights_TK * scale, absent_TK, 0.0), indices_TK, probabilities_TE
+
+
+def _fill(x_TK: Tensor, absent_TK: Tensor | None, value: float) -> Tensor:
+    return x_TK if absent_TK is None else x_TK.masked_fill(absent_TK, value)
 
 
 def _forward(
@@ -149,7 +156,41 @@ def _forward_fake(
 
 
 def _through_softmax(dp: Tensor, p: Tensor) -> Tensor:
-    return p * (dp - (p * dp).sum(1, keepdim=True))
+    return torch._softmax_backward_data(dp, p, 1, p.dtype)
+
+
+def _absent(indices_TK: Tensor) -> Tensor | None:
+    """Find what is no expert; None where the CPU sees that there is nothing."""
+    absent_TK = indices_TK < 0
+    return absent_TK if indices_TK.device.type != "cpu" or absent_TK.any() else None
+
+
+def _dchosen(
+    dweights: Tensor,
+    values_TE: Tensor,
+    indices_TK: Tensor,
+    score: str,
+    normalise: bool,
+    scale: float,
+) -> Tensor:
+    """Return the gradient of the chosen scores for `softmax`, else of the chosen logits, `[T, k]`.
+
+    `values_TE` holds the former or the latter.
+    """
+    absent_TK = _absent(indices_TK)
+    dw_TK = _fill(dweights, absent_TK, 0.0) * scale
+    values_TK = values_TE.gather(1, indices_TK.clamp(min=0)).to(dw_TK.dtype)
+    if score == "softmax_after":
+        dw_TK = _through_softmax(dw_TK, _fill(values_TK, absent_TK, -torch.inf).softmax(1))
+        return _fill(dw_TK, absent_TK, 0.0)
+    s_TK = values_TK.sigmoid() if score == "sigmoid" else values_TK
+    if normalise:
+        s_TK = _fill(s_TK, absent_TK, 0.0)
+        total = s_TK.sum(1, keepdim=True) + _TINY
+        dw_TK = (dw_TK - (dw_TK * s_TK).sum(1, keepdim=True) / total) / total
+    if score == "sigmoid":
+        dw_TK = torch.ops.aten.sigmoid_backward(dw_TK, s_TK)
+    return _fill(dw_TK, absent_TK, 0.0)
 
 
 def _backward(
@@ -157,41 +198,36 @@ def _backward(
     dprobabilities: Tensor | None,
     logits: Tensor,
     indices: Tensor,
+    probabilities: Tensor,
     score: str,
     normalise: bool,
     scale: float,
     backend: str | None,
 ) -> Tensor:
-    """Return dlogits `[T, E]`: the scores are computed again, as they are cheaper than kept."""
+    """Return dlogits `[T, E]`."""
+    args = (score, normalise, scale)
     if choose("route", logits.device, logits.dtype, backend) == "triton":
         from .router_triton import backward
 
-        return backward(dweights, dprobabilities, logits, indices, score, normalise, scale)
-    z_TE = logits.to(wide(logits.dtype))
-    s_TE = torch.sigmoid(z_TE) if score == "sigmoid" else torch.softmax(z_TE, 1)
-    ds_TE = torch.zeros_like(s_TE)
-    dz_TE = torch.zeros_like(s_TE)
+        return backward(dweights, dprobabilities, logits, indices, probabilities, *args)
+    if dprobabilities is None:
+        dz_TE = torch.zeros_like(probabilities)
+    elif score == "softmax":
+        dz_TE = dprobabilities.clone()
+    elif score == "softmax_after":
+        dz_TE = _through_softmax(dprobabilities, probabilities)
+    else:
+        s_TE = torch.sigmoid(logits.to(probabilities.dtype))
+        dz_TE = dprobabilities - (dprobabilities * probabilities).sum(1, keepdim=True)
+        dz_TE.div_(s_TE.sum(1, keepdim=True) + _TINY)
+        dz_TE = torch.ops.aten.sigmoid_backward(dz_TE, s_TE)
     if dweights is not None:
-        absent_TK, held_TK = indices < 0, indices.clamp(min=0)
-        dw_TK = dweights.masked_fill(absent_TK, 0.0) * scale
-        if score == "softmax_after":
-            chosen_TK = z_TE.gather(1, held_TK).masked_fill(absent_TK, -torch.inf)
-            dchosen_TK = _through_softmax(dw_TK, chosen_TK.softmax(1)).masked_fill(absent_TK, 0.0)
-            dz_TE.scatter_add_(1, held_TK, dchosen_TK)
-        else:
-            if normalise:
-                s_TK = s_TE.gather(1, held_TK).masked_fill(absent_TK, 0.0)
-                total = s_TK.sum(1, keepdim=True) + _TINY
-                dw_TK = (dw_TK - (dw_TK * s_TK).sum(1, keepdim=True) / total) / total
-            ds_TE.scatter_add_(1, held_TK, dw_TK.masked_fill(absent_TK, 0.0))
-    if score == "sigmoid":
-        if dprobabilities is not None:
-            total = s_TE.sum(1, keepdim=True) + _TINY
-            ds_TE += (dprobabilities - (dprobabilities * s_TE).sum(1, keepdim=True) / total) / total
-        return (ds_TE * s_TE * (1 - s_TE)).to(logits.dtype)
-    if dprobabilities is not None:
-        ds_TE += dprobabilities
-    return dz_TE.add_(_through_softmax(ds_TE, s_TE)).to(logits.dtype)
+        values_TE = probabilities if score == "softmax" else logits
+        part_TK = _dchosen(dweights, values_TE, indices, *args)
+        dz_TE.scatter_add_(1, indices.clamp(min=0), part_TK)
+    if score == "softmax":
+        dz_TE = _through_softmax(dz_TE, probabilities)
+    return dz_TE.to(logits.dtype)
 
 
 def _backward_fake(
@@ -199,6 +235,7 @@ def _backward_fake(
     dprobabilities: Tensor | None,
     logits: Tensor,
     indices: Tensor,
+    probabilities: Tensor,
     score: str,
     normalise: bool,
     scale: float,
@@ -213,7 +250,7 @@ class _Route(torch.autograd.Function):
         weights, indices, probabilities = below_autograd(_FORWARD, logits, *args)
         _, _, _, score, _, _, *rest = args
         ctx.rest = (score, *rest)  # with normalise, scale and backend
-        ctx.save_for_backward(logits, indices)
+        ctx.save_for_backward(logits, indices, probabilities)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         return weights, indices, probabilities
@@ -223,8 +260,7 @@ class _Route(torch.autograd.Function):
         ctx: Any, dweights: Tensor | None, _: None, dprobabilities: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         first_derivative_only("route")
-        logits, indices = ctx.saved_tensors
-        dlogits = _BACKWARD(dweights, dprobabilities, logits, indices, *ctx.rest)
+        dlogits = _BACKWARD(dweights, dprobabilities, *ctx.saved_tensors, *ctx.rest)
         return dlogits, *(None,) * 9
 
 
@@ -237,7 +273,7 @@ _FORWARD = register(
 )
 _BACKWARD = register(
     "route_backward(Tensor? dweights, Tensor? dprobabilities, Tensor logits, Tensor indices,"
-    " str score, bool normalise, float scale, str? backend) -> Tensor",
+    " Tensor probabilities, str score, bool normalise, float scale, str? backend) -> Tensor",
     _backward,
     _backward_fake,
 )
@@ -287,7 +323,7 @@ def route(
     """Choose the experts of each token.
 
     Args:
-        logits: `[T, E]`, any floating dtype; computed in float32 at least.
+        logits: `[T, E]`; float16, bfloat16, float32 or float64; computed in float32 at least.
         top_k: Experts a token.
         score: `softmax` over all experts, `sigmoid`, or `softmax_after`: over the chosen ones.
         groups: Groups of neighbouring experts.
@@ -305,7 +341,7 @@ def route(
 
     Raises:
         ValueError: If `score` is unknown, `top_k`, `groups` or `top_groups` do not fit the experts,
-            `softmax_after` is not to be normalised, or a shape does not fit.
+            `softmax_after` is not to be normalised, or a shape or dtype does not fit.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     if logits.dim() != 2:
@@ -316,6 +352,12 @@ def route(
     if chosen is not None and tuple(chosen.shape) != (logits.shape[0], top_k):
         raise ValueError(
             f"route: chosen must be [{logits.shape[0]}, {top_k}], got {[*chosen.shape]}"
+        )
+    integers = torch.int64 if chosen is None else chosen.dtype
+    if logits.dtype not in _DTYPES or integers != torch.int64:
+        raise ValueError(
+            f"route: logits must be float16, bfloat16, float32 or float64 and chosen int64, "
+            f"got {logits.dtype} and {integers}"
         )
     weights, indices, probabilities = _FORWARD(
         logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale, backend

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..launch import next_power_of_two, on_device
 
 _TILE = 512  # elements a warp, where a token has no more
-_MOST = 8192  # experts, with the padding of groups, that the registers of a program hold
+_MOST = 4096  # experts, with the padding of groups, that the registers of a program hold
 _NAN = tl.constexpr(0x7FFFFFFF)  # above the bits of every number
 _LEAST = tl.constexpr(-(2**31))  # below them
 _NONE = tl.constexpr(-(2**63))
@@ -164,6 +164,7 @@ def backward_kernel(
     dprobabilities,
     logits,
     indices,
+    probabilities,
     dlogits,
     tokens,
     experts,
@@ -184,13 +185,16 @@ def backward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EACH)[None, :]
     inside = (row < tokens)[:, None] & (expert < experts)
-    from_ = logits + row[:, None] * stride
-    z = tl.load(from_ + expert, inside, other=float("-inf")).to(tl.float32)
-    most = tl.max(z, 1)[:, None]
-    total = tl.sum(tl.exp(z - most), 1)[:, None]
-    scores = tl.where(inside, _scores(z, SCORE == "sigmoid", most, total), 0.0)
-    dscores = tl.zeros([ROWS, EACH], tl.float32)
-    dz = tl.zeros([ROWS, EACH], tl.float32)
+    if SCORE == "softmax":
+        values, values_stride = probabilities, experts
+    else:
+        values, values_stride = logits, stride
+    if SCORE == "sigmoid":
+        z = tl.load(logits + row[:, None] * stride + expert, inside, other=float("-inf"))
+        scores = tl.sigmoid(z.to(tl.float32))
+    else:
+        scores = tl.load(probabilities + row[:, None] * experts + expert, inside, other=0.0)
+    chosen = tl.zeros([ROWS, EACH], tl.float32)
     if WEIGHTS:
         picked = tl.arange(0, PICKED)[None, :]
         to = row[:, None] * K + picked
@@ -198,33 +202,35 @@ def backward_kernel(
         choice = tl.load(indices + to, known, other=-1)
         held = known & (choice >= 0) & (choice < experts)
         above = tl.load(dweights + to, held, other=0.0).to(tl.float32) * scale
-        z = tl.load(from_ + choice, held, other=float("-inf")).to(tl.float32)
+        value = tl.load(values + row[:, None] * values_stride + choice, held, other=float("-inf"))
+        value = value.to(tl.float32)
         if SCORE == "softmax_after":
-            weight = tl.exp(z - tl.max(z, 1)[:, None])
+            weight = tl.exp(value - tl.max(value, 1)[:, None])
             weight = tl.where(held, weight / tl.sum(weight, 1)[:, None], 0.0)
             above = weight * (above - tl.sum(weight * above, 1)[:, None])
         elif NORMALISE:
-            weight = tl.where(held, _scores(z, SCORE == "sigmoid", most, total), 0.0)
-            norm = tl.sum(weight, 1)[:, None] + _TINY
-            above = (above - tl.sum(weight * above, 1)[:, None] / norm) / norm
+            weight = tl.sigmoid(value) if SCORE == "sigmoid" else tl.where(held, value, 0.0)
+            total = tl.sum(weight, 1)[:, None] + _TINY
+            above = (above - tl.sum(weight * above, 1)[:, None] / total) / total
         for j in range(K):
             here = held & (picked == j)
             at = tl.sum(tl.where(here, choice + 1, 0), 1)[:, None] - 1
             part = tl.sum(tl.where(here, above, 0.0), 1)[:, None]
-            dscores += tl.where(expert == at, part, 0.0)
-    if SCORE == "softmax_after":
-        dz, dscores = dscores, dz
+            chosen += tl.where(expert == at, part, 0.0)
+    dscores = tl.zeros([ROWS, EACH], tl.float32) if SCORE == "softmax_after" else chosen
     if PROBABILITIES:
         at = dprobabilities + row[:, None] * dprobabilities_stride + expert
         above = tl.load(at, inside, other=0.0).to(tl.float32)
         if SCORE == "sigmoid":
-            norm = tl.sum(scores, 1)[:, None] + _TINY
-            above = (above - tl.sum(above * scores, 1)[:, None] / norm) / norm
+            total = tl.sum(scores, 1)[:, None] + _TINY
+            above = (above - tl.sum(above * scores, 1)[:, None] / total) / total
         dscores += above
     if SCORE == "sigmoid":
         dz = dscores * scores * (1.0 - scores)
     else:
-        dz += scores * (dscores - tl.sum(scores * dscores, 1)[:, None])
+        dz = scores * (dscores - tl.sum(scores * dscores, 1)[:, None])
+        if SCORE == "softmax_after":
+            dz = dz + chosen if PROBABILITIES else chosen
     to = dlogits + row[:, None] * experts + expert
     tl.store(to, dz.to(dlogits.dtype.element_ty), inside)
 
@@ -302,6 +308,7 @@ def backward(
     dprobabilities_TE: Tensor | None,
     logits_TE: Tensor,
     indices_TK: Tensor,
+    probabilities_TE: Tensor,
     score: str,
     normalise: bool,
     scale: float,
@@ -313,6 +320,7 @@ def backward(
         dprobabilities_TE: Gradient of the probabilities, `[T, E]`, or None.
         logits_TE: `[T, E]`.
         indices_TK: `[T, k]` int64, contiguous.
+        probabilities_TE: `[T, E]` float32, contiguous.
         score: `softmax`, `sigmoid` or `softmax_after`.
         normalise: Whether the weights of a token sum to `scale`.
         scale: Factor on the weights.
@@ -332,6 +340,7 @@ def backward(
                 dprobabilities,
                 logits_TE,
                 indices_TK,
+                probabilities_TE,
                 dlogits,
                 tokens,
                 experts,
