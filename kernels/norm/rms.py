@@ -49,10 +49,20 @@ def rms_norm_reference(
     return (h * rstd * weight_D.to(h.dtype)).to(x_TD.dtype), h_TD
 
 
-def _forward_cpu(
+def forward_cpu(
     x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Normalise rows with few passes: the norm, two products in place, one rounding to `dtype`."""
+    """Normalise rows with few passes: the norm, two products in place, one rounding.
+
+    Args:
+        x_TD: `[T, D]`.
+        weight_D: `[D]`.
+        eps: Added to the mean square.
+        dtype: Of y; None takes that of x.
+
+    Returns:
+        y `[T, D]` and rstd `[T]`, float32 at least.
+    """
     accumulate = wide(x_TD.dtype)
     y_TD = torch.empty_like(x_TD, dtype=dtype, memory_format=torch.contiguous_format)
     rstd_T = torch.empty(x_TD.shape[0], dtype=accumulate, device=x_TD.device)
@@ -68,10 +78,21 @@ def _forward_cpu(
     return y_TD, rstd_T
 
 
-def _backward_cpu(
+def backward_cpu(
     dy_TD: Tensor, dh_TD: Tensor | None, h_TD: Tensor, weight_D: Tensor, rstd_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Share the product dy * h: times weight it gives mean(g * h), times rstd dweight."""
+    """Share the product dy * h: times weight it gives mean(g * h), times rstd dweight.
+
+    Args:
+        dy_TD: `[T, D]`.
+        dh_TD: `[T, D]` or None.
+        h_TD: What was normalised, `[T, D]`.
+        weight_D: `[D]`.
+        rstd_T: `[T]`.
+
+    Returns:
+        dx `[T, D]` in the dtype of h and dweight `[D]` in that of the weight.
+    """
     accumulate = wide(h_TD.dtype)
     dx_TD = torch.empty_like(h_TD, memory_format=torch.contiguous_format)
     weight = weight_D.to(accumulate)
@@ -106,7 +127,7 @@ def _forward(
         )
     else:
         h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape)
-        y_TD, rstd_T = _forward_cpu(h_TD, weight_D, eps)
+        y_TD, rstd_T = forward_cpu(h_TD, weight_D, eps)
     h = x.new_empty(0) if residual is None else h_TD.view(x.shape)
     return y_TD.view(x.shape), h, rstd_T.view(x.shape[:-1])
 
@@ -142,7 +163,7 @@ def _backward(
             from .rms_cuda import backward
         dx_TD, dweight_D = backward(*args)
     else:
-        dx_TD, dweight_D = _backward_cpu(*args)
+        dx_TD, dweight_D = backward_cpu(*args)
     return dx_TD.view(h.shape), dweight_D
 
 
@@ -183,7 +204,7 @@ def _forward_fp8(
         )
     else:
         h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape)
-        y_TD, rstd_T = _forward_cpu(h_TD, weight_D, eps, torch.float32)
+        y_TD, rstd_T = forward_cpu(h_TD, weight_D, eps, torch.float32)
         data, scale = fp8_rows(y_TD, scaling, torch.float8_e4m3fn, power_of_two)
     h, rows = x.new_empty(0) if residual is None else h_TD.view(x.shape), x.shape[:-1]
     scale = scale.view(*rows, scale.shape[-1])

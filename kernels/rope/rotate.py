@@ -21,6 +21,7 @@ from torch.library import Library
 
 from ..backends import choose
 from ..library import below_autograd, register, row_blocks, wide
+from ..peers import PEERS, serve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LIBRARY = Library("warploom", "FRAGMENT")
@@ -60,12 +61,21 @@ def rotary_reference(
     return turn(q_THK), turn(k_TGK)
 
 
-def _turn_cpu(
+def turn_cpu(
     x_THK: Tensor, out_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, sign: float, interleaved: bool
 ) -> None:
-    """Rotate by `sign` times the angles: two products, two fused multiply-adds, one rounding."""
+    """Rotate by `sign` times the angles: two products, two fused multiply-adds, one rounding.
+
+    Args:
+        x_THK: `[T, H, K]`.
+        out_THK: Where to, `[T, H, K]`; may be x itself.
+        cos_TJ: `[T, J]`.
+        sin_TJ: `[T, J]`.
+        sign: 1, or -1 for the inverse.
+        interleaved: Whether pairs are neighbours.
+    """
     pairs, accumulate = cos_TJ.shape[1], wide(x_THK.dtype)
-    direct = accumulate == x_THK.dtype and out_THK is not x_THK
+    direct = accumulate == out_THK.dtype and out_THK is not x_THK
     for rows in row_blocks(x_THK.shape[0], x_THK.shape[1] * x_THK.shape[2]):
         cos = cos_TJ[rows].to(accumulate).unsqueeze(1)
         sin = sin_TJ[rows].to(accumulate).unsqueeze(1)
@@ -97,8 +107,8 @@ def _forward(
 
         turn(q_THK, k_TGK, q_out, k_out, cos_TJ, sin_TJ, sign, interleaved)
     else:
-        _turn_cpu(q_THK, q_out, cos_TJ, sin_TJ, sign, interleaved)
-        _turn_cpu(k_TGK, k_out, cos_TJ, sin_TJ, sign, interleaved)
+        turn_cpu(q_THK, q_out, cos_TJ, sin_TJ, sign, interleaved)
+        turn_cpu(k_TGK, k_out, cos_TJ, sin_TJ, sign, interleaved)
     return q_out, k_out
 
 
@@ -120,7 +130,7 @@ def _in_place(
 
         turn_in_place(x_THK, cos_TJ, sin_TJ, sign, interleaved)
     else:
-        _turn_cpu(x_THK, x_THK, cos_TJ, sin_TJ, sign, interleaved)
+        turn_cpu(x_THK, x_THK, cos_TJ, sin_TJ, sign, interleaved)
 
 
 class _Rotary(torch.autograd.Function):
@@ -188,8 +198,19 @@ def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
 _LIBRARY.impl("rotary_in_place", _in_place_with_gradient, "Autograd")
 
 
-def _check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: str) -> None:
-    """Refuse what does not fit together; `name` is the operator's."""
+def check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: str) -> None:
+    """Refuse what does not fit together.
+
+    Args:
+        q_THK: `[T, H, K]`.
+        k_TGK: `[T, G, K]`.
+        cos_TJ: `[T, J]`, 2 J <= K.
+        sin_TJ: `[T, J]`.
+        name: Of the operator, for the message.
+
+    Raises:
+        ValueError: If shapes or dtypes do not match, or a table asks for a gradient.
+    """
     if q_THK.dim() != 3:
         raise ValueError(f"{name}: q must be [T, H, K], got {[*q_THK.shape]}")
     tokens, _, head_dim = q_THK.shape
@@ -240,7 +261,8 @@ def rotary(
         inplace: Whether to write over q and k. Autograd sees to it as for every operator that does:
             a leaf that asks for a gradient is refused, and so is what `split` or `chunk` returns
             (take slices of the fused projection).
-        backend: `reference` or `triton`; None takes the fastest that is proven here.
+        backend: `reference` or `triton`, or a peer, `liger` or `apex`, for the plain form; None
+            takes the fastest of ours that is proven here.
 
     Returns:
         The rotated queries and keys, contiguous, in their dtype, computed in float32 at least; with
@@ -252,7 +274,13 @@ def rotary(
         RuntimeError: If `backend` cannot serve these tensors here, or autograd forbids to write in
             place.
     """
-    _check(q_THK, k_TGK, cos_TJ, sin_TJ, "rotary")
+    check(q_THK, k_TGK, cos_TJ, sin_TJ, "rotary")
+    if backend in PEERS:
+        plain = not (interleaved or inplace) and 2 * cos_TJ.shape[1] == q_THK.shape[2]
+        found: tuple[Tensor, Tensor] = serve(
+            "rotary", backend, q_THK, k_TGK, cos_TJ, sin_TJ, plain=plain
+        )
+        return found
     if not inplace:
         q, k = _FORWARD(q_THK, k_TGK, cos_TJ, sin_TJ, False, interleaved, backend)
         return q, k

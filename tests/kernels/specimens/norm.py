@@ -10,11 +10,14 @@ from warploom.kernels.norm import (
     layer_norm,
     layer_norm_fp8,
     layer_norm_reference,
+    qk_norm_rotary,
+    qk_norm_rotary_reference,
     rms_norm,
     rms_norm_fp8,
     rms_norm_reference,
 )
 from warploom.kernels.quant import Fp8, fp8_quantize
+from warploom.kernels.rope import rotary_tables
 
 _WIDTHS = (64, 128, 576, 1000, 2048, 4096, 8192, 16384)
 # One element has no variance: PyTorch's own backward, the reference, is not exactly 0 there.
@@ -97,7 +100,44 @@ def _specimen(name, op, shape=(), widths=_WIDTHS, **scaling):
     )
 
 
+def _draw_heads(draw, rows, width):
+    """Two query heads and a key head, of about `width` dimensions."""
+    head_dim = width + width % 2
+    few = 1 if rows > 10**6 else rows  # so many that nobody touches them: one angle for all
+    tables = rotary_tables(torch.arange(few, device=draw.device), head_dim, base=1e4)
+    cos, sin = (t if few == rows else t.expand(rows, -1) for t in tables)
+    q, k = draw(rows, 2, head_dim), draw(rows, 1, head_dim, seed=1)
+    weights = draw(head_dim, seed=2), draw(head_dim, seed=3)
+    return (q, k, *weights), {"cos_TJ": cos, "sin_TJ": sin}
+
+
+def _true_heads(*inputs, cos_TJ, sin_TJ):
+    return qk_norm_rotary_reference(*inputs, cos_TJ.double(), sin_TJ.double())
+
+
+def _plain_heads(q, k, q_weight, k_weight, *, cos_TJ, sin_TJ):
+    cos, sin = (t.to(q.dtype).unsqueeze(1) for t in (cos_TJ, sin_TJ))
+
+    def heads(x, weight):
+        n = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
+        a, b = n.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    return heads(q, q_weight), heads(k, k_weight)
+
+
 SPECIMENS = (
+    Specimen(
+        name="qk_norm_rotary",
+        op="qk_norm_rotary",
+        draw=_draw_heads,
+        run=qk_norm_rotary,
+        truth=_true_heads,
+        plain=_plain_heads,
+        shapes=((0, 6), (1, 2), (5, 6), (33, 129)),
+        training=((8192, 128), (8192, 64), (8192, 256)),
+        rows=(0, 1),
+    ),
     _specimen("rms_norm", "rms_norm"),
     _specimen("rms_norm_residual", "rms_norm", ("residual",)),
     _specimen("rms_norm_fp8_row", "rms_norm", widths=(4096, 16384), scaling="row"),
