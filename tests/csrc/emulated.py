@@ -3,7 +3,8 @@
 import ctypes
 import fcntl
 import functools
-import shutil
+import hashlib
+import runpy
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from warploom.kernels import native
 from warploom.kernels.norm import rms, rms_cuda
 
 ROOT = Path(__file__).parents[2]
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
+EMULATOR = Path(__file__).parent / "emulator.h"
 LONG, INT = ctypes.c_int64, ctypes.c_int
 FUNCTIONS = {  # as csrc/warploom.h declares them; a pointer may be any integer
     "rms_norm_forward": [*[LONG] * 10, ctypes.c_float, INT, INT, INT, LONG],
@@ -24,8 +27,9 @@ FUNCTIONS = {  # as csrc/warploom.h declares them; a pointer may be any integer
 
 
 @functools.cache
-def library(folder: Path, digits: str) -> SimpleNamespace:
+def library(folder: Path) -> SimpleNamespace:
     """Compile the operators once a state of the sources; return what stands for `_csrc`."""
+    digits = hashlib.sha256(SETUP["source_hash"]().encode() + EMULATOR.read_bytes()).hexdigest()
     built = folder / f"emulated-{digits[:16]}.so"
     with (folder / "lock").open("w") as lock:  # of test processes side by side one compiles
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -43,21 +47,30 @@ def library(folder: Path, digits: str) -> SimpleNamespace:
 
 
 def _compile(built: Path) -> None:
-    host = f"-include,{Path(__file__).parent / 'emulator.h'},-fPIC,-Wall,-Wextra,-Werror"
+    host = f"-include,{EMULATOR},-fPIC,-Wall,-Wextra,-Werror"
     host += ",-Wno-unknown-pragmas,-fvisibility=hidden,-fno-strict-aliasing"
     host += ",-fsanitize=undefined,-fno-sanitize-recover"
     part = built.with_suffix(".part")
     operators = sorted((ROOT / "csrc").glob("*.cu"))
-    command = ["nvcc", "-x", "c++", "-std=c++17", "-O1", "-shared", "-Xcompiler", host]
+    command = [
+        SETUP["find_nvcc"](),
+        "-x",
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-shared",
+        "-Xcompiler",
+        host,
+    ]
     subprocess.run([*command, *operators, "-o", part], check=True)
     part.rename(built)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, folder: Path, digits: str) -> SimpleNamespace:
+def install(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
     """Let backend `cuda` of CPU tensors run in the emulator."""
-    if not shutil.which("nvcc"):
+    if not SETUP["find_nvcc"]():
         pytest.skip("needs nvcc, for the headers of CUDA")
-    found = library(folder, digits)
+    found = library(folder)
     monkeypatch.setattr(native, "_loaded", lambda: found)
     stream = SimpleNamespace(cuda_stream=0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)

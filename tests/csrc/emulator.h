@@ -9,6 +9,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -34,16 +35,16 @@
 namespace emulator {
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t
+      context;  // where it begins; then `jump` is where it goes on, which costs no system call
   std::unique_ptr<char[]> stack{new char[1 << 16]};
+  jmp_buf jump;
   uint3 at{};
-  int warp = 0;
-  bool done = false;
-  bool waits = false, block_wide = false;
+  bool begun = false, done = false, waits = false, block_wide = false;
   float given = 0;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
 inline Fiber* running = nullptr;
 inline std::function<void()> body;
@@ -53,17 +54,37 @@ inline std::function<void()> body;
   abort();
 }
 
+inline void yield() {
+  if (!_setjmp(running->jump)) _longjmp(scheduler, 1);
+}
+
+// A fiber is a thread of one block after the other.
 inline void enter() {
-  body();
-  running->done = true;
-  swapcontext(&running->context, &scheduler);
+  for (;;) {
+    body();
+    running->done = true;
+    yield();
+  }
+}
+
+inline void resume(Fiber& fiber) {
+  running = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.jump, 1);
+  fiber.begun = true;
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.get();
+  fiber.context.uc_stack.ss_size = 1 << 16;
+  fiber.context.uc_link = nullptr;
+  makecontext(&fiber.context, enter, 0);
+  setcontext(&fiber.context);
 }
 
 // Wait until all of the warp, or of the block, are here.
 inline void wait(bool block_wide) {
   running->waits = true;
   running->block_wide = block_wide;
-  swapcontext(&running->context, &scheduler);
+  yield();
 }
 
 // Let those go on whose warp or block has come together; false when nobody can.
@@ -77,27 +98,20 @@ inline bool release(size_t begin, size_t end, bool block_wide) {
 inline void run_block(dim3 block, bool reversed) {
   const size_t count = size_t(block.x) * block.y;
   if (count % 32 || count > 1024) stop("a block must be warps, at most 32");
-  if (fibers.size() < count) fibers = std::vector<Fiber>(count);
+  if (fibers.empty()) fibers = std::vector<Fiber>(1024);
   for (size_t i = 0; i < count; ++i) {
-    Fiber& f = fibers[i];
-    f.at = {unsigned(i % block.x), unsigned(i / block.x), 0};
-    f.done = false;
-    f.waits = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = 1 << 16;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, enter, 0);
+    fibers[i].at = {unsigned(i % block.x), unsigned(i / block.x), 0};
+    fibers[i].done = fibers[i].waits = false;
   }
   for (;;) {
     bool moved = false, all_done = true;
     for (size_t n = 0; n < count; ++n) {
-      running = &fibers[reversed ? count - 1 - n : n];
-      if (!running->done && !running->waits) {
-        swapcontext(&scheduler, &running->context);
+      Fiber& fiber = fibers[reversed ? count - 1 - n : n];
+      if (!fiber.done && !fiber.waits) {
+        resume(fiber);
         moved = true;
       }
-      all_done &= running->done;
+      all_done &= fiber.done;
     }
     if (all_done) return;
     for (size_t w = 0; w < count; w += 32) moved |= release(w, w + 32, false);

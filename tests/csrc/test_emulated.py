@@ -4,12 +4,9 @@ The kernels' own source runs, launches and plans included, against the same orac
 It cannot show what nvcc makes of the source, nor races that a fiber's turn hides.
 """
 
-import hashlib
-import runpy
-
 import pytest
 import torch
-from tests.csrc.emulated import ROOT, install
+from tests.csrc.emulated import install
 from tests.kernels import test_must as must
 from tests.kernels.specimen import Draw, check, compute, specimens
 
@@ -23,17 +20,9 @@ NARROW = (torch.float16, torch.bfloat16)
 WIDTHS = (8, 64, 96, 128, 264, 512, 1000, 1032, 4096, 5120)
 
 
-@pytest.fixture(scope="session")
-def digits():
-    """Hash of all that the emulator is compiled from."""
-    sources = runpy.run_path(str(ROOT / "setup.py"))["source_hash"]()
-    emulator = (ROOT / "tests/csrc/emulator.h").read_bytes()
-    return hashlib.sha256(sources.encode() + emulator).hexdigest()
-
-
 @pytest.fixture
-def emulated(monkeypatch, pytestconfig, digits):
-    return install(monkeypatch, pytestconfig.cache.mkdir("csrc"), digits)
+def emulated(monkeypatch, pytestconfig):
+    return install(monkeypatch, pytestconfig.cache.mkdir("csrc"))
 
 
 @every
