@@ -61,9 +61,27 @@ class Fp8(NamedTuple):
         Returns:
             `[..., D]`.
         """
-        codes, to = self.data.view(torch.uint8), self.carrier.dtype if dtype is None else dtype
-        value: Tensor = _DEQUANTIZE(self.carrier, codes, self.scale, self.data.dtype, to)
-        return value
+        return dequantize(self.carrier, self.data, self.scale, BLOCK, dtype)
+
+
+def dequantize(
+    carrier: Tensor, data: Tensor, scale: Tensor, block: int, dtype: torch.dtype | None
+) -> Tensor:
+    """Multiply data by scale; the gradient goes to the carrier.
+
+    Args:
+        carrier: Shape and dtype of the value.
+        data: `[..., D]` in an FP8 dtype.
+        scale: float32 `[]`, or of rows, of `block` elements of a row, or of tiles of `block`.
+        block: Elements that share a scale where it is neither the tensor's nor a row's.
+        dtype: Of the result; None takes that of the carrier.
+
+    Returns:
+        `[..., D]`.
+    """
+    codes, to = data.view(torch.uint8), carrier.dtype if dtype is None else dtype
+    value: Tensor = _DEQUANTIZE(carrier, codes, scale, block, data.dtype, to)
+    return value
 
 
 def _amax(x: Tensor, dim: int) -> Tensor:
@@ -277,7 +295,12 @@ class _Quantize(torch.autograd.Function):
 
 
 def _dequantize(
-    carrier: Tensor, codes: Tensor, scale: Tensor, source: torch.dtype, dtype: torch.dtype
+    carrier: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    block: int,
+    source: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
     tokens, width = codes.shape[:-1].numel(), codes.shape[-1]
     y = codes.new_empty(codes.shape, dtype=dtype)
@@ -287,15 +310,20 @@ def _dequantize(
     scale = scale.reshape(-1, scale.shape[-1]) if scale.dim() else scale.view(1, 1)
     for rows in row_blocks(tokens, width):
         index = torch.arange(rows.start, rows.stop, device=codes.device)
-        part = scale[index if len(scale) == tokens else index // BLOCK] if len(scale) > 1 else scale
+        part = scale[index if len(scale) == tokens else index // block] if len(scale) > 1 else scale
         if part.shape[1] > 1:
-            part = part.repeat_interleave(BLOCK, 1)[:, :width]
+            part = part.repeat_interleave(block, 1)[:, :width]
         y_TD[rows].copy_(data_TD[rows].to(torch.float32).mul_(part))
     return y
 
 
 def _dequantize_fake(
-    carrier: Tensor, codes: Tensor, scale: Tensor, source: torch.dtype, dtype: torch.dtype
+    carrier: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    block: int,
+    source: torch.dtype,
+    dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
 
@@ -309,7 +337,7 @@ class _Dequantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return dy.to(ctx.dtype), None, None, None, None
+        return dy.to(ctx.dtype), None, None, None, None, None
 
 
 _FORWARD = register(
@@ -321,7 +349,7 @@ _FORWARD = register(
     _Quantize,
 )
 _DEQUANTIZE = register(
-    "fp8_dequantize(Tensor carrier, Tensor codes, Tensor scale, ScalarType source,"
+    "fp8_dequantize(Tensor carrier, Tensor codes, Tensor scale, int block, ScalarType source,"
     " ScalarType dtype) -> Tensor",
     _dequantize,
     _dequantize_fake,

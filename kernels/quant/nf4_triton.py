@@ -132,12 +132,12 @@ def dequantize(
         return
     chosen, blocks = configuration(block), absmax.numel()
     double = code is not None and absmax2 is not None and offset is not None
-    second = (code, absmax2, offset) if double else (absmax, absmax, absmax)
+    second = [absmax if part is None else part for part in (code, absmax2, offset)]
     with on_device(y_N):
         dequantize_kernel[(triton.cdiv(blocks, chosen["BLOCKS"]),)](
             packed,
             absmax.contiguous(),
-            *second,
+            *(part.contiguous() for part in second),
             y_N,
             y_N.numel(),
             packed.numel(),

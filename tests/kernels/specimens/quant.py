@@ -3,18 +3,25 @@
 import torch
 from tests.kernels.specimen import Specimen
 
-from warploom.kernels.quant import Nf4, fp8_quantize, nf4_dequantize, nf4_quantize
+from warploom.kernels.quant import Nf4, fp8_quantize, mx_quantize, nf4_dequantize, nf4_quantize
 
 
-def _fp8(name, rows=(), shapes=((0, 6), (3, 0), (1, 1), (5, 3), (33, 129), (130, 300)), **fixed):
+def _bits(x):
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x
+
+
+_SHAPES = ((0, 6), (3, 0), (1, 1), (5, 3), (33, 129), (130, 300))
+
+
+def _fp8(name, rows=(), quantize=fp8_quantize, **fixed):
     def draw(draw, rows, width):
         return (draw(rows, width),), {}
 
     def run(x, *, backend=None):
-        q = fp8_quantize(x, backend=backend, **fixed)
-        parts = q.data.view(torch.uint8), q.scale, q.amax, q.data_t, q.scale_t
-        parts = [None if p is None else p.view(torch.uint8) if p is q.data_t else p for p in parts]
-        return q.dequantize(), *parts
+        q = quantize(x, backend=backend, **fixed)
+        parts = q.data, q.scale, getattr(q, "amax", None), q.data_t, q.scale_t
+        bits = [None if p is None else _bits(p) for p in parts]
+        return q.dequantize(), *bits
 
     def truth(x, *, rounded):
         value, *parts = run(x.detach().to(rounded), backend="reference")
@@ -22,12 +29,12 @@ def _fp8(name, rows=(), shapes=((0, 6), (3, 0), (1, 1), (5, 3), (33, 129), (130,
 
     return Specimen(
         name=name,
-        op="fp8_quantize",
+        op=quantize.__name__,
         draw=draw,
         run=run,
         truth=truth,
         plain=lambda x: truth(x, rounded=x.dtype),
-        shapes=shapes,
+        shapes=_SHAPES,
         rows=rows,
         exact=tuple(range(6)),
         second="there is no second derivative",
@@ -99,4 +106,7 @@ SPECIMENS = (
     _fp8("fp8_quantize_block", (0, 1, 2), scaling="block"),
     _fp8("fp8_quantize_block_transposed", scaling="block", transpose=True, power_of_two=True),
     _fp8("fp8_quantize_tile", scaling="tile"),
+    _fp8("mx_quantize", (0, 1, 2), mx_quantize),
+    _fp8("mx_quantize_transposed", (), mx_quantize, rounding="ceil", transpose=True),
+    _fp8("mx_quantize_e5m2", (0, 1, 2), mx_quantize, rounding="ceil", dtype=torch.float8_e5m2),
 )
