@@ -1,12 +1,23 @@
-"""Routing and permutation: values and gradients, ties, NaN, padding, what transformers does."""
+"""Routing and permutation: ties, NaN, experts without tokens, padding, what transformers does.
+
+Tests over `backends` run on the reference here, on Triton in the interpreter and on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.specimen import item
+from tests.kernels.test_must import DEVICES, INTERPRETED
 
 from warploom.kernels.moe import (
     permute,
+    permute_fp8,
     permute_reference,
     route,
     route_reference,
@@ -14,6 +25,10 @@ from warploom.kernels.moe import (
     unpermute_reference,
 )
 
+backends = pytest.mark.parametrize(
+    ("device", "backend"),
+    [d for d in DEVICES if getattr(d, "values", d)[1] in ("reference", "triton")],
+)
 WAYS = [
     {},
     {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5, "biased": True},
@@ -151,40 +166,6 @@ def test_transformers_agrees(name):
         torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
 
 
-def test_operators_are_registered_properly():
-    logits, bias = torch.randn(5, 8, requires_grad=True), torch.randn(8)
-    ops = torch.ops.warploom
-    for score in ("softmax", "sigmoid", "softmax_after"):
-        torch.library.opcheck(
-            ops.route_forward, (logits, bias, None, 2, score, 4, 2, True, 1.5), atol=1e-6, rtol=1e-5
-        )
-        args = (torch.randn(5, 2), torch.randn(5, 8), logits.detach(), torch.arange(10).view(5, 2))
-        torch.library.opcheck(ops.route_backward, (*(a % 8 for a in args), score, True, 1.5))
-    x = torch.randn(5, 3, requires_grad=True)
-    indices = torch.tensor([[1, 0], [2, -1], [3, 1], [0, 1], [-1, -1]])
-    torch.library.opcheck(ops.permute_forward, (x, indices, 4))
-    rows, _, order = permute(x.detach(), indices, 4)
-    weights = torch.rand(5, 2)
-    rows.requires_grad_()
-    torch.library.opcheck(ops.unpermute_forward, (rows, order, weights.requires_grad_()))
-    args = (torch.randn(5, 3), rows.detach(), order, weights.detach())
-    torch.library.opcheck(ops.unpermute_backward, args)
-
-
-def _block(logits, x):
-    weights, indices, probabilities = route(logits, 2)
-    rows, _, order = permute(x, indices, 8)
-    return unpermute(rows.tanh(), order, weights) + probabilities.sum()
-
-
-def test_compiles_without_a_break():
-    logits, x = torch.randn(5, 8, requires_grad=True), torch.randn(5, 3, requires_grad=True)
-    compiled = torch.compile(_block, fullgraph=True, backend="aot_eager")
-    dy = torch.randn(5, 3)
-    got = torch.autograd.grad(compiled(logits, x), (logits, x), dy)
-    torch.testing.assert_close(got, torch.autograd.grad(_block(logits, x), (logits, x), dy))
-
-
 @st.composite
 def _tokens(draw):
     tokens, experts = draw(st.integers(0, 12)), draw(st.integers(1, 6))
@@ -255,15 +236,6 @@ def test_the_references_are_differentiable():
     torch.testing.assert_close(results[0], results[1])
 
 
-def test_low_precision_sums_in_float32():
-    x = torch.randn(6, 32).bfloat16()
-    indices, weights = torch.arange(4).expand(6, 4).contiguous(), torch.rand(6, 4)
-    rows, _, order = permute(x, indices, 4)
-    y = unpermute(rows, order, weights)
-    want = (x.float().unsqueeze(1) * weights.unsqueeze(2)).sum(1)
-    torch.testing.assert_close(y, want.bfloat16(), rtol=2**-8, atol=0)
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -295,6 +267,162 @@ def test_errors_say_what_was_found(call, message):
         call()
 
 
-def test_a_backend_that_is_not_there_is_an_error():
-    with pytest.raises(RuntimeError, match="route: backend 'triton' is not one of reference"):
-        route(torch.ones(2, 4), 2, backend="triton")
+@item("empty experts", ops=("permute", "unpermute"))
+@backends
+@pytest.mark.parametrize("empty", ["first", "middle", "last", "all", "all but one", "one expert"])
+@pytest.mark.parametrize("tokens", [0, 90])
+def test_experts_without_tokens(device, backend, empty, tokens):
+    """Rows, counts, order and both gradients are those of the specification; the tail is zero."""
+    experts = 1 if empty == "one expert" else 6
+    drawn = torch.randint(0, experts, (tokens, 3), generator=torch.Generator().manual_seed(1))
+    hit = {"first": [0, 1], "middle": [2, 3], "last": [5], "all": [*range(6)]}.get(empty, [])
+    for expert in hit:
+        drawn = drawn.masked_fill(drawn == expert, -1)
+    if empty == "all but one":
+        drawn = torch.full_like(drawn, 4)
+    indices = drawn.to(device)
+    x = torch.randn(tokens, 20, device=device).requires_grad_()
+    weights = torch.rand(tokens, 3, device=device).requires_grad_()
+    dy = torch.randn(tokens, 20, device=device)
+    results = []
+    for served in (backend, None):
+        if served:
+            rows, counts, order = permute(x, indices, experts, backend=served)
+            back = unpermute(rows.tanh(), order, weights, backend=served)
+        else:
+            rows, counts, order = permute_reference(x, indices, experts)
+            back = unpermute_reference(rows.tanh(), order, weights)
+        grads = torch.autograd.grad(back, (x, weights), dy)
+        results.append((rows.detach(), counts, order, back.detach(), *grads))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    rows, counts, order = results[0][:3]
+    held = int((indices >= 0).sum())
+    assert int(counts.sum()) == held
+    assert not rows[held:].any()
+    assert (order[held:] == -1).all()
+    assert (order[:held] >= 0).all()
+
+
+@item("empty experts", ops=("permute", "unpermute"))
+@backends
+def test_rows_that_serve_no_token_are_not_read_and_have_no_gradient(device, backend):
+    indices = torch.tensor([[1, -1], [-1, -1], [0, 1], [-1, 0]], device=device)
+    order = permute(torch.zeros(4, 1, device=device), indices, 2, backend=backend)[2]
+    for kept in (8, 4, 2, 0):
+        rows = torch.randn(8, 70, device=device)
+        rows[4:] = float("nan")
+        rows, weights = rows[:kept].requires_grad_(), torch.rand(4, 2, device=device)
+        weights[indices < 0] = float("nan")
+        weights.requires_grad_()
+        y = unpermute(rows, order[:kept], weights, backend=backend)
+        want = torch.zeros(4, 70, device=device)
+        for m, slot in enumerate(order[: min(kept, 4)].tolist()):
+            want[slot // 2] += weights.flatten()[slot].detach() * rows[m].detach()
+        torch.testing.assert_close(y.detach(), want)
+        drows, dweights = torch.autograd.grad(y, (rows, weights), torch.randn_like(y))
+        assert drows.isfinite().all()
+        assert not drows[4:].any()
+        assert dweights.isfinite().all()
+        assert not dweights[indices < 0].any()
+
+
+@item("NaN and inf", ops=("permute", "unpermute"))
+@backends
+def test_a_poisoned_token_poisons_its_rows_alone(device, backend):
+    indices = torch.tensor([[1, 0], [2, 1], [0, 2], [2, 0]], device=device)
+    x = torch.randn(4, 300, device=device)
+    x[1, 7] = float("nan")
+    for scaling in (None, "row", "block"):
+        if scaling is None:
+            rows, _, order = permute(x, indices, 3, backend=backend)
+        else:
+            q, _, order = permute_fp8(x, indices, 3, scaling=scaling, backend=backend)
+            rows = q.dequantize()
+        poisoned = (order // 2 == 1).tolist()
+        assert rows.isnan().any(1).tolist() == poisoned
+        assert rows[:, 128:].isnan().any(1).tolist() == [p and scaling == "row" for p in poisoned]
+        y = unpermute(rows, order, torch.rand(4, 2, device=device), backend=backend)
+        assert y.isnan().any(1).tolist() == [False, True, False, False]
+
+
+@item("NaN and inf", "empty experts", ops=("route",))
+@backends
+@pytest.mark.parametrize("way", WAYS)
+def test_nan_logits_give_valid_experts_and_poison_their_token_alone(device, backend, way):
+    way = {k: v.to(device).float() if hasattr(v, "to") else v for k, v in _way(way).items()}
+    logits = _randn(6, 8).float().to(device)
+    logits[1, 5] = float("nan")
+    logits[2] = -float("nan")
+    logits[3, 2] = float("inf")
+    logits[4] = -float("inf")
+    logits.requires_grad_()
+    weights, indices, probabilities = route(logits, 3, backend=backend, **way)
+    assert torch.equal(indices, route_reference(logits, 3, **way)[1])
+    assert ((indices >= 0) & (indices < 8)).all()
+    assert all(len({*line}) == 3 for line in indices.tolist())
+    assert weights[[1, 2]].isnan().any(1).all()
+    assert weights[[0, 5]].isfinite().all()
+    (grad,) = torch.autograd.grad(weights.nansum() + probabilities[0, 0], logits)
+    assert grad[[0, 5]].isfinite().all()
+
+
+@item("empty experts", ops=("route",))
+@backends
+@pytest.mark.parametrize("way", WAYS)
+def test_ties_go_to_the_lowest_index(device, backend, way):
+    """Values of few kinds, negative zero among them: the choice of a stable sort, to the last."""
+    way = {k: v for k, v in _way(way).items() if k != "bias"}
+    bias = torch.tensor([0.5, 0.5, 0, 0, -0.0, 0.5, 0, 0.5], device=device)
+    kinds = torch.tensor([0.0, -0.0, 1.0, -2.0, 40.0], device=device)
+    drawn = torch.randint(0, 5, (64, 8), generator=torch.Generator().manual_seed(2))
+    for b in (None, bias):
+        got = route(kinds[drawn.to(device)], 4, backend=backend, bias=b, **way)[1]
+        assert torch.equal(got, route_reference(kinds[drawn.to(device)], 4, bias=b, **way)[1])
+    if way.get("top_groups", 1) == way.get("groups", 1) and way.get("score") != "sigmoid":
+        plain = kinds[drawn.to(device)].sort(dim=1, descending=True, stable=True).indices
+        assert torch.equal(
+            route(kinds[drawn.to(device)], 4, backend=backend, **way)[1], plain[:, :4]
+        )
+
+
+@item("values", ops=("route",))
+@backends
+@pytest.mark.parametrize(("experts", "top_k"), [(1, 1), (3, 3), (16, 16), (65, 17), (512, 8)])
+def test_many_experts_and_many_of_them(device, backend, experts, top_k):
+    logits = _randn(5, experts).float().to(device).requires_grad_()
+    results = []
+    for fn in (lambda z: route(z, top_k, backend=backend), lambda z: route_reference(z, top_k)):
+        weights, indices, probabilities = fn(logits)
+        loss = weights.cumsum(1).square().sum() + probabilities.square().sum()
+        results.append((weights, indices, probabilities, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_low_precision_sums_in_float32():
+    x = torch.randn(6, 32).bfloat16().requires_grad_()
+    indices, weights = torch.arange(4).expand(6, 4).contiguous(), torch.rand(6, 4)
+    rows, _, order = permute(x, indices, 4)
+    y = unpermute(rows, order, weights)
+    want = (x.float().unsqueeze(1) * weights.unsqueeze(2)).sum(1)
+    torch.testing.assert_close(y, want.bfloat16(), rtol=2**-8, atol=0)
+    drows = torch.randn(24, 32).bfloat16()
+    (dx,) = torch.autograd.grad(rows, x, drows)
+    want = drows.float().view(4, 6, 32).sum(0)
+    torch.testing.assert_close(dx.float(), want, rtol=2**-8, atol=1e-6)  # half a unit
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is what runs below")
+def test_the_interpreter_agrees():
+    """The tests over `backends` again, with the Triton kernels."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-x", __file__]
+        + ["-k", "cpu-triton"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
