@@ -114,7 +114,7 @@ def test_adamw_equals_torch(device, backend, kind, dtype):
     exact, plain = ([w.to(t, copy=True) for w in state.values] for t in ("cpu", "cpu"))
     exact = [w.double() for w in exact]
     oracles = [_oracle(exact), _oracle(plain)]
-    for step in range(10 if INTERPRETED else 50):
+    for step in range(3 if INTERPRETED else 50):
         gradients = state.gradients(step, dtype)
         for oracle, values in zip(oracles, (exact, plain), strict=True):
             for w, g in zip(values, gradients, strict=True):
@@ -238,7 +238,7 @@ def test_remainders_hold_every_bit():
 @item("optimizer edge cases", **on_adamw)
 @every
 def test_a_step_of_rate_0_leaves_every_bit_of_a_remainder(device, backend):
-    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32).repeat_interleave(2)
+    upper = torch.arange(-(2**15), 2**15, 8 if INTERPRETED else 1, dtype=torch.int32)
     lower = torch.randint(0, 2**16, upper.shape, generator=torch.Generator().manual_seed(0))
     master = ((upper << 16) | lower.int()).view(torch.float32)
     master = master[master.isfinite()]
@@ -470,9 +470,9 @@ def test_clip_equals_torch(device, backend, dtype, limit):
 @every
 def test_the_norm_of_many_numbers(device, backend):
     """A sum of ones in bfloat16 stops at 256; torch's norm on the CPU is 1e-5 off for 2^20."""
-    ones = [torch.ones(2**14, device=device, dtype=torch.bfloat16) for _ in range(64)]
-    assert float(global_norm(ones, backend=backend)) == 1024
-    drawn = Draw(torch.float32, device)(2**20)
+    ones = [torch.ones(2**14, device=device, dtype=torch.bfloat16) for _ in range(16)]
+    assert float(global_norm(ones, backend=backend)) == 512
+    drawn = Draw(torch.float32, device)(2**16 if INTERPRETED else 2**20)
     exact = float(drawn.double().norm())
     assert float(global_norm([drawn], backend=backend)) == pytest.approx(exact, rel=5e-7)
     mixed = [*ones[:3], torch.ones(2**14, device=device)]
