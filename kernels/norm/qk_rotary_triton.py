@@ -18,6 +18,7 @@ from ..rope.rotate_triton import near
 from .rms_triton import add_shares
 
 _TILE = 1024  # pairs a tile of tokens and heads
+_PROGRAMS = 3  # of the backward a multiprocessor: as many as its registers hold
 
 
 def configuration(heads: int, pairs: int) -> dict[str, int]:
@@ -397,7 +398,7 @@ def backward(
     dq_THK, dk_TGK, q_THK, k_TGK = near(dq_THK), near(dk_TGK), near(q_THK), near(k_TGK)
     cos_TJ, sin_TJ = near(cos_TJ), near(sin_TJ)
     chosen = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
-    programs = min(2 * processors(q_THK.device), triton.cdiv(tokens, chosen["TOKENS"]))
+    programs = min(_PROGRAMS * processors(q_THK.device), triton.cdiv(tokens, chosen["TOKENS"]))
     q_shares = q_THK.new_empty(programs, head_dim, dtype=torch.float32)
     k_shares = torch.empty_like(q_shares)
     with on_device(q_THK):
