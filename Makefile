@@ -9,11 +9,12 @@ JOBS ?= 2                          # test processes; 0 runs them all in one
 FLAGS ?=                           # more words for pytest, torchrun's script or a benchmark
 RUN ?= stdlib                      # what `make train` trains, a name in recipes/pretrain.py
 RANKS ?= 2                         # processes of `make train`
+TRITON ?= 3.6.0 3.9.0              # what `make gate` compiles with: that of the oldest torch served, and the newest
 RESULTS ?= benchmarks/results/h200 # where `make gpu` writes
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
-INPUTS := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.*)
+INPUTS := pyproject.toml constraints.txt setup.py $(filter-out %.md,$(wildcard csrc/*.*))
 QUIET := PYTHONWARNINGS='ignore:Benchmarks are automatically disabled' # pytest-benchmark, beside other processes
 
 # Sets $$python to the interpreter, or stops with one sentence.
@@ -27,7 +28,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: help setup train test test-all mutants check format bench gpu docs clean distclean
+.PHONY: help setup train test test-all mutants check format bench gate gpu docs clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -76,6 +77,13 @@ bench: setup ## time operators against eager PyTorch and torch.compile, and a st
 	@$(BIN)/warploom bench kernels $(FLAGS)
 	@$(BIN)/warploom bench train
 	@echo "the same cases under pytest-benchmark: $(BIN)/python -m pytest tests/benchmarks/test_kernels_benchmark.py --benchmark-only -m ''"
+
+gate: setup ## compile every kernel as it would be launched, for sm_90 and sm_100, with each Triton of TRITON="3.6.0 3.9.0"
+	@for version in $(TRITON); do \
+	  if [ ! -d .tritons/$$version ]; then $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps --target .tritons/$$version triton==$$version; fi; \
+	  echo "triton $$version"; \
+	  PYTHONPATH=.tritons/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" tests/kernels/test_triton_compile.py $(FLAGS); \
+	done
 
 gpu: ## what a GPU has to say, in ten minutes, with the Python that is there (PYTHON=python3): proofs, a step, benchmarks, tests
 	@PYTHONPATH=src PYTHONUNBUFFERED=1 $(or $(strip $(PYTHON)),python3) benchmarks/gpu.py --results $(strip $(RESULTS)) $(FLAGS)

@@ -27,7 +27,7 @@ REGISTERS = {  # most a thread may take, by kernel; a block of 512 leaves each t
     "shares_kernel": 40,
 }
 KERNELS = 200  # instantiations of both architectures: what the time of a build grows with
-SECONDS = 300  # of a build on two cores that others use too; 20 alone
+SECONDS = 300  # of a build beside other work; alone it takes 45 of processor time
 BYTES = 6 << 20
 
 nvcc = pytest.mark.skipif(SETUP["find_nvcc"]() is None, reason="needs nvcc")
@@ -145,6 +145,12 @@ def test_without_nvcc_the_build_says_so_in_a_line_and_goes_on(tmp_path):
     )
     assert done.stdout == "[]\n"
     assert re.fullmatch(r"csrc: no nvcc .* is not built, everything else is\n", done.stderr)
+
+
+def test_a_compiler_that_is_named_must_be_there(monkeypatch):
+    monkeypatch.setenv("NVCC", "/nowhere/nvcc")
+    with pytest.raises(SystemExit, match="NVCC or CUDA_HOME name /nowhere/nvcc, which is no"):
+        SETUP["extensions"]()
 
 
 @nvcc
