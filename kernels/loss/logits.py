@@ -31,6 +31,7 @@ from ..backends import choose
 from ..library import register, row_blocks, wide
 
 _OP = "linear_cross_entropy"  # the operator under which the device code of this file is proven
+_LEAST = -1e30  # in the place of -inf, which times a probability of 0 would be NaN
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -95,7 +96,7 @@ def _partials_block(
     if not moments:
         return max_C, below_CV.exp_().sum(-1), true_C
     exp_CV = below_CV.exp()
-    weighted_C = below_CV.masked_fill_(exp_CV == 0, 0).mul_(exp_CV).sum(-1)
+    weighted_C = below_CV.clamp_(min=_LEAST).mul_(exp_CV).sum(-1)
     return max_C, exp_CV.sum(-1), true_C, z_CV.sum(-1), weighted_C
 
 
@@ -156,14 +157,17 @@ def cross_entropy_gradient_reference(
     for rows in _blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(lse_C.dtype), softcap)
         slope_C, hit_C, *rest = g[:, rows]
+        tilted = bool(rest) and (z_CV.device.type != "cpu" or bool(rest[1].any()))
         p_CV = out_CV[rows] if out_CV.dtype == z_CV.dtype else torch.empty_like(z_CV)
-        below_CV = torch.sub(z_CV, lse_C[rows, None], out=None if rest else p_CV)
+        below_CV = torch.sub(z_CV, lse_C[rows, None], out=None if tilted else p_CV)
         torch.exp(below_CV, out=p_CV)
-        if rest:
-            below_CV.masked_fill_(below_CV == -torch.inf, 0)
-            p_CV.mul_(below_CV.mul_(rest[1][:, None]).add_(slope_C[:, None])).add_(rest[0][:, None])
+        if tilted:
+            below_CV.clamp_(min=_LEAST).mul_(rest[1][:, None])
+            p_CV.mul_(below_CV.add_(slope_C[:, None]))
         else:
             p_CV.mul_(slope_C[:, None])
+        if rest:
+            p_CV.add_(rest[0][:, None])
         columns_C, inside_C = find(targets_C[rows], start, z_CV.shape[1])
         columns_C1 = columns_C[:, None]
         p_CV.scatter_(
