@@ -199,7 +199,7 @@ def _unpermute_backward(
     dweights = weights_TK.new_zeros(slots + 1)  # the last is for the rows that serve no slot
     weights = weights_TK.flatten()
     block = _BLOCK if rows_MD.device.type == "cpu" else rows_MD.numel() + 1
-    for rows in row_blocks(*rows_MD.shape, block):
+    for rows in row_blocks(len(rows_MD), rows_MD.shape[1], block):
         order = order_M[rows]
         absent, held = (order < 0).unsqueeze(1), order.clamp(min=0)
         dy = dy_TD.index_select(0, held // weights_TK.shape[1]).to(accumulate)
