@@ -1,9 +1,10 @@
 // A CUDA device on the CPU, for the kernels of csrc: g++ reads this file first (-include).
 //
-// Blocks run one after the other; the threads of a block are fibers that run in turn, each until it
-// waits for its warp (shuffle) or its block (__syncthreads); every other block in reverse order, so
-// that a missing barrier shows. Who waits for what never comes is an error; g++'s sanitizers find
-// misaligned packs and indices outside of arrays. Only what the kernels use is here.
+// Blocks run one after the other; the threads of a block are fibers. A fiber runs until it waits
+// for its warp (shuffle), a warp until it waits for the block (__syncthreads); every other block
+// runs in reverse order, so that a missing barrier shows. Who waits for what never comes is an
+// error; g++'s sanitizers find misaligned packs and indices outside of arrays. Only what the
+// kernels use is here.
 #pragma once
 #define WARPLOOM_EMULATED
 #include <cuda_bf16.h>
@@ -35,8 +36,7 @@
 namespace emulator {
 
 struct Fiber {
-  ucontext_t
-      context;  // where it begins; then `jump` is where it goes on, which costs no system call
+  ucontext_t context;  // where it begins; it goes on at `jump`, which costs no system call
   std::unique_ptr<char[]> stack{new char[1 << 16]};
   jmp_buf jump;
   uint3 at{};
@@ -103,20 +103,21 @@ inline void run_block(dim3 block, bool reversed) {
     fibers[i].at = {unsigned(i % block.x), unsigned(i / block.x), 0};
     fibers[i].done = fibers[i].waits = false;
   }
+  const size_t warps = count / 32;
   for (;;) {
-    bool moved = false, all_done = true;
-    for (size_t n = 0; n < count; ++n) {
-      Fiber& fiber = fibers[reversed ? count - 1 - n : n];
-      if (!fiber.done && !fiber.waits) {
-        resume(fiber);
-        moved = true;
-      }
-      all_done &= fiber.done;
+    for (size_t n = 0; n < warps; ++n) {  // a warp runs as far ahead of the others as it can
+      const size_t first = 32 * (reversed ? warps - 1 - n : n);
+      do {
+        for (size_t i = 0; i < 32; ++i) {
+          Fiber& fiber = fibers[first + (reversed ? 31 - i : i)];
+          if (!fiber.done && !fiber.waits) resume(fiber);
+        }
+      } while (release(first, first + 32, false));
     }
-    if (all_done) return;
-    for (size_t w = 0; w < count; w += 32) moved |= release(w, w + 32, false);
-    moved |= release(0, count, true);
-    if (!moved) stop("threads wait for others that do not come");
+    size_t done = 0;
+    for (size_t i = 0; i < count; ++i) done += fibers[i].done;
+    if (done == count) return;
+    if (!release(0, count, true)) stop("threads wait for others that do not come");
   }
 }
 
