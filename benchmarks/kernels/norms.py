@@ -5,10 +5,12 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from warploom.kernels import norm
+from warploom.kernels.rope import rotary_tables
 
 from .cases import Build, Case, Model, Work
 from .quantisers import by_rows
@@ -89,7 +91,39 @@ def _layer_norm(m: Model, tokens: int, item: int) -> Iterator[Case]:
     yield from _norm("layer_norm", _layer, 2, m, tokens, item)
 
 
+def _qk_norm_rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    elements = tokens * (m.heads + m.groups) * m.head_dim
+
+    def draw(d: Any) -> Any:
+        cos, sin = rotary_tables(torch.arange(tokens, device=d.device), m.head_dim, base=1e4)
+        q, k = (d(tokens, heads, m.head_dim) for heads in (m.heads, m.groups))
+        return (q, k, d(m.head_dim), d(m.head_dim)), {"cos": cos, "sin": sin}
+
+    def ours(*inputs: Tensor, cos: Tensor, sin: Tensor, backend: str | None) -> Any:
+        return norm.qk_norm_rotary(*inputs, cos, sin, eps=_EPS, backend=backend)
+
+    def eager(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, *, cos: Tensor, sin: Tensor) -> Any:
+        cos, sin = (t.to(q.dtype).unsqueeze(1) for t in (cos, sin))
+
+        def turn(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+        return turn(_rms(q, wq)), turn(_rms(k, wk))
+
+    tables = 4 * tokens * m.head_dim
+    yield Case(
+        op="qk_norm_rotary",
+        size=f"{tokens}x({m.heads}+{m.groups})x{m.head_dim}",
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=Work(2 * elements * item + tables, 7 * elements),
+        backward=Work(3 * elements * item + tables, 12 * elements),
+    )
+
+
 OPERATORS: Mapping[str, Build] = MappingProxyType(
-    {"rms_norm": _rms_norm, "layer_norm": _layer_norm}
+    {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "qk_norm_rotary": _qk_norm_rotary}
 )
 """As in `operators.py`."""
