@@ -87,10 +87,12 @@ def _activate_(gate: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
     """Apply f without a temporary: into `out`, or in place."""
     out = gate if out is None else out
     if kind == "swiglu":
-        return torch.ops.aten.silu.out(gate, out=out)
-    if kind == "relu2":
-        return torch.clamp(gate, min=0, out=out).square_()
-    return torch.ops.aten.gelu.out(gate, approximate=kind[6:] or "none", out=out)
+        torch.ops.aten.silu.out(gate, out=out)
+    elif kind == "relu2":
+        torch.clamp(gate, min=0, out=out).square_()
+    else:
+        torch.ops.aten.gelu.out(gate, approximate=kind[6:] or "none", out=out)
+    return out
 
 
 def forward_cpu(x_TF: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,7 +107,7 @@ def forward_cpu(x_TF: Tensor, kind: str, dtype: torch.dtype | None = None) -> Te
         `[T, F]`.
     """
     tokens, width = x_TF.shape[0], width_of(x_TF, kind)
-    accumulate = wide(x_TF.dtype)
+    accumulate = x_TF.dtype if kind == "relu2" and dtype is None else wide(x_TF.dtype)
     y_TF = x_TF.new_empty(tokens, width, dtype=dtype)
     for rows in row_blocks(tokens, width):
         gate = x_TF[rows, :width]
@@ -149,7 +151,7 @@ def backward_cpu(
     """
     dx_TF = torch.empty_like(x_TF, memory_format=torch.contiguous_format)
     width = dy_TF.shape[1]
-    accumulate = wide(dx_TF.dtype)
+    accumulate = dx_TF.dtype if kind == "relu2" else wide(dx_TF.dtype)  # relu2 rounds but once
     for rows in row_blocks(x_TF.shape[0], width):
         x, dy = x_TF[rows].to(accumulate), dy_TF[rows].to(accumulate)
         value, slope = _slopes(x[:, :width], dy, kind)
@@ -162,7 +164,7 @@ def backward_cpu(
                 torch.mul(dy, value, out=dx_TF[rows, width:])
             else:
                 dx_TF[rows, width:].copy_(value.mul_(dy))
-        dx_TF[rows, :width].copy_(slope)
+        dx_TF[rows, :width] = slope
     return dx_TF
 
 

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import next_power_of_two, on_device
-from ..quant.fp8 import BLOCK as GROUP
-from ..quant.fp8 import MAXIMA
+from ..quant.formats import BLOCK as GROUP
+from ..quant.formats import MAXIMA
 from ..quant.fp8_triton import fp8_amax, fp8_bits, fp8_cast, fp8_scale
 
 _MAX_BLOCK = 2048

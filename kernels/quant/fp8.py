@@ -24,10 +24,10 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks
+from .formats import BLOCK as BLOCK
+from .formats import MAXIMA as MAXIMA
 
 Scaling = Literal["tensor", "row", "block", "tile"]
-BLOCK = 128  # elements that share a scale in "block"; rows and columns in "tile"
-MAXIMA = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

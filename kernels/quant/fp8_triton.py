@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import next_power_of_two, on_device
-from .fp8 import BLOCK, MAXIMA
+from .formats import BLOCK, MAXIMA
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _SPAN = 4096  # elements of a row that a program of `row_kernel` holds at a time
@@ -225,6 +225,18 @@ def _scales(x_TD: Tensor, scaling: str, given: Tensor | None) -> tuple[Tensor, T
     return none.new_empty(tokens, groups), none.new_empty(width, groups_t)
 
 
+def _launch(kernel, x_TD, parts, more, scaling, transpose, options=None):
+    """Launch a kernel over the tiles of x; `more` are sizes besides tokens, width and pieces."""
+    tokens, width = x_TD.shape
+    chosen = configuration(scaling, transpose, width)
+    pieces = triton.cdiv(width, chosen["COLUMNS"])
+    sizes = tokens, width, pieces, *more, x_TD.stride(0)
+    with on_device(x_TD):
+        kernel[(triton.cdiv(tokens, chosen["ROWS"]) * pieces,)](
+            x_TD, *parts, *sizes, SCALING=scaling, **(options or {}), **chosen
+        )
+
+
 def quantize(
     x_TD: Tensor,
     scaling: str,
@@ -256,54 +268,22 @@ def quantize(
     whole, both = scaling == "tensor", scaling == "row" and transpose
     amax = x_TD.new_zeros(() if whole else tokens if both else 0, dtype=torch.int32)
     amax_t = x_TD.new_zeros(width if both else 0, dtype=torch.int32)
-    chosen = configuration(scaling, transpose, width)
-    limit = MAXIMA[dtype]
+    options = {"MAX": MAXIMA[dtype], "POWER_OF_TWO": power_of_two}
     if not data.numel():
-        scales = scales if scale is not None else scales.fill_(2.0**-126)
-        scale_t.fill_(2.0**-126)
+        for part in (scale_t, *(() if scale is not None else (scales,))):
+            part.fill_(2.0**-126)
     elif scaling == "row" and not transpose:
+        options |= configuration(scaling, transpose, width)
         with on_device(x_TD):
-            row_kernel[(tokens,)](
-                x_TD,
-                data,
-                scales,
-                width,
-                x_TD.stride(0),
-                MAX=limit,
-                POWER_OF_TWO=power_of_two,
-                **chosen,
-            )
+            row_kernel[(tokens,)](x_TD, data, scales, width, x_TD.stride(0), **options)
     else:
-        pieces, pieces_t = (triton.cdiv(n, chosen["COLUMNS"]) for n in (width, tokens))
-        grid = (triton.cdiv(tokens, chosen["ROWS"]) * pieces,)
-        sizes = tokens, width, pieces
-        with on_device(x_TD):
-            if both or (whole and scale is None):
-                amax_kernel[grid](
-                    x_TD, amax, amax_t, *sizes, x_TD.stride(0), SCALING=scaling, **chosen
-                )
-            tile_kernel[grid](
-                x_TD,
-                data,
-                scales,
-                data_t,
-                scale_t,
-                amax,
-                amax_t,
-                *sizes,
-                pieces_t,
-                x_TD.stride(0),
-                SCALING=scaling,
-                GIVEN=scale is not None,
-                TRANSPOSE=transpose,
-                MAX=limit,
-                POWER_OF_TWO=power_of_two,
-                **chosen,
-            )
-    return (
-        data,
-        none if scale is not None else scales,
-        data_t,
-        scale_t if transpose else none,
-        amax.view(torch.float32) if whole else none,
-    )
+        options |= {"GIVEN": scale is not None, "TRANSPOSE": transpose}
+        if both or (whole and scale is None):
+            _launch(amax_kernel, x_TD, (amax, amax_t), (), scaling, transpose)
+        parts = data, scales, data_t, scale_t, amax, amax_t
+        _launch(
+            tile_kernel, x_TD, parts, (triton.cdiv(tokens, BLOCK),), scaling, transpose, options
+        )
+    given = none if scale is not None else scales
+    largest = amax.view(torch.float32) if whole else none
+    return data, given, data_t, scale_t if transpose else none.new_empty(0), largest

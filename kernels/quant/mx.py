@@ -25,11 +25,11 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register
-from .fp8 import MAXIMA, carrier_of, dequantize
+from .formats import EXPONENTS, MAXIMA
+from .formats import MX_BLOCK as BLOCK
+from .fp8 import carrier_of, dequantize
 
 Rounding = Literal["floor", "ceil"]
-BLOCK = 32
-EXPONENTS = {torch.float8_e4m3fn: 8, torch.float8_e5m2: 15}
 _SCALE = torch.float8_e8m0fnu
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import on_device
-from .fp8 import MAXIMA
+from .formats import EXPONENTS, MAXIMA
+from .formats import MX_BLOCK as BLOCK
 from .fp8_triton import fp8_bits, fp8_cast
-from .mx import BLOCK, EXPONENTS
 
 
 def configuration(transpose: bool) -> dict[str, int]:

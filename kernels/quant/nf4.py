@@ -28,6 +28,8 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import register, row_blocks
+from .formats import NF4_VALUES as VALUES
+from .formats import middles
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -35,12 +37,6 @@ _SECOND = 256  # blocks whose scales share one
 _LEAST = 1e-38  # below it, and for a block of zeros, 1 / a is not finite
 _STEPS = 65535
 _STATE = "quant_state.bitsandbytes__nf4"
-VALUES = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-    *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
-    *(0.7229568362236023, 1.0),
-)
 
 
 class Nf4(NamedTuple):
@@ -120,11 +116,6 @@ class Nf4(NamedTuple):
             absmax2=state["nested_absmax"].to(packed.device),
             offset=torch.tensor(facts["nested_offset"], device=packed.device),
         )
-
-
-def middles(values: Tensor) -> Tensor:
-    """Return the middles between neighbours of a sorted table: what is above takes the higher."""
-    return (values[:-1] + values[1:]) / 2
 
 
 def second_values() -> Tensor:

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import on_device
+from .formats import NF4_VALUES as VALUES
+from .formats import middles
 from .fp8_triton import fp8_amax, fp8_bits
-from .nf4 import VALUES, middles
 
 _TILE = 4096  # elements a program
 _BOUNDS = tl.constexpr(tuple(middles(torch.tensor(VALUES)).tolist()))

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from warploom.kernels.quant import Nf4, nf4_dequantize, nf4_quantize
-from warploom.kernels.quant.nf4 import VALUES, middles, second_values
+from warploom.kernels.quant.formats import NF4_VALUES as VALUES
+from warploom.kernels.quant.formats import middles
+from warploom.kernels.quant.nf4 import second_values
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra quant)"
