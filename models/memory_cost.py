@@ -263,8 +263,9 @@ def _loss(r: _Rank, z_loss: bool) -> Kept:
     """Name what the last norm and the loss keep."""
     kept = {"last sum": r.stream, "last statistic": r.own * r.wide, "hidden": r.gathered}
     if z_loss:  # the head's backward computes the logits again
-        return kept | {"targets": r.tokens * 8, "lse": r.tokens * r.wide * (1 + (r.d.tp > 1))}
-    return kept | {"dweight": -(-r.a.vocabulary // r.d.tp) * r.a.width * r.wide}
+        statistics = r.tokens * (3 * r.wide + 1)  # target logit, lse; lse and whether it trains
+        return kept | {"targets": r.tokens * 8, "statistics": statistics}
+    return kept | {"dweight": -(-r.a.vocabulary // r.d.tp) * r.a.width * r.narrow}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
