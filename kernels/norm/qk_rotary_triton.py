@@ -392,37 +392,25 @@ def backward(
     q_out, k_out = q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
     tokens, heads, head_dim = q_THK.shape
     if not q_out.numel() + k_out.numel():
-        dense = torch.contiguous_format
-        dq_weight_K = torch.zeros_like(q_weight_K, memory_format=dense)
-        return q_out, k_out, dq_weight_K, torch.zeros_like(k_weight_K, memory_format=dense)
-    dq_THK, dk_TGK, q_THK, k_TGK = near(dq_THK), near(dk_TGK), near(q_THK), near(k_TGK)
-    cos_TJ, sin_TJ = near(cos_TJ), near(sin_TJ)
+        return q_out, k_out, q_weight_K.new_zeros(head_dim), k_weight_K.new_zeros(head_dim)
+    dq_THK, dk_TGK, q_THK, k_TGK, cos_TJ, sin_TJ = (
+        near(x) for x in (dq_THK, dk_TGK, q_THK, k_TGK, cos_TJ, sin_TJ)
+    )
     chosen = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
     programs = min(_PROGRAMS * processors(q_THK.device), triton.cdiv(tokens, chosen["TOKENS"]))
     q_shares = q_THK.new_empty(programs, head_dim, dtype=torch.float32)
     k_shares = torch.empty_like(q_shares)
     with on_device(q_THK):
         backward_kernel[(programs,)](
-            dq_THK,
-            dk_TGK,
-            q_THK,
-            k_TGK,
+            *(dq_THK, dk_TGK, q_THK, k_TGK),
             q_weight_K.contiguous(),
             k_weight_K.contiguous(),
-            cos_TJ,
-            sin_TJ,
-            q_out,
-            k_out,
-            q_shares,
-            k_shares,
+            *(cos_TJ, sin_TJ, q_out, k_out, q_shares, k_shares),
             tokens,
             heads,
             k_TGK.shape[1],
             head_dim // 2,
-            *dq_THK.stride()[:2],
-            *dk_TGK.stride()[:2],
-            *q_THK.stride()[:2],
-            *k_TGK.stride()[:2],
+            *(n for x in (dq_THK, dk_TGK, q_THK, k_TGK) for n in x.stride()[:2]),
             cos_TJ.stride(0),
             sin_TJ.stride(0),
             eps,

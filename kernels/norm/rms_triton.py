@@ -238,7 +238,7 @@ class Normed(NamedTuple):
         h: What was normalised; x itself without a residual.
         rstd: `[T]` float32.
         mean: `[T]` float32; empty unless it was subtracted.
-        scales: `[T, groups]` float32; empty unless y was quantised.
+        scales: `[T, groups]` float32; no groups unless y was quantised.
     """
 
     y: Tensor
@@ -281,14 +281,13 @@ def normalise(
     x_TD, fused = _rows(x_TD), residual_TD is not None
     residual = x_TD if residual_TD is None else _rows(residual_TD)
     group = {None: 0, "row": chosen["BLOCK"], "block": BLOCK}[scaling]
-    count = triton.cdiv(width, group) if group else 0
     statistics = x_TD.new_empty(tokens, dtype=torch.float32)
     out = Normed(
         y=torch.empty_like(x_TD, dtype=_TYPE if group else None, memory_format=_DENSE),
         h=torch.empty_like(x_TD, memory_format=_DENSE) if fused else x_TD,
         rstd=statistics,
         mean=torch.empty_like(statistics) if centred else statistics.new_empty(0),
-        scales=statistics.new_empty(tokens if group else 0, count),
+        scales=statistics.new_empty(tokens, triton.cdiv(width, group) if group else 0),
     )
     if tokens:
         with on_device(x_TD):
@@ -301,8 +300,7 @@ def normalise(
                 out.rstd,
                 tokens,
                 width,
-                x_TD.stride(0),
-                residual.stride(0),
+                *(rows.stride(0) for rows in (x_TD, residual)),
                 eps,
                 FUSED=fused,
                 bias=None if bias_D is None else bias_D.contiguous(),
@@ -342,18 +340,18 @@ def _column_shares(
     )
 
 
-def add_shares(shares: Tensor, like: Tensor) -> Tensor:
+def add_shares(shares: Tensor, like: Tensor | None) -> Tensor:
     """Launch the addition of the programs' shares of a weight's gradient.
 
     Args:
         shares: `[parts, D]` float32.
-        like: The weight, `[D]`.
+        like: The weight, `[D]`; None stands for float32.
 
     Returns:
         `[D]` in the dtype of the weight.
     """
     parts, width = shares.shape
-    out = like.new_empty(width)
+    out = shares.new_empty(width, dtype=None if like is None else like.dtype)
     shares_kernel[(triton.cdiv(width, _COLUMNS),)](
         shares, out, parts, width, SHARES=_SHARES, COLUMNS=_COLUMNS, num_warps=4
     )
@@ -393,8 +391,7 @@ def gradients(
     dh = dy_TD if dh_TD is None else _rows(dh_TD)
     kept = width <= (KEEP if bias_D is None else KEEP // 2)
     programs = min(2 * processors(h_TD.device), triton.cdiv(tokens, chosen["ROWS"]))
-    tiles = triton.cdiv(tokens, COLUMN_TILE["ROWS"])
-    parts = programs if kept else min(tiles, _COLUMN_PARTS)
+    parts = programs if kept else min(triton.cdiv(tokens, COLUMN_TILE["ROWS"]), _COLUMN_PARTS)
     rstd_T, mean_T = rstd_T.contiguous(), None if mean_T is None else mean_T.contiguous()
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     bias_shares = None if bias_D is None else torch.empty_like(shares)
@@ -409,9 +406,7 @@ def gradients(
             shares,
             tokens,
             width,
-            dy_TD.stride(0),
-            dh.stride(0),
-            h_TD.stride(0),
+            *(x.stride(0) for x in (dy_TD, dh, h_TD)),
             FUSED=dh_TD is not None,
             KEPT=kept,
             mean=mean_T,
@@ -421,9 +416,7 @@ def gradients(
         if not kept:
             _column_shares(dy_TD, h_TD, rstd_T, mean_T, shares, bias_shares)
         dweight_D = add_shares(shares, weight_D)
-        dbias_D = None
-        if bias_D is not None and bias_shares is not None:
-            dbias_D = add_shares(bias_shares, bias_D)
+        dbias_D = None if bias_shares is None else add_shares(bias_shares, bias_D)
     return dx_TD, dweight_D, dbias_D
 
 
