@@ -64,6 +64,39 @@ def _fp8_quantize(m: Model, tokens: int, item: int) -> Iterator[Case]:
     yield replace(case, variant="block and transposed", ours=both, eager=_both, forward=copied)
 
 
+def _mx(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise float32 `[T, D]` to MXFP8: blocks of 32, scales that are powers of two."""
+    blocks = x.view(*x.shape[:-1], -1, 32)
+    exponent = blocks.abs().amax(-1, keepdim=True).frexp().exponent - 9  # 8 is that of e4m3
+    codes = torch.ldexp(blocks, -exponent).clamp(-_LARGEST, _LARGEST).to(_E4M3)
+    return codes.view(x.shape), (exponent + 127).to(torch.uint8)
+
+
+def _mx_quantize(m: Model, tokens: int, item: int) -> Iterator[Case]:
+    elements = tokens * m.width
+
+    def both(x: Tensor) -> tuple[Tensor, ...]:
+        return *_mx(x.float()), *_mx(x.float().t().contiguous())
+
+    case = Case(
+        op="mx_quantize",
+        size=f"{tokens}x{m.width}",
+        draw=lambda d: ((d(tokens, m.width),), {}),
+        ours=quant.mx_quantize,
+        eager=lambda x: _mx(x.float()),
+        forward=Work(elements * (item + 1 + 1 / 32), 3 * elements),
+        backward=None,
+    )
+    yield case
+    yield replace(
+        case,
+        variant="and transposed",
+        ours=lambda x, *, backend: quant.mx_quantize(x, transpose=True, backend=backend),
+        eager=both,
+        forward=Work(elements * (item + 2 + 2 / 32), 6 * elements),
+    )
+
+
 def _nf4_values(device: torch.device) -> Tensor:
     return torch.tensor(nf4.VALUES, device=device)
 
@@ -153,6 +186,7 @@ def _state(x: Tensor, double: bool) -> Any:
 OPERATORS: Mapping[str, Build] = MappingProxyType(
     {
         "fp8_quantize": _fp8_quantize,
+        "mx_quantize": _mx_quantize,
         "nf4_quantize": _nf4_quantize,
         "nf4_dequantize": _nf4_dequantize,
     }

@@ -18,7 +18,7 @@ PLAN = measure.Plan(
     device=CPU, dtype=torch.float32, ours=("reference",), peers=("eager",), rounds=3, repeats=2
 )
 FOUND = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": 1e12}
-CASES = [case for build in OPERATORS.values() for case in build(MODELS["tiny"], 8, 4)]
+CASES = [case for build in OPERATORS.values() for case in build(MODELS["tiny"], 32, 4)]
 
 
 def _words(tmp_path, *more):
