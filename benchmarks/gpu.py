@@ -39,6 +39,7 @@ import torch
 from warploom.benchmarks import proofs, rows
 from warploom.benchmarks.kernels import command as bench
 from warploom.benchmarks.kernels import measure, report
+from warploom.benchmarks.kernels.operators import OPERATORS
 from warploom.kernels import backends
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -123,7 +124,7 @@ class Session:
     def __init__(self, asked: argparse.Namespace) -> None:
         self.asked, self.results = asked, asked.results
         self.device = torch.device(asked.device)
-        self.end = time.monotonic() + asked.budget
+        self.end: float = time.monotonic() + asked.budget
         self.parts = [name for name in asked.parts.split(",") if name]
         self.summary: list[str] = []
 
@@ -131,7 +132,8 @@ class Session:
         """Return when a part must end: its own share, less what the later ones keep."""
         later = self.parts[self.parts.index(part) + 1 :] if part in self.parts else []
         limit = min(time.monotonic() + _PARTS[part].most, self.end)
-        return min(limit, self.end - sum(_PARTS[name].keep for name in later))
+        keep: float = sum(_PARTS[name].keep for name in later)
+        return min(limit, self.end - keep)
 
     def do(self, work: str, names: Sequence[str], until: float, **rest: Any) -> dict[str, Any]:
         """Have rows of a kind of work done."""
@@ -291,7 +293,7 @@ def _bench_words(asked: argparse.Namespace, op: str = "", shapes: str = "") -> a
 
 def _bench_rows(asked: argparse.Namespace) -> list[str]:
     """Name the rows: each operator in one model first, then in the others."""
-    ops = [op for op in bench.OPERATORS if not asked.only or op in asked.only]
+    ops = [op for op in OPERATORS if not asked.only or op in asked.only]
     first = [f"{op}@{'qwen3-30b-a3b' if op in _MOE else 'llama3-8b'}" for op in ops]
     return first if asked.small else [*first, *(f"{op}@deepseek-v3" for op in ops)]
 

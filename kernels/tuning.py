@@ -126,7 +126,7 @@ def tuned(
         return candidates[0]
     name, capability = ",".join(map(str, key)), _capability(device)
     entry = _lookup(op, capability, name)
-    if entry in candidates:
+    if entry is not None and entry in candidates:
         return entry
     if measure is None or len(candidates) == 1 or not _may_search():
         return candidates[0]

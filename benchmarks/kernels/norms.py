@@ -99,8 +99,10 @@ def _qk_norm_rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
         q, k = (d(tokens, heads, m.head_dim) for heads in (m.heads, m.groups))
         return (q, k, d(m.head_dim), d(m.head_dim)), {"cos": cos, "sin": sin}
 
-    def ours(*inputs: Tensor, cos: Tensor, sin: Tensor, backend: str | None) -> Any:
-        return norm.qk_norm_rotary(*inputs, cos, sin, eps=_EPS, backend=backend)
+    def ours(
+        q: Tensor, k: Tensor, *weights: Tensor, cos: Tensor, sin: Tensor, backend: str | None
+    ) -> Any:
+        return norm.qk_norm_rotary(q, k, weights[0], weights[1], cos, sin, backend=backend)
 
     def eager(q: Tensor, k: Tensor, wq: Tensor, wk: Tensor, *, cos: Tensor, sin: Tensor) -> Any:
         cos, sin = (t.to(q.dtype).unsqueeze(1) for t in (cos, sin))

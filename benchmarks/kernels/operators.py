@@ -17,7 +17,7 @@ from torch.nn import functional
 from warploom.kernels import activation, moe, rope
 
 from . import losses, norms, optimizers, quantisers
-from .cases import Build, Case, Model, Work
+from .cases import Build, Case, Draw, Model, Work
 
 
 def _rotary(m: Model, tokens: int, item: int) -> Iterator[Case]:
@@ -165,7 +165,7 @@ def _route(m: Model, tokens: int, item: int) -> Iterator[Case]:
     )
 
 
-def _assignment(d: Any, m: Model, tokens: int) -> Tensor:
+def _assignment(d: Draw, m: Model, tokens: int) -> Tensor:
     """Draw distinct experts for each token, `[T, k]`."""
     return d(tokens, m.experts, dtype=torch.float32).topk(m.top_k, -1).indices
 

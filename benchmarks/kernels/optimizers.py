@@ -60,11 +60,19 @@ def _adamw(m: Model, tokens: int, item: int) -> Iterator[Case]:
         step.add_(1)
         steps = [step] * len(weights)
         torch._fused_adamw_(
-            *(masters, gradients, means, squares, [], steps),
+            masters,
+            gradients,
+            means,
+            squares,
+            [],
+            steps,
             lr=_RATE,
+            beta1=_NUMBERS["beta1"],
+            beta2=_NUMBERS["beta2"],
+            weight_decay=_NUMBERS["weight_decay"],
+            eps=_NUMBERS["eps"],
             amsgrad=False,
             maximize=False,
-            **_NUMBERS,
         )
         if narrow:
             torch._foreach_copy_(weights, masters)

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from warploom.kernels import quant
-from warploom.kernels.quant import nf4
+from warploom.kernels.quant.formats import NF4_VALUES
 
 from .cases import Build, Case, Model, Work
 
@@ -40,7 +40,7 @@ def _both(x: Tensor) -> tuple[Tensor, ...]:
 def _fp8_quantize(m: Model, tokens: int, item: int) -> Iterator[Case]:
     elements = tokens * m.width
 
-    def ours(**options: object) -> object:
+    def ours(**options: Any) -> Callable[..., Any]:
         return lambda x, *, backend: quant.fp8_quantize(x, **options, backend=backend)
 
     plain = Work(elements * (item + 1), 4 * elements)
@@ -98,7 +98,7 @@ def _mx_quantize(m: Model, tokens: int, item: int) -> Iterator[Case]:
 
 
 def _nf4_values(device: torch.device) -> Tensor:
-    return torch.tensor(nf4.VALUES, device=device)
+    return torch.tensor(NF4_VALUES, device=device)
 
 
 def _pack(x: Tensor, *, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def _nf4_quantize(m: Model, tokens: int, item: int) -> Iterator[Case]:
     elements = 2 * m.hidden * m.width
 
     def ours(x: Tensor, *, values: Tensor, backend: str | None) -> Any:
-        return nf4.nf4_quantize(x, double=False, backend=backend)
+        return quant.nf4_quantize(x, double=False, backend=backend)
 
     def bitsandbytes(x: Tensor, *, values: Tensor) -> Tensor:
         packed: Tensor = _bitsandbytes().quantize_4bit(x, quant_type="nf4")[0]
@@ -137,12 +137,12 @@ def _nf4_dequantize(m: Model, tokens: int, item: int) -> Iterator[Case]:
 
     def draw(d: Any, double: bool) -> Any:
         x, values = d(2 * m.hidden, m.width), _nf4_values(d.device)
-        q = nf4.nf4_quantize(x, double=double, backend="reference")
+        q = quant.nf4_quantize(x, double=double, backend="reference")
         rest = {"double": double, "values": values, "dtype": x.dtype, "shape": x.shape}
         return (), {"q": q, "state": _state(x, double) if _is_there() else None, **rest}
 
     def ours(*, q: Any, backend: str | None, **rest: Any) -> Tensor:
-        return nf4.nf4_dequantize(q, backend=backend)
+        return quant.nf4_dequantize(q, backend=backend)
 
     def eager(*, q: Any, double: bool, values: Tensor, dtype: Any, shape: Any, state: Any) -> Any:
         scale = q.absmax

@@ -196,9 +196,9 @@ def plot(file: Path, result: Mapping[str, Any]) -> None:
     best: dict[float, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda r: r["tflops_per_s"]):
         best[row["flops"] / row["bytes"]] = row
-    for x, row in best.items():
+    for intensity, row in best.items():
         words = f"{row['op']} {row['variant']} {row['pass']}".replace("  ", " ")
-        axes.annotate(words, (x, row["tflops_per_s"]), fontsize=6, rotation=30)
+        axes.annotate(words, (intensity, row["tflops_per_s"]), fontsize=6, rotation=30)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s")
     axes.set_title(f"{result['device']}, {result['date']}")
     axes.legend(fontsize=8)
