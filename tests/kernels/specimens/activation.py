@@ -59,12 +59,16 @@ def _specimen(name, run, truth):
 def _quantized(name, run, truth, scaling, **fixed):
     """The value straight through the quantiser, its codes and scales."""
 
-    def whole(x, *, backend=None):
+    def draw(draw, rows, width):
+        return _draw(name)(draw, rows, width)[0], {"value": not getattr(draw, "ghost", False)}
+
+    def whole(x, *, value=True, backend=None):
         q = run(x, scaling=scaling, backend=backend, **fixed)
-        return q.dequantize(), q.data.view(torch.uint8), q.scale
+        seen = q.dequantize() if value else q.carrier  # of memory that nobody touches
+        return seen, q.data.view(torch.uint8), q.scale
 
     def specified(form):
-        def of(x):
+        def of(x, value=True):
             y = form(x)
             q = fp8_quantize(y.float(), scaling=scaling, backend="reference", **fixed)
             value = q.dequantize(y.dtype).detach()
@@ -75,7 +79,7 @@ def _quantized(name, run, truth, scaling, **fixed):
     return Specimen(
         name=f"{name}_fp8_{scaling}",
         op=name.removesuffix("_tanh"),
-        draw=_draw(name),
+        draw=draw,
         run=whole,
         truth=specified(truth),
         plain=specified(_plain(name)),

@@ -15,15 +15,15 @@ _SHAPES = ((0, 6), (3, 0), (1, 1), (5, 3), (33, 129), (130, 300))
 
 def _fp8(name, rows=(), quantize=fp8_quantize, **fixed):
     def draw(draw, rows, width):
-        return (draw(rows, width),), {}
+        return (draw(rows, width),), {"value": not getattr(draw, "ghost", False)}
 
-    def run(x, *, backend=None):
+    def run(x, *, value=True, backend=None):
         q = quantize(x, backend=backend, **fixed)
         parts = q.data, q.scale, getattr(q, "amax", None), q.data_t, q.scale_t
         bits = [None if p is None else _bits(p) for p in parts]
-        return q.dequantize(), *bits
+        return q.dequantize() if value else q.carrier, *bits  # memory that nobody touches
 
-    def truth(x, *, rounded):
+    def truth(x, *, rounded, value=True):
         value, *parts = run(x.detach().to(rounded), backend="reference")
         return x + (value.double() - x).detach(), *parts
 
@@ -33,7 +33,7 @@ def _fp8(name, rows=(), quantize=fp8_quantize, **fixed):
         draw=draw,
         run=run,
         truth=truth,
-        plain=lambda x: truth(x, rounded=x.dtype),
+        plain=lambda x, value: truth(x, rounded=x.dtype),
         shapes=_SHAPES,
         rows=rows,
         exact=tuple(range(6)),
@@ -61,7 +61,10 @@ def _nf4_codes_truth(x, *, rounded):
 def _draw_codes(draw, rows, width):
     """Draw codes and scales; the numbers to multiply have no gradient."""
     size = rows * width
-    packed = draw.integers(256, (size + 1) // 2, 1).to(torch.uint8)
+    if getattr(draw, "ghost", False):
+        packed = torch.empty((size + 1) // 2, 1, dtype=torch.uint8)
+    else:
+        packed = draw.integers(256, (size + 1) // 2, 1).to(torch.uint8)
     levels = draw.integers(256, -(-size // 64), seed=1).to(torch.uint8)
     code, offset = draw(256, seed=2).float(), draw(1, seed=3).float()
     fixed = {"packed": packed, "levels": levels, "code": code, "offset": offset}
