@@ -54,12 +54,17 @@ def _truth_given(logits, *, targets, z_loss=False, softcap=None, label_smoothing
     return total, trained.sum(), z.logsumexp(-1)[trained].square().sum(), trained.sum()
 
 
+def _logits(hidden, weight):
+    """Return the head's logits; without a weight they are what is given."""
+    return hidden if weight is None else hidden @ weight.t()
+
+
 def _truth_linear(hidden, weight, **rest):
-    return _truth_given(hidden @ weight.t(), **rest)
+    return _truth_given(_logits(hidden, weight), **rest)
 
 
 def _truth_log_probs(hidden, weight, *, targets, softcap=None, entropy=False):
-    z = _capped(hidden @ weight.t(), softcap)
+    z = _capped(_logits(hidden, weight), softcap)
     log = -F.cross_entropy(z, targets, reduction="none")
     if not entropy:
         return log
@@ -70,10 +75,10 @@ def _truth_top_k(hidden, weight, *, indices, log_probs, softcap=None, **options)
     """Probabilities of M + 1 outcomes, and F.kl_div."""
     trained = indices[:, 0] != -100
     columns = indices.clamp(min=0)
-    student = _capped(hidden @ weight.t(), softcap).softmax(-1)
+    student = _capped(_logits(hidden, weight), softcap).softmax(-1)
     teacher, picked = log_probs.to(student.dtype).exp(), student.gather(-1, columns)
     pair = [teacher, picked]
-    if options.get("tail", True) and columns.shape[1] < weight.shape[0]:
+    if options.get("tail", True) and columns.shape[1] < student.shape[1]:
         others = torch.ones_like(student).scatter(-1, columns, 0)
         rests = 1 - teacher.sum(-1), (student * others).sum(-1)
         pair = [torch.cat((p, rest[:, None]), -1) for p, rest in zip(pair, rests, strict=True)]
@@ -93,7 +98,7 @@ def _plain(truth):
     def linear(hidden, weight, **rest):
         z = hidden @ weight.t()
         z = z.float() if z.dtype.itemsize == 2 else z
-        return truth(z, torch.eye(z.shape[1], dtype=z.dtype), **rest)
+        return truth(z, None, **rest)
 
     return given if truth is _truth_given else linear
 
