@@ -117,6 +117,15 @@ def test_every_code_and_every_tie(dtype):
     assert torch.equal(got.data.view(torch.uint8)[inside], x.to(dtype).view(torch.uint8)[inside])
 
 
+def test_the_inverse_is_rounded_once():
+    """Where x MAX / a is nearly a tie, 1 / (a / MAX), rounded twice, goes the other way."""
+    a = 1 + torch.rand(4000, 1)
+    ties = torch.tensor([17.0, 19.0, 27.0, 232.0, 248.0])
+    x = torch.cat([a, (ties.double() * a.double() / 448).float()], 1)
+    got = fp8_quantize(x, scaling="row")
+    _same(*_spec(x.numpy(), "row", E4M3, False), got.data, got.scale)
+
+
 @pytest.mark.parametrize("scaling", ["tensor", "row", "block", "tile"])
 @pytest.mark.parametrize("power_of_two", [False, True])
 def test_the_value_is_near(scaling, power_of_two):
