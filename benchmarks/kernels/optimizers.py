@@ -60,12 +60,7 @@ def _adamw(m: Model, tokens: int, item: int) -> Iterator[Case]:
         step.add_(1)
         steps = [step] * len(weights)
         torch._fused_adamw_(
-            masters,
-            gradients,
-            means,
-            squares,
-            [],
-            steps,
+            *(masters, gradients, means, squares, [], steps),
             lr=_RATE,
             beta1=_NUMBERS["beta1"],
             beta2=_NUMBERS["beta2"],

@@ -274,10 +274,9 @@ def forward(
     logits_TE = _strided(logits_TE)
     weights = logits_TE.new_empty(tokens, top_k, dtype=torch.float32)
     probabilities = logits_TE.new_empty(tokens, experts, dtype=torch.float32)
-    if chosen_TK is None:
-        indices = logits_TE.new_empty(tokens, top_k, dtype=torch.int64)
-    else:
-        indices = chosen_TK.clone(memory_format=torch.contiguous_format)
+    indices = logits_TE.new_empty(tokens, top_k, dtype=torch.int64)
+    if chosen_TK is not None:
+        indices.copy_(chosen_TK)
     if tokens:
         with on_device(logits_TE):
             forward_kernel[(triton.cdiv(tokens, chosen["ROWS"]),)](

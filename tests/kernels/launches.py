@@ -19,6 +19,7 @@ import torch
 from tests.kernels.specimen import Draw, Specimen, differentiable, tuple_of
 
 from warploom.kernels import backends
+from warploom.kernels.quant import Fp8
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,17 @@ def recorded() -> Iterator[list[Launch]]:
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         found.append(Launch(self, args, options))
 
+    def product(a: torch.Tensor, b: torch.Tensor, *, out: Any = None) -> torch.Tensor:
+        return out if out is not None else a.new_empty(*a.shape[:-1], b.shape[-1])
+
     with (
         mock.patch.object(JITFunction, "run", note),
+        mock.patch.object(torch, "mm", product),  # a CPU would take minutes for the bfloat16 ones
+        mock.patch.object(torch.Tensor, "__matmul__", product),
+        mock.patch.object(torch.Tensor, "addmm_", lambda self, *_: self),
+        mock.patch.object(torch, "addmm", lambda c, *_, **__: torch.empty_like(c)),
+        mock.patch.object(torch, "baddbmm", lambda c, *_, **__: torch.empty_like(c)),
+        mock.patch.object(Fp8, "dequantize", lambda self, dtype=None: self.carrier),
         mock.patch.object(backends, "interpreted", return_value=True),
     ):
         yield found
@@ -138,10 +148,20 @@ def _resources(cubin: bytes) -> str:
     return done.stdout
 
 
-def wide_accesses(ptx: str) -> tuple[int, int]:
-    """Count 16-byte (or wider) loads and stores of global memory."""
+def wide_accesses(launch: Launch, ptx: str) -> tuple[int, int]:
+    """Count 16-byte (or wider) loads and stores of global memory.
+
+    A thread that reads 16 bytes and writes codes of one byte writes 8 of them: 8 bytes are enough.
+    """
     wide = r"\.v4\.b32|\.v2\.b64|\.v4\.b64|\.v8\.b32"
-    return tuple(len(re.findall(rf"{word}\.global[.\w:]*(?:{wide})", ptx)) for word in ("ld", "st"))
+    codes = any(x.dtype.itemsize == 1 for x in launch.args if isinstance(x, torch.Tensor))
+    least = rf"{wide}|\.v2\.b32|\.b64" if codes else wide
+    loads, stores = (
+        len(re.findall(rf"{word}\.global[.\w:]*(?:{size})", ptx))
+        for word, size in (("ld", wide), ("st", least))
+    )
+    ahead = len(re.findall(r"cp\.async\.cg\.shared\.global.*, 0x10", ptx))  # 16 bytes each
+    return loads + ahead, stores
 
 
 def products_from_registers(ptx: str) -> int:

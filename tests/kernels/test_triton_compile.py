@@ -8,15 +8,23 @@ import pytest
 import torch
 from tests.kernels import launches as gate
 from tests.kernels.specimen import item, specimens
+from tests.kernels.specimens.optim import LAUNCHES
 
 from warploom.kernels import backends
 
 pytest.importorskip("triton", reason="needs the package triton")
 
+MANY = tuple(enumerate(LAUNCHES))
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90 and sm_100
 REGISTERS = 255  # a thread can have no more; what needs more spills, which STACK shows
 # Kernels whose bulk is not moved in 16-byte accesses, and why.
 NARROW = {
+    "fp8_triton.amax_kernel": "writes one number a tile",
+    "logits_triton.partials_kernel": "writes three numbers a row",
+    "norm_triton.norm_kernel": "writes one number a block",
+    "norm_triton.sum_kernel": "adds up a few kilobytes",
+    "permutation_triton.rank_kernel": "reads the experts, a few hundred kilobytes",
+    "permutation_triton.invert_kernel": "reads the order, a few hundred kilobytes",
     "rms_triton.shares_kernel": "adds up a few kilobytes",
 }
 
@@ -41,7 +49,21 @@ def _cases():
 @item("fits sm_90 and sm_100")
 @pytest.mark.parametrize(("s", "rows", "width", "dtype", "capability"), [*_cases()])
 def test_compiles_and_fits(s, rows, width, dtype, capability):
-    found = gate.launches(s, rows, width, dtype)
+    _fit(gate.launches(s, rows, width, dtype), capability, width % 16 == 0)
+
+
+@item("fits sm_90 and sm_100", ops=("adamw", "global_norm", "newton_schulz"))
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize(
+    "call", [pytest.param(c, marks=[] if n in (1, 4) else pytest.mark.slow) for n, c in MANY]
+)
+def test_operators_on_many_tensors_fit(call, capability):
+    with gate.recorded() as found:
+        call()
+    _fit(found, capability, wide=False)
+
+
+def _fit(found, capability, wide):
     assert found, "nothing was launched"
     for launch in found:
         report = gate.compile_for(launch, capability)
@@ -51,8 +73,8 @@ def test_compiles_and_fits(s, rows, width, dtype, capability):
         assert report.shared <= SHARED_LIMIT, f"{about}: {report.shared} bytes of shared memory"
         assert not gate.narrow_products(report.ttir), about
         assert not gate.products_from_registers(report.ptx), f"{about}: see kernels/toolchain.py"
-        if report.name not in NARROW and width % 16 == 0:
-            loads, stores = gate.wide_accesses(report.ptx)
+        if report.name not in NARROW and wide:
+            loads, stores = gate.wide_accesses(launch, report.ptx)
             assert loads, f"{about}: no 16-byte load"
             assert stores, f"{about}: no 16-byte store"
 

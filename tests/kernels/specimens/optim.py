@@ -4,6 +4,8 @@ import torch
 from tests.kernels.specimen import Specimen
 
 from warploom.kernels.optim import (
+    adamw_,
+    adamw_reference,
     global_norm,
     newton_schulz,
     newton_schulz_reference,
@@ -31,6 +33,27 @@ def _norm(*tensors, backend):
     return global_norm([t.detach() for t in tensors], backend=backend)
 
 
+_RATES = {"learning_rate": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def _draw_adamw(draw, rows, width):
+    parameter, gradient, mean = (draw(rows, width, seed=i) for i in range(3))
+    return (parameter, gradient, mean, draw(rows, width, seed=3).square()), {}
+
+
+def _step(parameter, gradient, mean, square, backend):
+    """A step that leaves its arguments alone: the third."""
+    lists = [[x.detach().clone(memory_format=torch.contiguous_format)]
+             for x in (parameter, gradient, mean, square)]  # fmt: skip
+    count = torch.full((), 2.0, device=parameter.device)
+    adamw_(*lists, step=count, backend=backend, **_RATES)
+    return lists[0][0], lists[2][0], lists[3][0]
+
+
+def _step_truth(*tensors):
+    return adamw_reference(*(x.detach() for x in tensors), step=3, **_RATES)
+
+
 _SCHULZ = {
     "op": "newton_schulz",
     "run": _orthogonal,
@@ -41,6 +64,18 @@ _SCHULZ = {
 }
 
 SPECIMENS = (
+    Specimen(
+        name="adamw",
+        op="adamw",
+        draw=_draw_adamw,
+        run=_step,
+        truth=_step_truth,
+        plain=_step_truth,
+        dtypes=(torch.float64, torch.float32),
+        second=None,
+        huge=False,  # has a test of its own
+        training=((4096, 14336),),
+    ),
     Specimen(
         name="newton_schulz",
         draw=_draw,
