@@ -15,6 +15,7 @@ from warploom.kernels import backends
 pytest.importorskip("triton", reason="needs the package triton")
 
 MANY = tuple(enumerate(LAUNCHES))
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90 and sm_100
 REGISTERS = 255  # a thread can have no more; what needs more spills, which STACK shows
 # Kernels whose bulk is not moved in 16-byte accesses, and why.
@@ -37,9 +38,10 @@ def _served():
 def _cases():
     for number, s in enumerate(_served()):
         for i, size in enumerate(s.training):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            dtypes = [d for d in _DTYPES if d in s.dtypes]
+            for dtype in dtypes:
                 for capability in (90, 100):
-                    sample = i == 0 and dtype == torch.bfloat16
+                    sample = i == 0 and dtype == dtypes[0]
                     sample = sample and capability == (90, 100)[number % 2]
                     marks = [] if sample else [pytest.mark.slow]
                     name = f"{s}-{size[0]}x{size[1]}-{str(dtype)[6:]}-sm{capability}"
