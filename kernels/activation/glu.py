@@ -19,7 +19,7 @@ https://arxiv.org/abs/2109.08668, section 4 (the squared ReLU).
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
+from ..peers import PEERS, serve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A kind is the operator's name; geglu's has "_tanh" where the normal distribution is approximated.
@@ -266,6 +267,8 @@ def swiglu(gate_up: Tensor, *, backend: str | None = None) -> Tensor:
         RuntimeError: If `backend` cannot serve this tensor here.
     """
     check("swiglu", gate_up)
+    if backend in PEERS:
+        return cast(Tensor, serve("swiglu", backend, gate_up))
     y: Tensor = _FORWARD(gate_up, "swiglu", backend)
     return y
 
@@ -290,7 +293,10 @@ def geglu(
         RuntimeError: If `backend` cannot serve this tensor here.
     """
     check("geglu", gate_up)
-    y: Tensor = _FORWARD(gate_up, geglu_kind(approximate), backend)
+    kind = geglu_kind(approximate)
+    if backend in PEERS:
+        return cast(Tensor, serve("geglu", backend, gate_up, plain=approximate == "tanh"))
+    y: Tensor = _FORWARD(gate_up, kind, backend)
     return y
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
+from ..peers import PEERS, serve
 from .chunks import trained
 from .logits import check_logits, check_options, nll_and_gradient_, write_gradient
 from .statistics import Pair, coefficients, finish, reduce_slice_, sums
@@ -184,6 +185,10 @@ def cross_entropy(
     if not logits_TV.shape[1]:
         raise ValueError(f"{_NAME}: logits must have a column at least, got {[*logits_TV.shape]}")
     trained_T = trained(targets_T, ignore_index)
+    if backend in PEERS:
+        plain = not (z_loss or softcap or label_smoothing or inplace)
+        args = _NAME, backend, logits_TV, targets_T
+        return serve(*args, ignore_index=ignore_index, plain=plain), trained_T.sum()
     if inplace:
         _check_inplace(logits_TV, z_loss)
         if torch.is_grad_enabled() and logits_TV.requires_grad:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
+from ..peers import PEERS, serve
 from .chunks import Chunks, Gradients, check_linear, scaled, trained
 from .logits import check_options, nll_and_gradient_
 from .statistics import (
@@ -296,6 +297,11 @@ def linear_cross_entropy(
     """
     check_linear("linear_cross_entropy", hidden_TD, weight_VD, targets_T, chunk)
     check_options("linear_cross_entropy", softcap, label_smoothing)
+    if backend in PEERS:
+        plain = not (z_loss or softcap or label_smoothing or chunk)
+        args = "linear_cross_entropy", backend, hidden_TD, weight_VD, targets_T
+        total = serve(*args, ignore_index=ignore_index, plain=plain)
+        return total, trained(targets_T, ignore_index).sum()
     inputs = hidden_TD, weight_VD, targets_T, ignore_index, chunk
     if not z_loss:
         found = _CROSS_ENTROPY(*inputs, False, False, softcap, label_smoothing, backend)
