@@ -45,7 +45,8 @@ class Specimen:
         exact: Outputs that must equal the specification bit for bit (indices, codes).
         backends: Device backends that serve this way; some serve only the plain one.
         huge: Whether it may be called on more than 2^31 elements that nobody touches (see `Ghost`).
-        second: What the error of a second derivative says; None where there is no gradient.
+        gradient: Whether it has one.
+        second: What the error of a second derivative says; None where that is right.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Specimen:
     exact: tuple[int, ...] = ()
     backends: tuple[str, ...] = ("triton",)
     huge: bool = True
+    gradient: bool = True
     second: str | None = field(default="there is no second derivative")
 
     def __str__(self) -> str:

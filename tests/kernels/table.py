@@ -84,16 +84,27 @@ def collect() -> dict[tuple[str, str], Found]:
     return collector.cells
 
 
-# (operator, item) that has no meaning, and why.
+# Operators and items that mean nothing together, and why.
 REASONS = {
     "no gradient": (
-        ("fp8_quantize", "mx_quantize", "nf4_quantize", "nf4_dequantize", "adamw", "global_norm"),
+        ("adamw", "global_norm", "newton_schulz", "nf4_quantize", "nf4_dequantize"),
         ("upstream gradients", "second derivative"),
+    ),
+    "rows are summed, sorted, or no rows at all": (
+        ("cross_entropy", "linear_cross_entropy", "permute", "unpermute", "adamw")
+        + ("global_norm", "newton_schulz", "nf4_quantize", "nf4_dequantize"),
+        ("batch invariance",),
+    ),
+    "what it spoils is its whole matrix": (("newton_schulz",), ("NaN and inf",)),
+    "its second derivative is right": (("rotary",), ("second derivative",)),
+    "a matrix so large has no place in a product": (
+        ("newton_schulz",),
+        ("more than 2^31 elements",),
     ),
 }
 ONLY = {
     "empty experts": ("route", "permute", "unpermute"),
-    "optimizer edge cases": ("adamw", "global_norm", "newton_schulz"),
+    "optimizer edge cases": ("adamw", "global_norm"),
 }
 
 
@@ -104,13 +115,18 @@ def applies(op: str, name: str) -> bool:
     return not any(op in ops and name in names for ops, names in REASONS.values())
 
 
+def empty(cells: dict[tuple[str, str], Found]) -> list[str]:
+    """Name the cells that no test proves though they mean something."""
+    pairs = [(op, name) for op in operators() for name in ITEMS if applies(op, name)]
+    return [f"{op}: {name}" for op, name in pairs if not cells[op, name].tests]
+
+
 def operators() -> list[str]:
     return [op for op in backends.available() if op not in SECOND]
 
 
-def table() -> str:
+def table(cells: dict[tuple[str, str], Found]) -> str:
     """Write the page."""
-    cells = collect()
     tests = sorted({test for found in cells.values() for test in found.tests})
     names = [*string.ascii_lowercase, *(a + b for a in "abcdefgh" for b in string.ascii_lowercase)]
     letters = dict(zip(tests, names, strict=False))
@@ -127,6 +143,11 @@ def table() -> str:
     for op in operators():
         row = [cells[op, i].text(letters) if applies(op, i) else "-" for i in ITEMS]
         lines.append(f"| `{op}` | " + " | ".join(row) + " |")
+    reasons = "; ".join(
+        f"{why} ({', '.join(f'`{op}`' for op in ops)}: {', '.join(names)})"
+        for why, (ops, names) in REASONS.items()
+    )
+    lines += ["", f"Why an item means nothing: {reasons}."]
     lines += ["", "| item | what is meant |", "|---|---|"]
     lines += [f"| {name} | {meant} |" for name, meant in ITEMS.items()]
     lines += ["", "| | test |", "|---|---|"]
@@ -135,4 +156,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    sys.stdout.write(table(collect()))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from tests.kernels.specimen import item
 
 from warploom.kernels import backends
 from warploom.kernels.norm import rms_norm
@@ -39,6 +40,7 @@ def test_available_names_what_is_missing():
             assert listed[op]["triton"] in ("needs a CUDA device", "needs triton")
 
 
+@item("bad input", ops=("every",))
 @pytest.mark.parametrize(
     ("backend", "sentence"),
     [
@@ -127,6 +129,7 @@ def test_the_committed_proofs_are_of_known_operators():
     assert set(proofs) <= set(backends.available())
 
 
+@item("import", ops=("every",))
 def test_importing_kernels_does_not_import_triton():
     code = (
         "import torch, sys, time; start = time.process_time();"
@@ -138,6 +141,7 @@ def test_importing_kernels_does_not_import_triton():
     assert float(seconds) < 1  # of the processor; 0.1 s on an idle machine
 
 
+@item("import", ops=("every",))
 def test_without_triton_the_reference_serves_and_the_error_names_it():
     code = (
         "import importlib.util as u, torch; find = u.find_spec;"

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.specimen import item
 
 from warploom.kernels.loss import (
     cross_entropy,
@@ -67,6 +68,7 @@ def test_any_shape_and_any_options(
     _assert_gradients(total, expected, (hidden, weight), rtol=1e-11, atol=1e-11)
 
 
+@item("zero and odd sizes", ops=("linear_cross_entropy",))
 @pytest.mark.parametrize("z_loss", [False, True])
 def test_nothing_trains(z_loss):
     hidden, weight, _ = _inputs(5, 3, 11)
@@ -89,6 +91,7 @@ def test_small_weight_gradients_survive_many_bfloat16_chunks():
     assert weight.grad.flatten().tolist() == [-256, 256]
 
 
+@item("upstream gradients", ops=("linear_cross_entropy",))
 def test_a_fine_upstream_scalar_is_not_rounded_to_the_input_dtype():
     hidden, weight, targets = _inputs(6, 4, 9, dtype=torch.bfloat16, ignored=0)
     total, _ = linear_cross_entropy(hidden, weight, targets)
@@ -111,6 +114,7 @@ def test_one_of_the_inputs_may_be_frozen(needs, z_loss):
     torch.testing.assert_close(actual, expected)
 
 
+@item("NaN and inf", ops=("linear_cross_entropy",))
 @pytest.mark.parametrize("value", [1e4, -1e4, 3e38])
 @pytest.mark.parametrize("z_loss", [False, True])
 def test_huge_logits(value, z_loss):
@@ -123,6 +127,7 @@ def test_huge_logits(value, z_loss):
     _assert_gradients(total, expected, (hidden, weight))
 
 
+@item("NaN and inf", ops=("linear_cross_entropy",))
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 @pytest.mark.parametrize("z_loss", [False, True])
 def test_a_poisoned_position_stays_in_its_row(poison, z_loss):
@@ -164,6 +169,7 @@ def test_one_chunk_has_a_weight_gradient_in_the_dtype_of_the_weight():
         )
 
 
+@item("bad input", ops=("linear_cross_entropy", "linear_log_probs"))
 @pytest.mark.parametrize("bad", [-1, 9, -101, 1 << 40])
 @pytest.mark.parametrize("op", [linear_cross_entropy, linear_log_probs])
 def test_a_target_out_of_range_is_refused(op, bad):
@@ -175,6 +181,7 @@ def test_a_target_out_of_range_is_refused(op, bad):
         op(hidden, weight, targets)
 
 
+@item("bad input", ops=("cross_entropy", "linear_cross_entropy", "linear_log_probs"))
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -260,6 +267,7 @@ def _minus_infinity():
     return logits.requires_grad_(), torch.tensor([1, 2, 4, 3, 7])
 
 
+@item("NaN and inf", ops=("cross_entropy", "linear_cross_entropy"))
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_masked_columns_are_those_of_pytorch(smoothing):
     logits, targets = _minus_infinity()
@@ -350,6 +358,7 @@ def test_overwriting_is_refused_where_it_cannot_be():
     assert torch.equal(before, x)
 
 
+@item("NaN and inf", ops=("cross_entropy",))
 def test_an_ignored_row_of_given_logits_may_hold_anything():
     logits = torch.randn(3, 5, dtype=torch.float64)
     logits[1] = torch.nan
@@ -407,6 +416,7 @@ def test_outcomes_without_probability_add_nothing():
         assert torch.autograd.grad(kl.sum(), hidden)[0].isfinite().all()
 
 
+@item("bad input", ops=("linear_top_k_kl",))
 @pytest.mark.parametrize(
     ("change", "message"),
     [

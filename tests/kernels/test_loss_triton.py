@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.specimen import item
 
 from warploom.kernels.backends import interpreted
 from warploom.kernels.loss import cross_entropy, cross_entropy_partials, linear_cross_entropy
@@ -101,6 +102,7 @@ def test_interpreted_rows_with_strides():
         torch.testing.assert_close(a, e)
 
 
+@item("NaN and inf", ops=("cross_entropy", "linear_cross_entropy"))
 @in_interpreter
 @pytest.mark.parametrize("case", ["nan", "huge", "minus infinity"])
 def test_interpreted_rows_stay_apart(case):
@@ -176,6 +178,10 @@ def test_on_a_gpu(dtype, z_loss, vocabulary):
         assert (a - e).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * e.norm() + 1e-7
 
 
+@item(
+    "more than 2^31 elements",
+    ops=("cross_entropy", "linear_cross_entropy", "linear_log_probs", "linear_top_k_kl"),
+)
 @pytest.mark.gpu
 def test_offsets_beyond_two_to_the_31_on_a_gpu():
     logits = torch.randn(18_000, 128_256, dtype=torch.bfloat16, device="cuda")

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tests.kernels.specimen import item
 from tests.kernels.test_quant import E4M3, E5M2, EDGES, SHIFT, _encode
 
 from warploom.kernels.quant import mx_quantize
@@ -45,6 +46,7 @@ def _same(x, dtype, rounding, data, scale):
     assert torch.equal(data.view(torch.uint8)[~nan], torch.from_numpy(codes)[~nan])
 
 
+@item("values", "NaN and inf", ops=("mx_quantize",))
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_codes_and_scales_to_the_last_bit(data):
@@ -92,6 +94,7 @@ def test_any_number_of_dimensions_and_the_carrier():
     assert torch.equal(torch.autograd.grad(got.dequantize(), x, dy)[0], dy)
 
 
+@item("bad input", ops=("mx_quantize",))
 def test_errors_say_what_was_found():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="must be floor or ceil, got 'nearest'"):

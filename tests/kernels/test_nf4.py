@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.specimen import item
 
 from warploom.kernels.quant import Nf4, nf4_dequantize, nf4_quantize
 from warploom.kernels.quant.formats import NF4_VALUES as VALUES
@@ -53,6 +54,7 @@ def _compare(x, block, double):
     return got, state
 
 
+@item("values", ops=("nf4_quantize", "nf4_dequantize"))
 @needs_bitsandbytes
 @settings(max_examples=40, deadline=None)
 @given(
@@ -128,6 +130,7 @@ def test_the_error_is_half_a_step_of_the_block(size):
         assert (nf4_dequantize(got) - x).abs().max() <= 0.16 * x.abs().max()
 
 
+@item("NaN and inf", ops=("nf4_quantize", "nf4_dequantize"))
 def test_a_nan_poisons_its_block():
     x = torch.randn(256)
     x[70] = float("nan")
@@ -136,6 +139,7 @@ def test_a_nan_poisons_its_block():
     assert y.isnan().sum() == 64
 
 
+@item("layout", ops=("nf4_quantize", "nf4_dequantize"))
 def test_other_dtype_and_any_layout():
     x = torch.randn(6, 50, 4)[:, ::2].transpose(0, 2)
     got = nf4_quantize(x)
@@ -144,6 +148,7 @@ def test_other_dtype_and_any_layout():
     assert torch.equal(y, nf4_dequantize(got).bfloat16())
 
 
+@item("bad input", ops=("nf4_quantize", "nf4_dequantize"))
 def test_errors_say_what_was_found():
     x = torch.ones(128)
     with pytest.raises(ValueError, match=r"block must be one of \[32, .*\], got 100"):

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.specimen import check, specimens
+from tests.kernels.specimen import check, item, specimens
 
 from warploom.kernels import backends
 from warploom.kernels.norm import (
@@ -49,6 +49,7 @@ def test_gradcheck_of_heads():
     assert torch.autograd.gradcheck(lambda *a: qk_norm_rotary(*a, *tables), (q, k, *weights))
 
 
+@item("values", ops=("rms_norm",))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_transformers_agrees(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -67,6 +68,7 @@ def test_transformers_agrees(dtype):
         )
 
 
+@item("values", "layout", ops=("qk_norm_rotary",))
 def test_qwen3_agrees_on_views_of_a_fused_projection():
     from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
@@ -236,6 +238,7 @@ def test_a_decoder_under_autocast_is_that_of_transformers(tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in ours.parameters())
 
 
+@item("bad input", ops=("rms_norm", "layer_norm", "qk_norm_rotary"))
 def test_errors_say_what_was_found():
     x = torch.randn(2, 8)
     with pytest.raises(ValueError, match=r"weight has shape \[3\], x has \[2, 8\]"):

@@ -183,7 +183,7 @@ def test_adamw_of_tensors_that_are_not_aligned(device, backend, kind):
     torch.testing.assert_close(plain.values, shifted.values, rtol=1e-6, atol=1e-7)
 
 
-@item("optimizer edge cases", **on_adamw)
+@item("NaN and inf", "optimizer edge cases", **on_adamw)
 @every
 @pytest.mark.parametrize("flag", [1.0, float("nan"), 2.0])
 @pytest.mark.parametrize("kind", KINDS)

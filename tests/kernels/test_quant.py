@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from tests.kernels.specimen import item
 
 from warploom.kernels.quant import fp8_quantize
 
@@ -84,6 +85,7 @@ EDGES = [0.0, -0.0, 1e-45, -1e-40, 2.0**-126, 448.0, 464.0, 447.9, 1.0, 2.0**-9,
 EDGES += [1.1875, 57344.0, 61440.0, 3.4028235e38, -3.4028235e38, float("inf"), float("nan")]
 
 
+@item("values", "NaN and inf", ops=("fp8_quantize",))
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_codes_and_scales_to_the_last_bit(data):
@@ -103,6 +105,7 @@ def test_codes_and_scales_to_the_last_bit(data):
     _same(*_spec(np.ascontiguousarray(x.T), scaling, dtype, power_of_two), got.data_t, got.scale_t)
 
 
+@item("values", ops=("fp8_quantize",))
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_every_code_and_every_tie(dtype):
     """With scale 1: codes stay, the middle of two goes to the even one, what is above saturates."""
@@ -169,6 +172,7 @@ def test_any_number_of_dimensions():
     assert torch.equal(got.dequantize(), flat.dequantize().view(2, 3, 200))
 
 
+@item("bad input", ops=("fp8_quantize",))
 def test_errors_say_what_was_found():
     x = torch.ones(2, 3)
     for kwargs, words in (

@@ -60,6 +60,7 @@ _SCHULZ = {
     "truth": lambda u: newton_schulz_reference(u.detach()),
     "plain": lambda u: newton_schulz_reference(u.detach()),
     "rows": (),
+    "gradient": False,
     "huge": False,  # a matrix of 2^31 elements has no place in a product
 }
 
@@ -72,7 +73,8 @@ SPECIMENS = (
         truth=_step_truth,
         plain=_step_truth,
         dtypes=(torch.float64, torch.float32),
-        second=None,
+        gradient=False,
+        rows=(),  # of a matrix are not apart by meaning, and need not be
         huge=False,  # has a test of its own
         training=((4096, 14336),),
     ),
@@ -98,6 +100,7 @@ SPECIMENS = (
         truth=lambda *tensors: squared_norm_reference([t.detach() for t in tensors]).sqrt(),
         plain=lambda *tensors: torch.nn.utils.get_total_norm([t.detach() for t in tensors]),
         rows=(),
+        gradient=False,
         huge=False,  # has a test of its own
         training=((8192, 4096),),
     ),

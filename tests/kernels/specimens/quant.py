@@ -45,7 +45,7 @@ _NF4 = {
     "shapes": ((0, 6), (1, 1), (5, 3), (33, 129)),
     "dtypes": (torch.float32, torch.bfloat16, torch.float16),
     "rows": (),
-    "second": None,
+    "gradient": False,
 }
 
 
