@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .backends import source_hash
+from .timing import time_ms
 
 Configuration = dict[str, int]
 
@@ -134,6 +135,30 @@ def tuned(
     assert _STATE.search is not None
     _record(_STATE.search, op, capability, name, best, ms)
     return best
+
+
+def launch(
+    op: str,
+    key: Sequence[int | str],
+    candidates: Sequence[Configuration],
+    start: Callable[[Configuration], object],
+    *,
+    device: torch.device,
+) -> None:
+    """Start a kernel in its configuration.
+
+    Args:
+        op: As in `tuned`, like the other arguments.
+        key: What the choice depends on.
+        candidates: The default first.
+        start: Enqueues the kernel; a search calls it many times.
+        device: Where the kernel runs.
+    """
+
+    def measure(candidate: Configuration) -> float:
+        return time_ms(lambda: start(candidate), device, repeats=10)
+
+    start(tuned(op, key, candidates, measure, device=device))
 
 
 def _may_search() -> bool:

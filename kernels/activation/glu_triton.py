@@ -8,31 +8,38 @@ computes the activation again. Row offsets are 64-bit.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device
 from ..quant.formats import BLOCK as GROUP
 from ..quant.formats import MAXIMA
 from ..quant.fp8_triton import fp8_amax, fp8_bits, fp8_cast, fp8_scale
 
 _MAX_BLOCK = 2048
+_OTHERS = ((1024, 4), (2048, 4), (4096, 8), (4096, 16), (8192, 16))  # to be searched
 _E4M3 = torch.float8_e4m3fn
 
 
-def configuration(width: int) -> dict[str, int]:
-    """Choose block and warps for a width.
+def configurations(width: int) -> list[dict[str, int]]:
+    """List blocks and warps that may serve a width, the default first.
 
     Args:
         width: F.
 
     Returns:
-        BLOCK, elements a program, and num_warps.
+        For each BLOCK, elements a program, and num_warps.
     """
-    block = min(next_power_of_two(width), _MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": 8 if block > 1024 else 4}
+    whole = next_power_of_two(width)
+    block = min(whole, _MAX_BLOCK)
+    found = [{"BLOCK": block, "num_warps": 8 if block > 1024 else 4}]
+    others = [{"BLOCK": b, "num_warps": w} for b, w in _OTHERS if b <= whole]
+    return found + [other for other in others if other not in found]
 
 
 @triton.jit
@@ -168,13 +175,25 @@ def forward(x_TF: Tensor, kind: str) -> Tensor:
     tokens, width = x_TF.shape[0], x_TF.shape[1] // (1 if kind == "relu2" else 2)
     y_TF = x_TF.new_empty(tokens, width)
     if y_TF.numel():
-        chosen, x_TF = configuration(width), _rows(x_TF)
-        pieces = triton.cdiv(width, chosen["BLOCK"])
-        with on_device(y_TF):
+        x_TF = _rows(x_TF)
+
+        def start(chosen: dict[str, int]) -> None:
+            pieces = triton.cdiv(width, chosen["BLOCK"])
             forward_kernel[(tokens * pieces,)](
                 x_TF, y_TF, width, pieces, x_TF.stride(0), KIND=kind, **chosen
             )
+
+        _launch("forward", kind, width, x_TF, start)
     return y_TF
+
+
+def _launch(
+    which: str, kind: str, width: int, x_TF: Tensor, start: Callable[[dict[str, int]], None]
+) -> None:
+    key = which, kind, width, str(x_TF.dtype)
+    with on_device(x_TF):
+        op = kind.removesuffix("_tanh")
+        tuning.launch(op, key, configurations(width), start, device=x_TF.device)
 
 
 def forward_fp8(x_TF: Tensor, kind: str, scaling: str, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -195,7 +214,7 @@ def forward_fp8(x_TF: Tensor, kind: str, scaling: str, power_of_two: bool) -> tu
     scale = x_TF.new_empty(tokens, groups, dtype=torch.float32)
     if not data.numel():
         return data, scale.fill_(2.0**-126)
-    chosen, x_TF = configuration(max(width, GROUP)), _rows(x_TF)
+    chosen, x_TF = configurations(max(width, GROUP))[0], _rows(x_TF)
     options = {"KIND": kind, "POWER_OF_TWO": power_of_two, "MAX": MAXIMA[_E4M3], **chosen}
     with on_device(x_TF):
         if scaling == "row":
@@ -222,18 +241,14 @@ def backward(dy_TF: Tensor, x_TF: Tensor, kind: str) -> Tensor:
     tokens, width = dy_TF.shape
     dx_TF = x_TF.new_empty(x_TF.shape)
     if dx_TF.numel():
-        chosen, x_TF, dy_TF = configuration(width), _rows(x_TF), _rows(dy_TF)
-        pieces = triton.cdiv(width, chosen["BLOCK"])
-        with on_device(dx_TF):
+        x_TF, dy_TF = _rows(x_TF), _rows(dy_TF)
+
+        def start(chosen: dict[str, int]) -> None:
+            pieces = triton.cdiv(width, chosen["BLOCK"])
+            strides = dy_TF.stride(0), x_TF.stride(0)
             backward_kernel[(tokens * pieces,)](
-                dy_TF,
-                x_TF,
-                dx_TF,
-                width,
-                pieces,
-                dy_TF.stride(0),
-                x_TF.stride(0),
-                KIND=kind,
-                **chosen,
+                dy_TF, x_TF, dx_TF, width, pieces, *strides, KIND=kind, **chosen
             )
+
+        _launch("backward", kind, width, x_TF, start)
     return dx_TF

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device, processors
 from ..quant.fp8 import BLOCK, MAXIMA
 from ..quant.fp8_triton import fp8_amax, fp8_cast, fp8_scale
@@ -57,6 +58,32 @@ def configuration(width: int, least: int = 1) -> dict[str, int]:
         "BLOCK": block,
         "num_warps": min(max(block // 512, warps), 32),
     }
+
+
+def configurations(width: int, least: int = 1) -> list[dict[str, int]]:
+    """List tiles and warps that may serve the forward, the default first.
+
+    Args:
+        width: D.
+        least: Columns that a tile has at least.
+
+    Raises:
+        RuntimeError: As `configuration`.
+    """
+    first = configuration(width, least)
+    rows, warps = first["ROWS"], first["num_warps"]
+    others = [
+        (rows, 2 * warps),
+        (2 * rows, warps),
+        (2 * rows, 2 * warps),
+        (max(1, rows // 2), warps),
+    ]
+    found = [first]
+    for r, w in others:
+        other = first | {"ROWS": r, "num_warps": w}
+        if w <= 32 and r * first["BLOCK"] <= MAX_WIDTH and other not in found:
+            found.append(other)
+    return found
 
 
 @triton.jit
@@ -277,10 +304,10 @@ def normalise(
         power_of_two: Whether scales are powers of two.
     """
     tokens, width = x_TD.shape
-    chosen = configuration(width, BLOCK if scaling == "block" else 1)
+    candidates = configurations(width, BLOCK if scaling == "block" else 1)
     x_TD, fused = _rows(x_TD), residual_TD is not None
     residual = x_TD if residual_TD is None else _rows(residual_TD)
-    group = {None: 0, "row": chosen["BLOCK"], "block": BLOCK}[scaling]
+    group = {None: 0, "row": candidates[0]["BLOCK"], "block": BLOCK}[scaling]
     statistics = x_TD.new_empty(tokens, dtype=torch.float32)
     out = Normed(
         y=torch.empty_like(x_TD, dtype=_TYPE if group else None, memory_format=_DENSE),
@@ -290,11 +317,13 @@ def normalise(
         scales=statistics.new_empty(tokens, triton.cdiv(width, group) if group else 0),
     )
     if tokens:
-        with on_device(x_TD):
+        weight, bias = weight_D.contiguous(), None if bias_D is None else bias_D.contiguous()
+
+        def start(chosen: dict[str, int]) -> None:
             forward_kernel[(triton.cdiv(tokens, chosen["ROWS"]),)](
                 x_TD,
                 residual,
-                weight_D.contiguous(),
+                weight,
                 out.y,
                 out.h,
                 out.rstd,
@@ -303,7 +332,7 @@ def normalise(
                 *(rows.stride(0) for rows in (x_TD, residual)),
                 eps,
                 FUSED=fused,
-                bias=None if bias_D is None else bias_D.contiguous(),
+                bias=bias,
                 mean=out.mean if centred else None,
                 scales=out.scales if group else None,
                 CENTRED=centred,
@@ -312,6 +341,11 @@ def normalise(
                 POWER_OF_TWO=power_of_two,
                 **chosen,
             )
+
+        key = "forward", width, str(x_TD.dtype), int(fused), group
+        with on_device(x_TD):
+            op = "layer_norm" if centred else "rms_norm"
+            tuning.launch(op, key, candidates, start, device=x_TD.device)
     return out
 
 

@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 from tests.kernels.specimen import Draw, Specimen, differentiable, tuple_of
 
-from warploom.kernels import backends
+from warploom.kernels import backends, tuning
 from warploom.kernels.quant import Fp8
 
 
@@ -58,8 +58,12 @@ class Ghost(Draw):
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Yield a list that fills with the launches inside; nothing runs."""
+def recorded(pick: int = 0) -> Iterator[list[Launch]]:
+    """Yield a list that fills with the launches inside; nothing runs.
+
+    Args:
+        pick: Which of the configurations that may be chosen; the last where there are fewer.
+    """
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
@@ -70,7 +74,11 @@ def recorded() -> Iterator[list[Launch]]:
     def product(a: torch.Tensor, b: torch.Tensor, *, out: Any = None) -> torch.Tensor:
         return out if out is not None else a.new_empty(*a.shape[:-1], b.shape[-1])
 
+    def picked(op: str, key: Any, candidates: list[Any], *_: Any, **__: Any) -> Any:
+        return candidates[min(pick, len(candidates) - 1)]
+
     with (
+        mock.patch.object(tuning, "tuned", picked),
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(torch, "mm", product),  # a CPU would take minutes for the bfloat16 ones
         mock.patch.object(torch.Tensor, "__matmul__", product),
@@ -83,10 +91,10 @@ def recorded() -> Iterator[list[Launch]]:
         yield found
 
 
-def launches(s: Specimen, rows: int, width: int, dtype: torch.dtype) -> list[Launch]:
-    """Return what one forward and backward of a specimen launches."""
+def launches(s: Specimen, rows: int, width: int, dtype: torch.dtype, pick: int = 0) -> list[Launch]:
+    """Return what one forward and backward of a specimen launches; `pick` as in `recorded`."""
     torch.utils.deterministic.fill_uninitialized_memory = False
-    with recorded() as found:
+    with recorded(pick) as found:
         inputs, fixed = s.draw(Ghost(dtype), rows, width)
         leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs]
         outputs = differentiable(tuple_of(s.run(*leaves, backend="triton", **fixed)))

@@ -10,16 +10,18 @@ from tests.kernels import launches as gate
 from tests.kernels.specimen import item, specimens
 from tests.kernels.specimens.optim import LAUNCHES
 
-from warploom.kernels import backends
+from warploom.kernels import backends, tuning
 
 pytest.importorskip("triton", reason="needs the package triton")
 
 MANY = tuple(enumerate(LAUNCHES))
+STACK = 16  # bytes a thread: a number or two; a row that does not fit in registers takes hundreds
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90 and sm_100
 REGISTERS = 255  # a thread can have no more; what needs more spills, which STACK shows
 # Kernels whose bulk is not moved in 16-byte accesses, and why.
 NARROW = {
+    "rms_triton.column_kernel": "writes a row of shares",
     "fp8_triton.amax_kernel": "writes one number a tile",
     "logits_triton.partials_kernel": "writes three numbers a row",
     "norm_triton.norm_kernel": "writes one number a block",
@@ -54,6 +56,17 @@ def test_compiles_and_fits(s, rows, width, dtype, capability):
     _fit(gate.launches(s, rows, width, dtype), capability, width % 16 == 0)
 
 
+@pytest.mark.slow
+@item("fits sm_90 and sm_100")
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("s", _served(), ids=str)
+def test_every_configuration_that_a_search_may_find_fits(s, capability):
+    dtype = next(d for d in _DTYPES if d in s.dtypes)
+    for size in s.training:
+        for pick in range(1, tuning.MOST):
+            _fit(gate.launches(s, *size, dtype, pick), capability, wide=False)
+
+
 @item("fits sm_90 and sm_100", ops=("adamw", "global_norm", "newton_schulz"))
 @pytest.mark.parametrize("capability", [90, 100])
 @pytest.mark.parametrize(
@@ -70,7 +83,7 @@ def _fit(found, capability, wide):
     for launch in found:
         report = gate.compile_for(launch, capability)
         about = f"{report.name} {launch.options}"
-        assert report.stack == 0, f"{about}: {report.stack} bytes of stack: it spills"
+        assert report.stack <= STACK, f"{about}: {report.stack} bytes of stack: it spills"
         assert report.registers <= REGISTERS, about
         assert report.shared <= SHARED_LIMIT, f"{about}: {report.shared} bytes of shared memory"
         assert not gate.narrow_products(report.ttir), about
@@ -104,7 +117,7 @@ def test_a_kernel_that_spills_is_seen():
     x, n = torch.empty(16, 8192, dtype=torch.bfloat16), torch.empty(16)
     args = (x, x, x[0], x, x, n, 16, 8192, 8192, 8192, 1e-6)
     report = _broken(rms_triton.forward_kernel, *args, FUSED=False, ROWS=1, BLOCK=8192, num_warps=1)
-    assert report.stack > 0
+    assert report.stack > STACK
 
 
 def test_a_narrow_product_is_seen():
