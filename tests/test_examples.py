@@ -84,3 +84,10 @@ def test_an_example_leaves_no_state_of_ours():
     state = torch.random.get_rng_state()
     _module(EXAMPLES[0])
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_code_of_the_guide_to_the_kernels_runs(capsys):
+    text = (ROOT / "docs" / "guide" / "kernels.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "kernels.md", "exec"), {})
+    assert "float8_e4m3fn" in capsys.readouterr().out
