@@ -235,10 +235,11 @@ def _experts(r: _Rank, e: Experts, sent: int, served: int) -> Kept:
     slots, width = r.own * e.top_k, r.a.width * r.narrow
     kept: Kept = {
         "logits": r.own * e.count * r.narrow,
+        "probabilities": r.own * e.count * r.wide,
         "choice": slots * 8,
         "weights": slots * r.wide,
         "order": slots * 8,
-        "counts": (e.count + 1) * 8,
+        "counts": e.count * 8,
     }
     if r.d.ep * r.d.etp > 1:
         kept["counts"] = e.count // r.d.ep * 8
