@@ -220,6 +220,7 @@ def test_more_than_2_to_the_31_elements(s, device, backend):
 
 
 @item("determinism")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs one program after the other")
 @every
 def test_repeats_give_the_same_bits(s, device, backend):
     repeats = 100 if device == "cuda" else 3
