@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 
 _LIBRARY = Library("warploom", "FRAGMENT")
@@ -46,6 +47,7 @@ def register(
     apply = function.apply
 
     def differentiable(*args: Any) -> Any:
+        refuse_tangents(name, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return apply(*args)
         return below_autograd(op, *args)
@@ -54,8 +56,31 @@ def register(
     return op
 
 
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Refuse forward-mode differentiation, which would silently give nothing.
+
+    Args:
+        name: Of the operator.
+        args: Its arguments.
+
+    Raises:
+        RuntimeError: If one of them carries a tangent.
+    """
+    if forward_ad._current_level < 0:
+        return
+    for x in args:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise RuntimeError(
+                f"{name.removesuffix('_forward')}: no forward-mode derivative (jvp, make_dual): "
+                f"differentiate backwards"
+            )
+
+
 def _on_one_device(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse tensors of several devices; a number (0-dim, on the CPU) may go with any."""
+    """Refuse tensors of several devices, and switch autocast off: a body says its own dtypes.
+
+    A number (0-dim, on the CPU) may go with tensors of any device.
+    """
 
     @functools.wraps(body)
     def checked(*args: Any) -> Any:
@@ -71,6 +96,10 @@ def _on_one_device(name: str, body: Callable[..., Any]) -> Callable[..., Any]:
                         f"move them with .to({str(first)!r})"
                     )
                 first = first or x.device
+        kind = "cpu" if first is None else first.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return body(*args)
         return body(*args)
 
     return checked

@@ -126,14 +126,14 @@ def forward_cpu(x_TF: Tensor, kind: str, dtype: torch.dtype | None = None) -> Te
 def _slopes(gate: Tensor, dy: Tensor, kind: str) -> tuple[Tensor | None, Tensor]:
     """Return f(gate), unless nobody needs it, and dy * f'(gate)."""
     if kind == "relu2":
-        return None, torch.clamp(gate, min=0).mul_(dy).mul_(2)
+        return None, torch.clamp(gate, min=0).mul_(2).mul_(dy)
     if kind != "swiglu":
         approximate = kind[6:] or "none"
         slope = torch.ops.aten.gelu_backward(dy, gate, approximate=approximate)
         return F.gelu(gate, approximate=approximate), slope
     sigmoid = torch.sigmoid(gate)
     value = gate * sigmoid
-    return value, torch.addcmul(sigmoid, value, sigmoid, value=-1).add_(value).mul_(dy)
+    return value, torch.rsub(sigmoid, 1).mul_(value).add_(sigmoid).mul_(dy)
 
 
 def backward_cpu(

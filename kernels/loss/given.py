@@ -104,6 +104,7 @@ class _Overwrite(torch.autograd.Function):
         total: Tensor = below_autograd(_OVERWRITE_, logits_TV, *args)
         torch.autograd.graph.increment_version(logits_TV)  # who saved the logits is told
         ctx.gradient, ctx.backend = logits_TV.detach(), args[-1]
+        ctx.version = logits_TV._version
         return total
 
     @staticmethod
@@ -115,6 +116,11 @@ class _Overwrite(torch.autograd.Function):
                 "for a second backward use inplace=False"
             )
         gradient_TV, ctx.gradient = ctx.gradient, None
+        if gradient_TV._version != ctx.version:
+            raise RuntimeError(
+                f"{_NAME}: with inplace=True the logits hold their gradient, and someone wrote to "
+                f"them (version {gradient_TV._version}, expected {ctx.version}): use inplace=False"
+            )
         _SCALE_(gradient_TV, g, ctx.backend)
         return gradient_TV, *(5 * (None,))
 

@@ -308,7 +308,9 @@ def _check(op: str, x: Tensor, integers: str, indices: Tensor) -> None:
         )
 
 
-def _check_tokens(op: str, x: Tensor, indices: Tensor) -> None:
+def _check_tokens(op: str, x: Tensor, indices: Tensor, experts: int) -> None:
+    if experts < 1:
+        raise ValueError(f"{op}: experts must be at least 1, got {experts}")
     if x.dim() != 2 or indices.dim() != 2 or len(x) != len(indices):
         raise ValueError(
             f"{op}: x must be [T, D] and indices [T, k], got {[*x.shape]} and {[*indices.shape]}"
@@ -337,7 +339,7 @@ def permute(
             would be to wait for the device).
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check_tokens("permute", x, indices)
+    _check_tokens("permute", x, indices, experts)
     rows, counts, order = _PERMUTE(x, indices, experts, backend)
     return rows, counts, order
 
@@ -371,7 +373,7 @@ def permute_fp8(
         ValueError: As of `permute`, or if `scaling` is not one of these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check_tokens("permute_fp8", x, indices)
+    _check_tokens("permute_fp8", x, indices, experts)
     if scaling not in ("row", "block"):
         raise ValueError(f"permute_fp8: scaling must be row or block, got {scaling!r}")
     args = experts, scaling, power_of_two, backend
@@ -401,6 +403,11 @@ def unpermute(
         raise ValueError(
             f"unpermute: rows must be [M, D], order [M] and weights [T, k], got {[*rows.shape]}, "
             f"{[*order.shape]} and {[*weights.shape]}"
+        )
+    if len(rows) > weights.numel():
+        raise ValueError(
+            f"unpermute: there must be at most T k rows, got {len(rows)} for weights "
+            f"{[*weights.shape]}"
         )
     _check("unpermute", rows, "order", order)
     y: Tensor = _UNPERMUTE(rows, order, weights, *weights.shape, backend)

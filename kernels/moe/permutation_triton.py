@@ -149,11 +149,13 @@ def copy_kernel(
 
 
 @triton.jit
-def invert_kernel(order, places, drows, count, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def invert_kernel(
+    order, places, drows, count, slots, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """Write the row of each slot, and zeros to the `width` columns of rows that serve no slot."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(order + row, row < count, other=0)
-    tl.store(places + slot, row, (row < count) & (slot >= 0))
+    tl.store(places + slot, row, (row < count) & (slot >= 0) & (slot < slots))
     nothing = tl.zeros([ROWS, COLUMNS], drows.dtype.element_ty)
     for start in range(0, tl.where(tl.min(slot, 0) < 0, width, 0), COLUMNS):
         column = start + tl.arange(0, COLUMNS)
@@ -343,6 +345,7 @@ def _invert(order: Tensor, slots: int, drows: Tensor | None) -> Tensor:
             places,
             places if drows is None else drows,
             len(order),
+            slots,
             0 if drows is None else drows.shape[1],
             **_INVERT,
         )

@@ -122,8 +122,10 @@ def _forward(
         from .router_triton import forward
 
         return forward(logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale)
+    if chosen is not None and chosen.device.type == "cpu" and (chosen >= logits.shape[1]).any():
+        raise ValueError(f"route: chosen must be below {logits.shape[1]}, got {int(chosen.max())}")
     return route_reference(
-        logits,
+        logits.contiguous(),
         top_k,
         score=score,
         groups=groups,

@@ -76,7 +76,7 @@ def _normalise(
 
 
 def _sum(x_TD: Tensor, residual: Tensor | None) -> Tensor:
-    return x_TD if residual is None else torch.add(x_TD, residual)
+    return x_TD if residual is None else torch.add(x_TD, residual).contiguous()
 
 
 def _forward(

@@ -99,12 +99,14 @@ def backward_cpu(
     dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     for rows in row_blocks(h_TD.shape[0], h_TD.shape[1], _BLOCK):
         h, dy, rstd = h_TD[rows].to(accumulate), dy_TD[rows].to(accumulate), rstd_T[rows]
-        product = h * dy
-        dweight.addmv_(product.t(), rstd)
-        slope = torch.mv(product, weight).mul_(rstd).mul_(rstd).mul_(rstd)
+        normal = h * rstd.unsqueeze(1)  # first: the product of h and dy may overflow
+        product = normal * dy
+        dweight += product.sum(0)
+        slope = torch.mv(product, weight)
         dx = dx_TD[rows] if accumulate == h_TD.dtype else product
-        torch.mul(dy, weight, out=dx).mul_(rstd.unsqueeze(1))
-        dx.addcmul_(h, slope.unsqueeze(1), value=-1.0 / h_TD.shape[1])
+        torch.mul(dy, weight, out=dx)
+        dx.addcmul_(normal, slope.unsqueeze(1), value=-1.0 / h_TD.shape[1])
+        dx.mul_(rstd.unsqueeze(1))
         if dh_TD is not None:
             dx.add_(dh_TD[rows])
         if dx is product:
@@ -126,7 +128,7 @@ def _forward(
             x_TD, weight_D, None if residual is None else residual.reshape(x_TD.shape), eps
         )
     else:
-        h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape)
+        h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape).contiguous()
         y_TD, rstd_T = forward_cpu(h_TD, weight_D, eps)
     h = x.new_empty(0) if residual is None else h_TD.view(x.shape)
     return y_TD.view(x.shape), h, rstd_T.view(x.shape[:-1])
@@ -203,7 +205,7 @@ def _forward_fp8(
             power_of_two=power_of_two,
         )
     else:
-        h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape)
+        h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape).contiguous()
         y_TD, rstd_T = forward_cpu(h_TD, weight_D, eps, torch.float32)
         data, scale = fp8_rows(y_TD, scaling, torch.float8_e4m3fn, power_of_two)
     h, rows = x.new_empty(0) if residual is None else h_TD.view(x.shape), x.shape[:-1]

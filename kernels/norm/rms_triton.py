@@ -280,6 +280,18 @@ def _rows(x_TD: Tensor) -> Tensor:
     return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
 
 
+def _empty(x_TD: Tensor, fused: bool, centred: bool, group: int) -> Normed:
+    tokens, width = x_TD.shape
+    statistics = x_TD.new_empty(tokens, dtype=torch.float32)
+    return Normed(
+        y=torch.empty_like(x_TD, dtype=_TYPE if group else None, memory_format=_DENSE),
+        h=torch.empty_like(x_TD, memory_format=_DENSE) if fused else x_TD,
+        rstd=statistics,
+        mean=torch.empty_like(statistics) if centred else statistics.new_empty(0),
+        scales=statistics.new_empty(tokens, triton.cdiv(width, group) if group else 0),
+    )
+
+
 def normalise(
     x_TD: Tensor,
     weight_D: Tensor,
@@ -308,14 +320,7 @@ def normalise(
     x_TD, fused = _rows(x_TD), residual_TD is not None
     residual = x_TD if residual_TD is None else _rows(residual_TD)
     group = {None: 0, "row": candidates[0]["BLOCK"], "block": BLOCK}[scaling]
-    statistics = x_TD.new_empty(tokens, dtype=torch.float32)
-    out = Normed(
-        y=torch.empty_like(x_TD, dtype=_TYPE if group else None, memory_format=_DENSE),
-        h=torch.empty_like(x_TD, memory_format=_DENSE) if fused else x_TD,
-        rstd=statistics,
-        mean=torch.empty_like(statistics) if centred else statistics.new_empty(0),
-        scales=statistics.new_empty(tokens, triton.cdiv(width, group) if group else 0),
-    )
+    out = _empty(x_TD, fused, centred, group)
     if tokens:
         weight, bias = weight_D.contiguous(), None if bias_D is None else bias_D.contiguous()
 

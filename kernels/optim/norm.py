@@ -58,12 +58,12 @@ def _squared_norm(tensors: list[Tensor], plan: list[Tensor] | None, backend: str
 def _scale(
     tensors: list[Tensor], factor: Tensor, plan: list[Tensor] | None, backend: str | None
 ) -> None:
+    refuse_shared_memory("scale_", {"tensors": tensors})
     if choose("global_norm", factor.device, tensors[0].dtype, backend) != "triton":
         torch._foreach_mul_(tensors, factor)
         return
     from .norm_triton import scale
 
-    refuse_shared_memory("scale_", {"tensors": tensors})
     scale(tensors, factor, plan)
     torch.autograd.graph.increment_version(tensors)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import register
+from ..library import register, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -33,7 +33,8 @@ def newton_schulz_reference(u: Tensor, *, steps: int = 5) -> Tensor:
         `[..., n, m]`.
     """
     x = u.mT if u.shape[-2] > u.shape[-1] else u
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + _TINY)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide(u.dtype))
+    x = (x / (norm + _TINY)).to(u.dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = _A * x + (_B * gram + _C * gram @ gram) @ x
@@ -42,16 +43,12 @@ def newton_schulz_reference(u: Tensor, *, steps: int = 5) -> Tensor:
 
 
 def _newton_schulz(u: Tensor, steps: int, backend: str | None) -> Tensor:
-    with torch.autocast(u.device.type, enabled=False):  # the products are in the dtype of u
-        return _iterate(u, steps, backend)
-
-
-def _iterate(u: Tensor, steps: int, backend: str | None) -> Tensor:
     if not u.numel():
         return torch.empty_like(u, memory_format=torch.contiguous_format)
     tall = u.shape[-2] > u.shape[-1]
     x = (u.mT if tall else u).reshape(-1, *sorted(u.shape[-2:]))
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + _TINY)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=wide(u.dtype))
+    x = (x / (norm + _TINY)).to(u.dtype)  # a norm in float16 may be infinite
     device = choose("newton_schulz", u.device, u.dtype, backend) == "triton"
     if device:
         from .orthogonal_triton import symmetric

@@ -201,7 +201,7 @@ def _quantize_cpu(
 ) -> _Parts:
     """Quantise, and for the copy the transposed matrix unless it has the same codes."""
     args = dtype, scale, power_of_two
-    none = x_TD.new_empty(0, dtype=torch.float32)
+    none, x_TD = x_TD.new_empty(0, dtype=torch.float32), x_TD.contiguous()
     data, scales, amax = fp8_quantize_reference(x_TD, scaling, *args)
     data_t, scale_t = none.to(dtype), none
     if transpose and scaling in ("tensor", "tile"):
@@ -400,7 +400,7 @@ def fp8_quantize(
         dtype: float8_e4m3fn or float8_e5m2.
         scale: Of an earlier step, float32 `[]`, greater than 0; for "tensor" alone. None computes
             it, which reads `x` twice.
-        power_of_two: Whether scales are rounded up to powers of two.
+        power_of_two: Whether scales are rounded up to powers of two; not with `scale`.
         transpose: Whether to add the transposed copy `[D, T]`, quantised along T (two dimensions).
         backend: `reference` or `triton`; None takes the fastest that is proven here.
 
@@ -412,6 +412,11 @@ def fp8_quantize(
         RuntimeError: If `backend` cannot serve this tensor here.
     """
     _check(x, scaling, dtype, scale, transpose)
+    if scale is not None and power_of_two:
+        raise ValueError(
+            f"fp8_quantize: a given scale is used as it is, got power_of_two={power_of_two} beside "
+            f"it: round it before"
+        )
     args = scaling, dtype, scale, power_of_two, transpose, backend
     carrier, codes, scales, codes_t, scale_t, amax = _FORWARD(x, *args)
     if scale is not None:

@@ -279,6 +279,20 @@ def nf4_quantize(
     return Nf4(packed, codes, tuple(x.shape), x.dtype, block, code, absmax2, offset)
 
 
+def _check_second(q: Nf4) -> None:
+    """Hold the second level of scales to the first: all of it, or none."""
+    parts = q.code, q.absmax2, q.offset
+    sizes = [None if part is None else part.numel() for part in parts]
+    need = [_SECOND, -(-q.absmax.numel() // _SECOND), 1]
+    double = q.absmax.dtype == torch.uint8
+    if sizes != (need if double else [None] * 3):
+        raise ValueError(
+            f"nf4_dequantize: {q.absmax.numel()} scales of {q.absmax.dtype} need "
+            f"{f'code, absmax2 and offset of {need} numbers' if double else 'no second level'}, "
+            f"got {sizes}"
+        )
+
+
 def nf4_dequantize(
     q: Nf4, *, dtype: torch.dtype | None = None, backend: str | None = None
 ) -> Tensor:
@@ -309,6 +323,7 @@ def nf4_dequantize(
             f"nf4_dequantize: shape {[*q.shape]} in blocks of {q.block} needs {need[0]} bytes and "
             f"{need[1]} scales, got {q.packed.numel()} and {q.absmax.numel()}"
         )
+    _check_second(q)
     parts = q.packed, q.absmax, q.code, q.absmax2, q.offset
     y: Tensor = _DEQUANTIZE(*parts, q.shape, q.block, dtype, backend)
     return y

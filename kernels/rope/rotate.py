@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ..backends import choose
-from ..library import below_autograd, register, row_blocks, wide
+from ..library import below_autograd, refuse_tangents, register, row_blocks, wide
 from ..peers import PEERS, serve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -188,6 +188,7 @@ _IN_PLACE = register(
 
 
 def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
+    refuse_tangents("rotary", (x_THK,))
     if torch.is_grad_enabled() and x_THK.requires_grad:
         _RotaryInPlace.apply(x_THK, *rest)
     else:
@@ -234,8 +235,26 @@ def check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: st
             f"{name}: q and k must both be float16, bfloat16, float32 or float64, "
             f"got {q_THK.dtype} and {k_TGK.dtype}"
         )
+    if not (cos_TJ.is_floating_point() and sin_TJ.is_floating_point()):
+        raise ValueError(
+            f"{name}: cos and sin must be floating, got {cos_TJ.dtype} and {sin_TJ.dtype}"
+        )
     if cos_TJ.requires_grad or sin_TJ.requires_grad:
         raise ValueError(f"{name}: cos and sin have no gradient here: pass detached tables")
+
+
+def _overlap(q_THK: Tensor, k_TGK: Tensor) -> bool:
+    """Tell whether a token's queries and keys share memory, where the strides let that be seen."""
+    if q_THK.untyped_storage()._cdata != k_TGK.untyped_storage()._cdata:
+        return False
+    if not q_THK.numel() or not k_TGK.numel():
+        return False
+    if any(x.stride()[1:] != (x.shape[2], 1) for x in (q_THK, k_TGK)):
+        return False
+    starts = [x.storage_offset() for x in (q_THK, k_TGK)]
+    spans = zip(starts, (x.shape[1] * x.shape[2] for x in (q_THK, k_TGK)), strict=True)
+    (start, length), (other, _) = sorted(spans)  # of the first token; the others follow alike
+    return q_THK.stride(0) == k_TGK.stride(0) and other < start + length
 
 
 def rotary(
@@ -290,6 +309,11 @@ def rotary(
                 f"rotary: an expanded tensor cannot be written in place, shape {[*x.shape]} has "
                 f"strides {[*x.stride()]}: pass a copy, or inplace=False"
             )
+    if not torch.compiler.is_compiling() and _overlap(q_THK, k_TGK):
+        raise ValueError(
+            f"rotary: q {[*q_THK.shape]} and k {[*k_TGK.shape]} share memory, which would turn "
+            f"twice in place: pass slices that are apart, or inplace=False"
+        )
     for x in (q_THK, k_TGK):
         _IN_PLACE(x, cos_TJ, sin_TJ, False, interleaved, backend)
     return q_THK, k_TGK

@@ -27,7 +27,7 @@ ITEMS = {
     "determinism": "repeats give the same bits; 100 on a GPU",
     "batch invariance": "a row's result does not depend on the other rows",
     "no_grad, autocast": "both, and the values stay",
-    "second derivative": "refused in a sentence",
+    "second derivative": "refused in a sentence, as is forward mode",
     "opcheck": "schema, fake and autograd registration",
     "torch.compile": "fullgraph, dynamic sizes",
     "streams and graphs": "a side stream, a captured graph replayed on other inputs, a second GPU",

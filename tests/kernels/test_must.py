@@ -19,6 +19,7 @@ from tests.kernels.specimen import (
     tuple_of,
     upstream,
 )
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
 from warploom.kernels import backends
@@ -254,14 +255,31 @@ def test_a_second_derivative_is_refused(s, device, backend):
         torch.autograd.grad(outputs, leaves, upstream(outputs), create_graph=True)
 
 
+@item("second derivative")
+@compiled_only
+@on(lambda s, device, backend: s.gradient)
+def test_forward_mode_is_refused(s, device, backend):
+    """A tangent would be lost silently."""
+    inputs, fixed = _case(s, device)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, torch.ones_like(x)) for x in inputs]
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            s.run(*duals, backend=backend, **fixed)
+
+
 @item("opcheck")
 @compiled_only
 @every
 def test_operators_are_registered_properly(s, device, backend):
     inputs, fixed = _case(s, device)
-    with calls() as found:
-        compute(s.run, inputs, backend=backend, **fixed)
-    assert found, "no operator of warploom was called"
+    found = []
+    for lay in (lambda x: x, lambda x: x.transpose(0, -1).contiguous().transpose(0, -1)):
+        with calls() as called:
+            compute(
+                s.run, tuple(lay(x) if x.dim() > 1 else x for x in inputs), backend=backend, **fixed
+            )
+        assert called, "no operator of warploom was called"
+        found += called
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for op, args in found:
         if not has_kernel(op.name(), "Autograd"):  # a backward: called below autograd
