@@ -84,7 +84,8 @@ def backward(
     dh = None if dh_TD is None else _rows(dh_TD)
     parts = library().rms_norm_parts(tokens, width, code(h_TD.dtype), processors(h_TD.device))
     dx_TD = h_TD.new_empty(tokens, width)
-    dweight_D = weight_D.new_empty(width)
+    given = weight_D.dtype
+    dweight_D = weight_D.new_empty(width, dtype=torch.float32 if given == torch.float64 else given)
     weight_D = _weight(weight_D, h_TD.dtype)
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     with on_device(h_TD):
@@ -109,4 +110,4 @@ def backward(
             code(weight_D.dtype),
             code(dweight_D.dtype),
         )
-    return dx_TD, dweight_D
+    return dx_TD, dweight_D.to(given)

@@ -72,7 +72,8 @@ def plan(*columns: Sequence[Tensor]) -> Plan:
             scaling the tensors. Any dtypes, contiguous.
 
     Returns:
-        The plan; it holds until one of the tensors is replaced.
+        The plan; it holds until one of the tensors is replaced. A captured graph reads its table:
+        keep the plan as long as the graph.
 
     Raises:
         ValueError: If the lists are empty or differ in length.
