@@ -22,10 +22,13 @@ _BLOCK = 64
 
 def by_rows(x: Tensor, block: int | None = None) -> tuple[Tensor, Tensor]:
     """Quantise float32 `[T, D]` to e4m3 with a scale a row, or for each `block` of it."""
-    shaped = x if block is None or x.shape[-1] % block else x.unflatten(-1, (-1, block))
-    scale = shaped.abs().amax(-1, keepdim=True).clamp_min(1e-30) / _LARGEST
-    codes = (shaped / scale).clamp(-_LARGEST, _LARGEST).to(_E4M3)
-    return codes.view(x.shape), scale.squeeze(-1)
+    width = x.shape[-1]
+    if block is not None:
+        x = torch.nn.functional.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / _LARGEST
+    codes = (x / scale).clamp(-_LARGEST, _LARGEST).to(_E4M3)
+    codes = codes if block is None else codes.flatten(-2)[..., :width].contiguous()
+    return codes, scale.squeeze(-1)
 
 
 def _tensor(x: Tensor) -> tuple[Tensor, Tensor]:

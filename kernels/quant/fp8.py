@@ -115,13 +115,6 @@ def _cast(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(x, inverse).clamp_(-MAXIMA[dtype], MAXIMA[dtype]).to(dtype)
 
 
-def _blocks(x_TD: Tensor) -> Tensor:
-    """View rows as `[T, ceil(D / 128), 128]`, padded with zeros."""
-    width = x_TD.shape[1]
-    x_TD = torch.nn.functional.pad(x_TD, (0, -width % BLOCK))
-    return x_TD.view(x_TD.shape[0], x_TD.shape[1] // BLOCK, BLOCK)
-
-
 def fp8_rows(
     x_TD: Tensor, scaling: str, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
@@ -139,10 +132,19 @@ def fp8_rows(
     if scaling == "row":
         scale, inverse = fp8_scales(_amax(x_TD, 1), dtype, power_of_two)
         return _cast(x_TD, inverse, dtype), scale
-    blocks = _blocks(x_TD)
-    scale, inverse = fp8_scales(_amax(blocks, 2), dtype, power_of_two)
-    data = _cast(blocks, inverse, dtype).flatten(1)[:, : x_TD.shape[1]]
-    return data.contiguous(), scale.squeeze(2)
+    tokens, width = x_TD.shape
+    whole = width // BLOCK * BLOCK
+    data = x_TD.new_empty(tokens, width, dtype=dtype)
+    scale = x_TD.new_empty(tokens, -(-width // BLOCK), dtype=torch.float32)
+    for rows in row_blocks(tokens, width):
+        for part in (slice(0, whole), slice(whole, width)):  # the last block may be narrow
+            if part.start == part.stop:
+                continue
+            groups = x_TD[rows, part].unflatten(1, (-1, min(BLOCK, part.stop - part.start)))
+            factor, inverse = fp8_scales(_amax(groups, 2), dtype, power_of_two)
+            scale[rows, part.start // BLOCK : -(-part.stop // BLOCK)] = factor.squeeze(2)
+            data[rows, part] = torch.mul(groups, inverse).flatten(1).to(dtype)  # within MAX
+    return data, scale
 
 
 def _tiles(x_TD: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor, Tensor]:

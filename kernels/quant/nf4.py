@@ -203,9 +203,9 @@ def _dequantize(
     for rows in row_blocks(scales.numel(), block):
         part = packed[rows.start * block // 2 : rows.stop * block // 2]
         size = min(rows.stop * block, y_N.numel()) - rows.start * block
-        values = torch.nn.functional.pad(
-            pairs[part.int()].view(-1), (0, (rows.stop - rows.start) * block - 2 * part.numel())
-        )
+        values = pairs.index_select(0, part.int()).view(-1)
+        if missing := (rows.stop - rows.start) * block - values.numel():
+            values = torch.nn.functional.pad(values, (0, missing))
         values.view(-1, block).mul_(scales[rows].unsqueeze(1))
         y_N[rows.start * block :][:size] = values[:size]
     return y
