@@ -16,16 +16,21 @@ from warploom.kernels import backends
 pytest.importorskip("triton", reason="needs the package triton")
 ROOT = Path(__file__).parents[2]
 SERVED = {
-    family: [
-        s.name for s in line if "triton" in s.backends and "triton" in backends.available()[s.op]
-    ]
+    family: [s for s in line if "triton" in s.backends and "triton" in backends.available()[s.op]]
     for family, line in families().items()
 }
 
 
-@pytest.mark.parametrize("family", [family for family, names in SERVED.items() if names])
-def test_interpreted(family):
-    chosen = " or ".join(f"{name}-cpu-triton" for name in SERVED[family])
+def _ends(line):
+    """Keep the first and the last way to call each operator."""
+    ways = {op: [s for s in line if s.op == op] for op in {s.op for s in line}}
+    return [s for s in line if s in (ways[s.op][0], ways[s.op][-1])]
+
+
+@pytest.mark.parametrize("family", [family for family, line in SERVED.items() if line])
+@pytest.mark.parametrize("ways", [_ends, pytest.param(list, marks=pytest.mark.slow)])
+def test_interpreted(family, ways):
+    chosen = " or ".join(f"{s}-cpu-triton" for s in ways(SERVED[family]))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-x"]
         + ["tests/kernels/test_must.py", "-k", chosen],
