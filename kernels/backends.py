@@ -244,7 +244,7 @@ def _lack(backend: str, device: torch.device | None) -> str | None:
 
 def _missing(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Say what `backend` lacks to serve `op` on `device`, or None when it can."""
-    served = _operator(op).listed(op)
+    served = _operator(op).backends  # a peer serves whole calls, in the public function
     if backend not in served:
         return f"is not one of {', '.join(served)}"
     if backend not in _DEVICE:

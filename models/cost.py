@@ -210,8 +210,6 @@ def _cross_entropy(*args: Any, out_val: Any = None) -> int:
 
 def _log_probs(*args: Any, first: int, products: int, out_val: Any = None) -> int:
     weight_VD, targets_T = args[first + 1], args[first + 2]
-    ignore_index = args[
-        first + 3 if first == 0 else first + 4
-    ]  # the backward has statistics before it
+    ignore_index = args[first + 3 + (first > 0)]  # the backward has statistics before it
     width: int = weight_VD.numel()
     return 2 * products * width * _trained(targets_T, ignore_index)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ..library import below_autograd, first_derivative_only, register
-from ..quant.fp8 import BLOCK, Fp8, carrier_of, fp8_rows
+from ..quant.fp8 import Fp8, Grouping, carrier_of, check_grouping, fp8_rows, fp8_rows_fake
 from .glu import BACKWARD, check, forward_cpu, geglu_kind, matrix, served, width_of
 
 _E4M3 = torch.float8_e4m3fn
-Grouping = Literal["row", "block"]
 
 
 def _forward(
@@ -36,20 +35,16 @@ def _forward(
     else:
         y_TF = forward_cpu(x_TF, kind, torch.float32)
         data, scale = fp8_rows(y_TF, scaling, _E4M3, power_of_two)
-    carrier = carrier_of(x.new_empty(()).expand(shape))
     scale = scale.view(*shape[:-1], scale.shape[1])
-    return carrier, data.view(shape).view(torch.uint8), scale
+    return carrier_of(x, shape), data.view(shape).view(torch.uint8), scale
 
 
 def _forward_fake(
     x: Tensor, kind: str, scaling: str, power_of_two: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    width = width_of(x, kind)
-    shape = (*x.shape[:-1], width)
-    groups = 1 if scaling == "row" else (width + BLOCK - 1) // BLOCK
-    carrier = carrier_of(x.new_empty(()).expand(shape))
-    codes = x.new_empty(shape, dtype=torch.uint8)
-    return carrier, codes, x.new_empty(*shape[:-1], groups, dtype=torch.float32)
+    shape = (*x.shape[:-1], width_of(x, kind))
+    codes, scale = fp8_rows_fake(x, shape, scaling)
+    return carrier_of(x, shape), codes, scale
 
 
 class _ActivationFp8(torch.autograd.Function):
@@ -79,8 +74,7 @@ _FORWARD = register(
 
 
 def _quantized(x: Tensor, kind: str, scaling: str, power_of_two: bool, backend: str | None) -> Fp8:
-    if scaling not in ("row", "block"):
-        raise ValueError(f"{kind}_fp8: scaling must be row or block, got {scaling!r}")
+    check_grouping(f"{kind}_fp8", scaling)
     carrier, codes, scale = _FORWARD(x, kind, scaling, power_of_two, backend)
     return Fp8(data=codes.view(_E4M3), scale=scale, carrier=carrier)
 

@@ -37,6 +37,7 @@ def swiglu_linear_reference(gate_up: Tensor, weight_DF: Tensor) -> Tensor:
 
 
 def _forward(gate_up: Tensor, weight: Tensor, backend: str | None) -> Tensor:
+    choose("swiglu", gate_up.device, gate_up.dtype, backend)
     return F.linear(swiglu(gate_up, backend=backend), weight)
 
 

@@ -17,14 +17,21 @@ weights.
 Source: Gale et al. 2022, https://arxiv.org/abs/2211.15841, section 5 (no token is dropped).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
-from ..quant.fp8 import BLOCK, Fp8, fp8_quantize_reference
+from ..quant.fp8 import (
+    Fp8,
+    Grouping,
+    carrier_of,
+    check_grouping,
+    fp8_quantize_reference,
+    fp8_rows_fake,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BLOCK = 1 << 18  # elements a block of rows of the backward, so that its temporaries stay in cache
@@ -99,17 +106,15 @@ def _permute_fp8(
         codes = _clear(data.view(torch.uint8).index_select(0, tokens), counts, 0)
         scale = _clear(scale.index_select(0, tokens), counts, 2.0**-126)  # as of zeros
         order = _clear(order, counts, -1)
-    return x.new_zeros(()).expand(codes.shape), codes, scale, counts, order
+    return carrier_of(x, codes.shape), codes, scale, counts, order
 
 
 def _permute_fp8_fake(
     x: Tensor, indices: Tensor, experts: int, scaling: str, power_of_two: bool, backend: str | None
 ) -> _Fp8Parts:
     rows, counts, order = _permute_fake(x, indices, experts, backend)
-    groups = 1 if scaling == "row" else (x.shape[1] + BLOCK - 1) // BLOCK
-    codes = rows.new_empty(rows.shape, dtype=torch.uint8)
-    scale = rows.new_empty(rows.shape[0], groups, dtype=torch.float32)
-    return x.new_zeros(()).expand(rows.shape), codes, scale, counts, order
+    codes, scale = fp8_rows_fake(x, rows.shape, scaling)
+    return carrier_of(x, rows.shape), codes, scale, counts, order
 
 
 def _places(order_M: Tensor, slots: int) -> Tensor:
@@ -349,7 +354,7 @@ def permute_fp8(
     indices: Tensor,
     experts: int,
     *,
-    scaling: Literal["row", "block"] = "row",
+    scaling: Grouping = "row",
     power_of_two: bool = False,
     backend: str | None = None,
 ) -> tuple[Fp8, Tensor, Tensor]:
@@ -374,8 +379,7 @@ def permute_fp8(
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     _check_tokens("permute_fp8", x, indices, experts)
-    if scaling not in ("row", "block"):
-        raise ValueError(f"permute_fp8: scaling must be row or block, got {scaling!r}")
+    check_grouping("permute_fp8", scaling)
     args = experts, scaling, power_of_two, backend
     carrier, codes, scale, counts, order = _PERMUTE_FP8(x, indices, *args)
     return Fp8(codes.view(torch.float8_e4m3fn), scale, carrier), counts, order

@@ -1,13 +1,11 @@
 """What rms_norm and layer_norm share: their checks, and who quantises their result."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from ..backends import choose, proof
+from ..quant.fp8 import check_grouping
 
-Scaling = Literal["row", "block"]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -75,8 +73,7 @@ def quantiser(op: str, x: Tensor, scaling: str, backend: str | None) -> str:
         ValueError: If `scaling` is neither.
         RuntimeError: If `backend` cannot serve this here.
     """
-    if scaling not in ("row", "block"):
-        raise ValueError(f"{op}_fp8: scaling must be row or block, got {scaling!r}")
+    check_grouping(f"{op}_fp8", scaling)
     served = choose(op, x.device, x.dtype, backend)
     if served in ("reference", "triton"):
         return served

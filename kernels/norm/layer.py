@@ -26,9 +26,8 @@ from torch import Tensor
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
 from ..peers import PEERS, serve
-from ..quant.fp8 import Fp8, carrier_of, fp8_rows
-from .common import Scaling, alike, check, quantiser
-from .rms import fp8_fake
+from ..quant.fp8 import Fp8, Grouping, carrier_of, fp8_rows, fp8_rows_fake
+from .common import alike, check, quantiser
 
 _EPS = 1e-5
 
@@ -115,7 +114,7 @@ def _forward_fp8(
     bias_D: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    scaling: Scaling,
+    scaling: Grouping,
     power_of_two: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
@@ -156,12 +155,12 @@ def _forward_fp8_fake(
     bias_D: Tensor | None,
     residual: Tensor | None,
     eps: float,
-    scaling: Scaling,
+    scaling: Grouping,
     power_of_two: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     _, *statistics = _forward_fake(x, weight_D, bias_D, residual)
-    return carrier_of(x), *statistics, *fp8_fake(x, scaling)
+    return carrier_of(x), *statistics, *fp8_rows_fake(x, x.shape, scaling)
 
 
 def _backward(
@@ -341,7 +340,7 @@ def layer_norm_fp8(
     *,
     residual: Tensor | None = None,
     eps: float = _EPS,
-    scaling: Scaling = "row",
+    scaling: Grouping = "row",
     power_of_two: bool = False,
     backend: str | None = None,
 ) -> Fp8 | tuple[Fp8, Tensor]:

@@ -23,8 +23,8 @@ from torch import Tensor
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 from ..peers import PEERS, serve
-from ..quant.fp8 import BLOCK, Fp8, carrier_of, fp8_rows
-from .common import Scaling, alike, check, quantiser
+from ..quant.fp8 import Fp8, Grouping, carrier_of, fp8_rows, fp8_rows_fake
+from .common import alike, check, quantiser
 
 _BLOCK = 1 << 21  # elements a block of rows: the passes are few, so that calls cost more than cache
 
@@ -185,7 +185,7 @@ def _forward_fp8(
     weight_D: Tensor,
     residual: Tensor | None,
     eps: float,
-    scaling: Scaling,
+    scaling: Grouping,
     power_of_two: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
@@ -213,24 +213,17 @@ def _forward_fp8(
     return carrier_of(x), h, rstd_T.view(rows), data.view(x.shape).view(torch.uint8), scale
 
 
-def fp8_fake(x: Tensor, scaling: Scaling) -> tuple[Tensor, Tensor]:
-    """Return codes (bytes: PyTorch has few operators for FP8) and scale without storage."""
-    groups = 1 if scaling == "row" else (x.shape[-1] + BLOCK - 1) // BLOCK
-    data = x.new_empty(x.shape, dtype=torch.uint8)
-    return data, x.new_empty((*x.shape[:-1], groups), dtype=torch.float32)
-
-
 def _forward_fp8_fake(
     x: Tensor,
     weight_D: Tensor,
     residual: Tensor | None,
     eps: float,
-    scaling: Scaling,
+    scaling: Grouping,
     power_of_two: bool,
     backend: str | None,
 ) -> tuple[Tensor, ...]:
     _, h, rstd = _forward_fake(x, weight_D, residual, eps, backend)
-    return carrier_of(x), h, rstd, *fp8_fake(x, scaling)
+    return carrier_of(x), h, rstd, *fp8_rows_fake(x, x.shape, scaling)
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -351,7 +344,7 @@ def rms_norm_fp8(
     *,
     residual: None = None,
     eps: float = ...,
-    scaling: Scaling = ...,
+    scaling: Grouping = ...,
     power_of_two: bool = ...,
     backend: str | None = ...,
 ) -> Fp8: ...
@@ -364,7 +357,7 @@ def rms_norm_fp8(
     *,
     residual: Tensor,
     eps: float = ...,
-    scaling: Scaling = ...,
+    scaling: Grouping = ...,
     power_of_two: bool = ...,
     backend: str | None = ...,
 ) -> tuple[Fp8, Tensor]: ...
@@ -376,7 +369,7 @@ def rms_norm_fp8(
     *,
     residual: Tensor | None = None,
     eps: float = 1e-6,
-    scaling: Scaling = "row",
+    scaling: Grouping = "row",
     power_of_two: bool = False,
     backend: str | None = None,
 ) -> Fp8 | tuple[Fp8, Tensor]:

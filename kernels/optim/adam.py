@@ -194,7 +194,8 @@ def _adamw(
     names = dict(zip(_NAMES, lists[:4], strict=True))
     if extra:
         names["masters or remainders"] = extra
-    refuse_shared_memory("adamw_", names)
+    if plan is None:  # a plan has seen to it
+        refuse_shared_memory("adamw_", names)
     if choose("adamw", step.device, parameters[0].dtype, backend) == "triton":
         from .adam_triton import update
 

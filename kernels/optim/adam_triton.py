@@ -157,54 +157,12 @@ def update_kernel(
     middle = start
     if tl.load(row + COLUMNS + 2) != 0:
         middle = start + (stop - start) // BLOCK * BLOCK
-    for at in range(start, middle, BLOCK):
-        _step(  # fmt: skip
-            parameter,
-            gradient,
-            mean,
-            square,
-            extra,
-            at,
-            size,
-            scale,
-            decay,
-            rate,
-            root,
-            rest1,
-            beta2,
-            rest2,
-            eps,
-            KIND,
-            PARAMETER,
-            GRADIENT,
-            EXTRA,
-            True,
-            BLOCK,
-        )
-    for at in range(middle, stop, BLOCK):
-        _step(  # fmt: skip
-            parameter,
-            gradient,
-            mean,
-            square,
-            extra,
-            at,
-            size,
-            scale,
-            decay,
-            rate,
-            root,
-            rest1,
-            beta2,
-            rest2,
-            eps,
-            KIND,
-            PARAMETER,
-            GRADIENT,
-            EXTRA,
-            False,
-            BLOCK,
-        )
+    for TAIL in tl.static_range(2):  # first the blocks that are whole and aligned
+        for at in range(middle if TAIL else start, stop if TAIL else middle, BLOCK):
+            _step(
+                *(parameter, gradient, mean, square, extra, at, size, scale, decay, rate, root),
+                *(rest1, beta2, rest2, eps, KIND, PARAMETER, GRADIENT, EXTRA, not TAIL, BLOCK),
+            )
 
 
 def update(

@@ -58,7 +58,8 @@ def _squared_norm(tensors: list[Tensor], plan: list[Tensor] | None, backend: str
 def _scale(
     tensors: list[Tensor], factor: Tensor, plan: list[Tensor] | None, backend: str | None
 ) -> None:
-    refuse_shared_memory("scale_", {"tensors": tensors})
+    if plan is None:
+        refuse_shared_memory("scale_", {"tensors": tensors})
     if choose("global_norm", factor.device, tensors[0].dtype, backend) != "triton":
         torch._foreach_mul_(tensors, factor)
         return

@@ -76,12 +76,14 @@ def plan(*columns: Sequence[Tensor]) -> Plan:
         keep the plan as long as the graph.
 
     Raises:
-        ValueError: If the lists are empty or differ in length.
+        ValueError: If the lists are empty or differ in length, or tensors share memory.
     """
     if not columns or not columns[0] or len({len(column) for column in columns}) > 1:
         raise ValueError(
             f"plan: the lists must have one length, at least 1; got {[len(c) for c in columns]}"
         )
+    names = {f"list {n}": column for n, column in enumerate(columns)}
+    refuse_shared_memory("plan", names)
     rows, owners = _build(columns)
     return Plan(torch.tensor(_key(rows)), _upload(rows, owners, columns[0][0].device))
 

@@ -17,6 +17,7 @@ Source: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433, section 3 (f
 2024, https://arxiv.org/abs/2412.19437, section 3.3.2 (blocks and tiles).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ from .formats import BLOCK as BLOCK
 from .formats import MAXIMA as MAXIMA
 
 Scaling = Literal["tensor", "row", "block", "tile"]
+Grouping = Literal["row", "block"]  # what an operator that quantises its result knows by itself
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -213,16 +215,47 @@ def _quantize_cpu(
     return data, none if scales is scale else scales, data_t, scale_t, amax
 
 
-def carrier_of(x: Tensor) -> Tensor:
+def carrier_of(x: Tensor, shape: Sequence[int] | None = None) -> Tensor:
     """Make the carrier of a quantised tensor: its shape and dtype, one element of storage.
 
     Args:
-        x: What was quantised.
+        x: What was quantised, or one of its dtype.
+        shape: That of what was quantised; None takes that of `x`.
 
     Returns:
         Zeros, expanded.
     """
-    return x.new_zeros(()).expand(x.shape)
+    return x.new_zeros(()).expand(x.shape if shape is None else shape)
+
+
+def check_grouping(op: str, scaling: str) -> None:
+    """Refuse a scaling that an operator which quantises its result does not know.
+
+    Args:
+        op: Operator, for the message.
+        scaling: As the caller gave it.
+
+    Raises:
+        ValueError: If it is neither "row" nor "block".
+    """
+    if scaling not in ("row", "block"):
+        raise ValueError(f"{op}: scaling must be row or block, got {scaling!r}")
+
+
+def fp8_rows_fake(x: Tensor, shape: Sequence[int], scaling: str) -> tuple[Tensor, Tensor]:
+    """Make what `fp8_rows` returns, without storage; the codes as bytes.
+
+    Args:
+        x: Gives the device.
+        shape: Of the result, `[..., D]`.
+        scaling: "row" or "block".
+
+    Returns:
+        Codes uint8 `[..., D]` and scale float32 `[..., groups]`.
+    """
+    groups = 1 if scaling == "row" else (shape[-1] + BLOCK - 1) // BLOCK
+    codes = x.new_empty(shape, dtype=torch.uint8)
+    return codes, x.new_empty((*shape[:-1], groups), dtype=torch.float32)
 
 
 def _forward(

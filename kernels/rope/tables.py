@@ -17,6 +17,7 @@ release (Llama3). Rounded as in the Hugging Face implementation, bit for bit.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +30,7 @@ def _frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scaling:
+class Scaling(ABC):
     """A way to stretch the angles; factor 1 leaves them as they are.
 
     Args:
@@ -50,6 +51,7 @@ class Scaling:
             if getattr(self, field, 1) < 1:
                 raise ValueError(f"{name}: {field} must be positive, got {getattr(self, field)}")
 
+    @abstractmethod
     def frequencies(self, head_dim: int, base: float, device: torch.device) -> Tensor:
         """Return the angle a position of each pair, `[head_dim/2]`, float32.
 
@@ -58,7 +60,6 @@ class Scaling:
             base: The base before the scaling.
             device: Where to.
         """
-        raise NotImplementedError
 
     @property
     def attention(self) -> float:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from warploom.kernels.activation import relu2, swiglu
+from warploom.kernels.activation import relu2, swiglu, swiglu_fp8, swiglu_linear
 from warploom.kernels.loss import cross_entropy, linear_cross_entropy, linear_log_probs
 from warploom.kernels.moe import permute, route, unpermute
-from warploom.kernels.norm import rms_norm
+from warploom.kernels.norm import rms_norm, rms_norm_fp8
 from warploom.kernels.optim import clip_by_global_norm_, newton_schulz
 from warploom.kernels.quant import fp8_quantize, nf4_dequantize, nf4_quantize
 from warploom.kernels.rope import rotary, rotary_tables
@@ -103,3 +103,22 @@ def test_further_bad_arguments_get_a_sentence():
         rotary(torch.ones(2, 1, 4), torch.ones(2, 1, 4), *tables)
     with pytest.raises(ValueError, match="a given scale is used as it is"):
         fp8_quantize(torch.ones(2, 4), scale=torch.ones(()), power_of_two=True)
+
+
+def test_a_peer_is_never_replaced_by_ours():
+    """It serves whole calls; a form that it does not have must not fall back to PyTorch."""
+    x, weight = torch.ones(2, 8), torch.ones(4, 4)
+    for call in (
+        lambda: swiglu_fp8(x, scaling="row", backend="liger"),
+        lambda: swiglu_linear(x, weight, backend="liger"),
+        lambda: rms_norm_fp8(x, torch.ones(8), backend="liger"),
+        lambda: relu2(x, backend="liger"),
+    ):
+        with pytest.raises(RuntimeError, match="backend 'liger' is not one of reference, triton"):
+            call()
+
+
+def test_tables_elsewhere_are_refused_in_place():
+    cos, sin = rotary_tables(torch.arange(2), 4, base=10.0)
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        rotary(torch.ones(2, 1, 4), torch.ones(2, 1, 4), cos.to("meta"), sin, inplace=True)

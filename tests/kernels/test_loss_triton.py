@@ -1,15 +1,9 @@
 """The Triton code of the losses on single chunks, interpreted, and on a GPU.
 
 `test_must.py` runs the operators themselves. Triton reads TRITON_INTERPRET when it is imported, so
-the interpreter runs in a process of its own: the tests named `interpreted_*` below, which this file
-starts, and which skip otherwise.
+the interpreter runs in a process of its own: the tests named `interpreted` below, which
+`test_interpreted.py` starts, and which skip otherwise.
 """
-
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,22 +18,6 @@ from warploom.kernels.loss.logits import cross_entropy_gradient_reference, nll_a
 triton = pytest.importorskip("triton")
 in_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(interpreted(), reason="the interpreter does not compile")
-
-
-@compiled
-def test_in_the_interpreter():
-    """Run the tests of this file that need the interpreter."""
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=root,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10, done.stdout[-500:]
 
 
 def _chunk(tokens, vocabulary, dtype=torch.float32, seed=0):

@@ -3,17 +3,12 @@
 Tests over `backends` run on the reference here, on Triton in the interpreter and on a GPU.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.specimen import item
-from tests.kernels.test_must import DEVICES, INTERPRETED
+from tests.kernels.test_must import DEVICES
 
 from warploom.kernels.moe import (
     permute,
@@ -410,19 +405,3 @@ def test_low_precision_sums_in_float32():
     (dx,) = torch.autograd.grad(rows, x, drows)
     want = drows.float().view(4, 6, 32).sum(0)
     torch.testing.assert_close(dx.float(), want, rtol=2**-8, atol=1e-6)  # half a unit
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what runs below")
-def test_the_interpreter_agrees():
-    """The tests over `backends` again, with the Triton kernels."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-x", __file__]
-        + ["-k", "cpu-triton"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout

@@ -4,11 +4,6 @@ On the reference, and on the Triton kernels in the interpreter (in a process of 
 GPU.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from tests.kernels.specimen import Draw, item
@@ -17,15 +12,11 @@ from tests.kernels.test_must import DEVICES, INTERPRETED, compiled_only
 from warploom.kernels.optim import (
     adamw_,
     adamw_reference,
-    clip_by_global_norm_,
     clip_coefficient,
     global_norm,
     join_remainder,
-    newton_schulz,
     plan,
-    scale_,
     split_remainder,
-    squared_norm,
     table,
 )
 
@@ -37,7 +28,7 @@ SHAPES = ((5,), (1,), (0, 3), (33, 70), (1100, 16), (2, 3, 4))
 RATES = {"learning_rate": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-class _State:
+class State:
     """Parameters of one kind, their moments, and what `adamw_` is called with."""
 
     def __init__(self, kind, device, backend, *, dtype=torch.float32, shapes=SHAPES, place=None):
@@ -81,12 +72,12 @@ class _State:
         )
 
 
-def _same_bits(one, other):
+def same_bits(one, other):
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
 
 
-def _copies(tensors):
+def copies(tensors):
     return [t.clone() for t in tensors]
 
 
@@ -110,7 +101,7 @@ def _units(got, want):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_adamw_equals_torch(device, backend, kind, dtype):
     """Fifty steps; as near to float64 as torch's own float32."""
-    state = _State(kind, device, backend)
+    state = State(kind, device, backend)
     exact, plain = ([w.to(t, copy=True) for w in state.values] for t in ("cpu", "cpu"))
     exact = [w.double() for w in exact]
     oracles = [_oracle(exact), _oracle(plain)]
@@ -138,7 +129,7 @@ def test_adamw_equals_torch(device, backend, kind, dtype):
 @item("values", **on_adamw)
 @compiled_only
 def test_adamw_in_float64_is_the_formula():
-    state = _State("in place", "cpu", "reference", dtype=torch.float64)
+    state = State("in place", "cpu", "reference", dtype=torch.float64)
     want = [
         (w.clone(), m.clone(), m.clone()) for w, m in zip(state.values, state.means, strict=True)
     ]
@@ -173,13 +164,13 @@ def test_adamw_of_tensors_that_are_not_aligned(device, backend, kind):
     def shift(t):
         return t.new_empty(t.numel() + 1)[1:].copy_(t.flatten()).view(t.shape)
 
-    plain, shifted = (_State(kind, device, backend, place=place) for place in (None, shift))
+    plain, shifted = (State(kind, device, backend, place=place) for place in (None, shift))
     gradients = plain.gradients(0)
     plain.call(gradients)
     strided = [g.new_empty(*g.shape, 2)[..., 1].copy_(g) for g in gradients]
     shifted.call(strided)
     if backend == "triton":
-        _same_bits(plain.values, shifted.values)
+        same_bits(plain.values, shifted.values)
     torch.testing.assert_close(plain.values, shifted.values, rtol=1e-6, atol=1e-7)
 
 
@@ -188,14 +179,14 @@ def test_adamw_of_tensors_that_are_not_aligned(device, backend, kind):
 @pytest.mark.parametrize("flag", [1.0, float("nan"), 2.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_infinite_gradient_skips_the_whole_step(device, backend, kind, flag):
-    state = _State(kind, device, backend)
+    state = State(kind, device, backend)
     state.call(state.gradients(0))
     if kind == "masters":
         state.parameters[0].fill_(7.0)  # what is not the rounded master stays too
-    before = _copies(state.tensors)
+    before = copies(state.tensors)
     bad = [torch.full_like(g, float("inf")) for g in state.gradients(1)]
     state.call(bad, found_inf=torch.tensor(flag, device=device))
-    _same_bits(state.tensors, before)
+    same_bits(state.tensors, before)
     state.call(state.gradients(1), found_inf=torch.zeros((), device=device))
     assert float(state.step) == 2
     assert not torch.equal(state.means[0], before[len(state.parameters)])
@@ -205,14 +196,14 @@ def test_an_infinite_gradient_skips_the_whole_step(device, backend, kind, flag):
 @every
 def test_scale_and_rate_come_from_the_device(device, backend):
     """The same bits as a gradient that was multiplied before, and as a rate that is a number."""
-    one, other = (_State("masters", device, backend) for _ in "ab")
+    one, other = (State("masters", device, backend) for _ in "ab")
     scale, rate = (torch.tensor(x, device=device) for x in (0.37, 1e-2))
     for step in range(3):
         gradients = one.gradients(step)
         one.call([g * scale for g in gradients])
         other.call(gradients, scale=scale.double(), learning_rate=rate)
-        _same_bits(gradients, one.gradients(step))
-    _same_bits(one.tensors, other.tensors)
+        same_bits(gradients, one.gradients(step))
+    same_bits(one.tensors, other.tensors)
 
 
 @item("optimizer edge cases", **on_adamw)
@@ -244,11 +235,11 @@ def test_a_step_of_rate_0_leaves_every_bit_of_a_remainder(device, backend):
     master = master[master.isfinite()]
     high, low = (t.to(device) for t in split_remainder(master))
     m, v, g = (torch.zeros(len(master), device=device) for _ in range(3))
-    before = _copies([high, low])
+    before = copies([high, low])
     step = torch.zeros((), device=device)
     rates = RATES | {"learning_rate": 0.0}
     adamw_([high], [g], [m], [v], remainders=[low], step=step, backend=backend, **rates)
-    _same_bits([high, low], before)
+    same_bits([high, low], before)
     assert not m.any()
     g.view(torch.int32)[3] = 0x7FFFFFFF  # the NaN of GPUs, whose rounded half would be -0
     adamw_([high], [g], [m], [v], remainders=[low], step=step, backend=backend, **rates)
@@ -267,16 +258,16 @@ def test_adamw_of_nothing_still_counts(device, backend):
 
 @item("determinism", **on_adamw)
 @every
-def test_adamw_repeats_give_the_same_bits(device, backend):
+def test_adamw_repeats_give_thesame_bits(device, backend):
     def run():
-        state = _State("masters", device, backend)
+        state = State("masters", device, backend)
         for step in range(2):
             state.call(state.gradients(step))
         return state.tensors
 
     first = run()
     for _ in range(100 if device == "cuda" else 2):
-        _same_bits(run(), first)
+        same_bits(run(), first)
 
 
 @item("more than 2^31 elements", "optimizer edge cases", **on_adamw)
@@ -321,7 +312,7 @@ def test_more_than_2_to_the_31_elements(backend):
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 def test_a_captured_step_goes_on(backend):
     """Replays count on: step, rate, coefficient and flag are read when the graph runs."""
-    eager, graphed = (_State("masters", "cuda", backend) for _ in "ab")
+    eager, graphed = (State("masters", "cuda", backend) for _ in "ab")
     gradients, rate = eager.gradients(0), torch.tensor(1e-2, device="cuda")
 
     def train(state, norms=None, step=None):
@@ -344,20 +335,20 @@ def test_a_captured_step_goes_on(backend):
         train(eager)
         graph.replay()
     torch.cuda.synchronize()
-    _same_bits(eager.tensors, graphed.tensors)
+    same_bits(eager.tensors, graphed.tensors)
     assert float(eager.step) == 3
 
 
 @item("bad input", **on_adamw)
 @every
 def test_adamw_refuses_in_a_sentence(device, backend):
-    state = _State("masters", device, backend, shapes=((4, 3), (5,)))
-    before, fine = _copies(state.tensors), state.gradients(0)
+    state = State("masters", device, backend, shapes=((4, 3), (5,)))
+    before, fine = copies(state.tensors), state.gradients(0)
 
     def refused(words, gradients=fine, **options):
         with pytest.raises(ValueError, match=words):
             state.call(gradients, **options)
-        _same_bits(state.tensors, before)
+        same_bits(state.tensors, before)
 
     refused(r"there are 2 parameters and 1 gradients", fine[:1])
     refused(
@@ -368,7 +359,7 @@ def test_adamw_refuses_in_a_sentence(device, backend):
     refused(r"gradients must be float16.*gradients torch.int32", [g.int() for g in fine])
     refused(r"gradients must be float16.*got .*float64", [g.double() for g in fine])
     refused(r"masters or remainders, not both; got 2 and 2", remainders=state.masters)
-    refused(r"masters are float32.*masters torch.bfloat16", masters=_copies(state.parameters))
+    refused(r"masters are float32.*masters torch.bfloat16", masters=copies(state.parameters))
     refused(r"16 bits need masters or remainders", masters=None)
     refused(r"what is written must be contiguous, masters\[0\] .* strides \[1, 4\]",
             masters=[torch.zeros(3, 4, device=device).t(), state.masters[1]])  # fmt: skip
@@ -383,7 +374,7 @@ def test_adamw_refuses_in_a_sentence(device, backend):
         state.call(fine)
     if backend == "reference":
         with pytest.raises(RuntimeError, match="needs a CUDA device" if device == "cpu" else "x"):
-            _State("masters", device, "triton").call(_State("masters", device, None).gradients(0))
+            State("masters", device, "triton").call(State("masters", device, None).gradients(0))
 
 
 @item("bad input", **on_adamw)
@@ -391,15 +382,15 @@ def test_adamw_refuses_in_a_sentence(device, backend):
 def test_a_plan_of_other_tensors_is_refused(device, backend):
     if backend != "triton":
         pytest.skip("the reference needs no plan")
-    state = _State("remainders", device, backend)
+    state = State("remainders", device, backend)
     gradients = state.gradients(0)
     columns = (state.parameters, gradients, state.means, state.squares, state.extra)
-    made, other = plan(*columns), _State("remainders", device, backend)
+    made, other = plan(*columns), State("remainders", device, backend)
     state.call(gradients, plan=made)
     other.call(gradients)
-    _same_bits(state.tensors, other.tensors)
+    same_bits(state.tensors, other.tensors)
     with pytest.raises(ValueError, match="plan is of other tensors than the 6 given"):
-        state.call(_copies(gradients), plan=made)
+        state.call(copies(gradients), plan=made)
     with pytest.raises(ValueError, match=r"one length, at least 1; got \[6, 5\]"):
         plan(gradients, gradients[1:])
 
@@ -407,7 +398,7 @@ def test_a_plan_of_other_tensors_is_refused(device, backend):
 @item("opcheck", **on_adamw)
 @compiled_only
 def test_adamw_and_scale_are_registered_properly():
-    state = _State("masters", "cpu", "reference", shapes=((4, 3), (5,)))
+    state = State("masters", "cpu", "reference", shapes=((4, 3), (5,)))
     lists = (state.parameters, state.gradients(0), state.means, state.squares, state.extra)
     rates = (1e-2, 0.9, 0.95, 1e-8, 0.1)
     args = (*map(list, lists), state.step, None, None, None, *rates, None, "reference")
@@ -429,151 +420,21 @@ def test_a_compiled_step_is_the_same(kind):
 
     compiled = torch.compile(train, fullgraph=True, dynamic=True, backend="aot_eager")
     for shapes in (((4, 3), (5,)), ((7, 2), (6,))):
-        one, other = (_State(kind, "cpu", "reference", shapes=shapes) for _ in "ab")
+        one, other = (State(kind, "cpu", "reference", shapes=shapes) for _ in "ab")
         gradients = one.gradients(0)
         train(one, gradients)
         compiled(other, gradients)
-        _same_bits(one.tensors, other.tensors)
+        same_bits(one.tensors, other.tensors)
 
 
 @item("no_grad, autocast", **on_adamw)
 @every
 def test_parameters_that_require_gradients(device, backend):
     """They are stepped outside of autograd, and what saved them before is told of it."""
-    state = _State("in place", device, backend)
+    state = State("in place", device, backend)
     state.parameters = [torch.nn.Parameter(w) for w in state.parameters]
     held = (state.parameters[3] ** 2).sum()
     state.call(state.gradients(0))
     assert all(p.grad_fn is None for p in state.parameters)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         held.backward()
-
-
-@item("values", **on_norm)
-@every
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("limit", [0.5, 1e6])
-def test_clip_equals_torch(device, backend, dtype, limit):
-    tensors = _State("in place", device, backend).gradients(0, dtype)
-    leaves = [torch.nn.Parameter(torch.zeros_like(g)) for g in tensors]
-    for leaf, g in zip(leaves, tensors, strict=True):
-        leaf.grad = g.clone()
-    exact = torch.cat([g.double().flatten() for g in tensors]).norm()
-    want = torch.nn.utils.clip_grad_norm_(leaves, limit, foreach=False)
-    norm, found = clip_by_global_norm_(tensors, limit, backend=backend)
-    assert float(norm) == pytest.approx(float(exact), rel=1e-6 if dtype == torch.float32 else 1e-5)
-    assert float(norm) == pytest.approx(float(want), rel=2e-2 if dtype != torch.float32 else 1e-6)
-    assert float(found) == 0
-    unit = 2 * torch.finfo(dtype).eps
-    for g, leaf in zip(tensors, leaves, strict=True):
-        torch.testing.assert_close(g, leaf.grad, rtol=4 * unit if limit < 1 else 0, atol=0)
-
-
-@item("values", **on_norm)
-@every
-def test_the_norm_of_many_numbers(device, backend):
-    """A sum of ones in bfloat16 stops at 256; torch's norm on the CPU is 1e-5 off for 2^20."""
-    ones = [torch.ones(2**14, device=device, dtype=torch.bfloat16) for _ in range(16)]
-    assert float(global_norm(ones, backend=backend)) == 512
-    drawn = Draw(torch.float32, device)(2**16 if INTERPRETED else 2**20)
-    exact = float(drawn.double().norm())
-    assert float(global_norm([drawn], backend=backend)) == pytest.approx(exact, rel=5e-7)
-    mixed = [*ones[:3], torch.ones(2**14, device=device)]
-    assert float(squared_norm(mixed, backend=backend)) == 2**16
-
-
-@item("NaN and inf", "zero and odd sizes", **on_norm)
-@every
-def test_what_is_not_finite_raises_the_flag(device, backend):
-    assert float(global_norm([], backend=backend)) == 0
-    assert float(global_norm([torch.empty(0, device=device)], backend=backend)) == 0
-    for bad in (float("nan"), float("inf"), 1e30):
-        tensors = [torch.ones(n, device=device) for n in (3, 2000)]
-        tensors[1][1999] = bad
-        coefficient, found = clip_coefficient(global_norm(tensors, backend=backend), 1.0)
-        assert float(found) == 1
-        state = _State("masters", device, backend, shapes=((3,), (2000,)))
-        before = _copies(state.tensors)
-        state.call(tensors, scale=coefficient, found_inf=found)
-        _same_bits(state.tensors, before)
-
-
-@item("bad input", **on_norm)
-@every
-def test_norm_and_clip_refuse_in_a_sentence(device, backend):
-    x = torch.ones(4, 3, device=device)
-    with pytest.raises(RuntimeError, match=r"has no gradient, and tensors\[1\] requires one"):
-        global_norm([x, x.clone().requires_grad_()], backend=backend)
-    with pytest.raises(ValueError, match=r"float64; tensors\[0\] is torch.int64"):
-        global_norm([x.long()], backend=backend)
-    with pytest.raises(ValueError, match="above 0, got -1"):
-        clip_coefficient(x.sum(), -1)
-    with pytest.raises(ValueError, match="above 0 and finite, got inf"):
-        clip_by_global_norm_([x], float("inf"), backend=backend)
-    with pytest.raises(ValueError, match=r"factor must be 0-dim and on .*, got \[1\]"):
-        scale_([x], torch.ones(1, device=device), backend=backend)
-    made = plan([x]) if backend == "triton" else None
-    with pytest.raises(ValueError, match="a plan serves one dtype"):
-        squared_norm([x, x.half()], plan=made or plan([x]), backend=backend)
-    if backend == "triton":
-        with pytest.raises(ValueError, match="share memory"):
-            scale_([x, x], x.sum(), backend=backend)
-        with pytest.raises(ValueError, match=r"contiguous tensors, tensors\[0\] .* \[1, 3\]"):
-            scale_([x.t()], x.sum(), backend=backend)
-
-
-@item("second derivative", "bad input", ops=("newton_schulz",))
-@every
-def test_newton_schulz_has_no_gradient(device, backend):
-    u = torch.randn(4, 3, device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"no gradient, and u \[4, 3\] requires one: detach it"):
-        newton_schulz(u, backend=backend)
-    with torch.no_grad():
-        assert newton_schulz(u, backend=backend).shape == u.shape
-    for bad, words in (((4,), r"got \[4\]"), ((4, 3), "torch.int64")):
-        with pytest.raises(ValueError, match=words):
-            newton_schulz(torch.ones(bad, device=device, dtype=torch.int64), backend=backend)
-
-
-@item("values", ops=("newton_schulz",))
-@every
-def test_newton_schulz_nears_the_polar_factor(device, backend):
-    for shape in ((8, 8), (5, 16), (2, 16, 5)):
-        u = Draw(torch.float32, device)(*shape)
-        values = torch.linalg.svdvals(newton_schulz(u, backend=backend))
-        assert values.min() > 0.6
-        assert values.max() < 1.3
-    left, _, right = torch.linalg.svd(u, full_matrices=False)
-    assert torch.sum(newton_schulz(u, backend=backend) * (left @ right)) > 2 * 5 * 0.85
-
-
-@item("values", ops=("newton_schulz",))
-@every
-@pytest.mark.parametrize("n", [3, 70])
-def test_the_symmetric_product_is_symmetric_bit_for_bit(device, backend, n):
-    if backend != "triton":
-        pytest.skip("the reference takes torch's product")
-    from warploom.kernels.optim.orthogonal_triton import symmetric
-
-    x = Draw(torch.float32, device)(2, n, 40)
-    gram = symmetric(x)
-    assert torch.equal(gram, gram.mT)
-    torch.testing.assert_close(gram, x @ x.mT, rtol=1e-5, atol=1e-4)
-    power = symmetric(gram, add=gram, alpha=2.0, beta=-3.0)
-    torch.testing.assert_close(power, 2 * gram @ gram - 3 * gram, rtol=1e-4, atol=1e-2)
-
-
-@compiled_only
-def test_interpreted():
-    """All of these again, with the Triton kernels in the interpreter."""
-    pytest.importorskip("triton", reason="needs the package triton")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-x", __file__]
-        + ["-k", "cpu-triton"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
