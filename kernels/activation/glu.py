@@ -18,17 +18,20 @@ Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415, section 2; So et al
 https://arxiv.org/abs/2109.08668, section 4 (the squared ReLU).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 from ..peers import PEERS, serve
 
+_U1 = 2 * math.sqrt(2 / math.pi)  # 2 u = _U1 z + _U3 z^3
+_U3 = 0.044715 * _U1
+_BOUND = 32.0  # beyond it s (1 - s) is 0, in float64 too
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A kind is the operator's name; geglu's has "_tanh" where the normal distribution is approximated.
 _SPECIFICATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,16 +87,25 @@ def relu2_reference(x: Tensor) -> Tensor:
     return _reference(x, "relu2")
 
 
-def _activate_(gate: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
-    """Apply f without a temporary: into `out`, or in place."""
-    out = gate if out is None else out
+def _gate(z: Tensor, kind: str) -> Tensor:
+    """Return f(z) / z: the share of z that passes."""
     if kind == "swiglu":
-        torch.ops.aten.silu.out(gate, out=out)
-    elif kind == "relu2":
-        torch.clamp(gate, min=0, out=out).square_()
-    else:
-        torch.ops.aten.gelu.out(gate, approximate=kind[6:] or "none", out=out)
-    return out
+        return torch.sigmoid(z)
+    if kind == "geglu":
+        return torch.mul(z, 0.5**0.5).erf_().add_(1).mul_(0.5)
+    apart = z.new_empty(z.shape[0], z.shape[1] + 16)[:, :-16]  # as one row, the last elements of
+    # all of them would be those that are not vectorised, and a row would depend on the others
+    return torch.mul(z, z, out=apart).mul_(_U3).add_(_U1).mul_(z).sigmoid_()
+
+
+def _activate_(gate: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    """Apply f without a temporary where PyTorch has f: into `out`, or in place."""
+    out = gate if out is None else out
+    if kind == "geglu_tanh":
+        return torch.mul(gate, _gate(gate, kind), out=out)
+    if kind == "relu2":
+        return torch.clamp(gate, min=0, out=out).square_()
+    return (torch.ops.aten.silu if kind == "swiglu" else torch.ops.aten.gelu).out(gate, out=out)
 
 
 def forward_cpu(x_TF: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -123,17 +135,18 @@ def forward_cpu(x_TF: Tensor, kind: str, dtype: torch.dtype | None = None) -> Te
     return y_TF
 
 
-def _slopes(gate: Tensor, dy: Tensor, kind: str) -> tuple[Tensor | None, Tensor]:
-    """Return f(gate), unless nobody needs it, and dy * f'(gate)."""
+def _slopes(z: Tensor, kind: str) -> tuple[Tensor | None, Tensor]:
+    """Return f(z), unless nobody needs it, and f'(z)."""
     if kind == "relu2":
-        return None, torch.clamp(gate, min=0).mul_(2).mul_(dy)
-    if kind != "swiglu":
-        approximate = kind[6:] or "none"
-        slope = torch.ops.aten.gelu_backward(dy, gate, approximate=approximate)
-        return F.gelu(gate, approximate=approximate), slope
-    sigmoid = torch.sigmoid(gate)
-    value = gate * sigmoid
-    return value, torch.rsub(sigmoid, 1).mul_(value).add_(sigmoid).mul_(dy)
+        return None, torch.clamp(z, min=0).mul_(2)
+    share = _gate(z, kind)
+    value = z * share
+    if kind == "geglu":
+        return value, share.addcmul_((z * z).mul_(-0.5).exp_(), z, value=(2 * math.pi) ** -0.5)
+    rest = torch.rsub(share, 1).mul_(value)  # z s (1 - s)
+    if kind == "geglu_tanh":  # where z is not within the bound the rest is 0, and its factor huge
+        rest.mul_(z.clamp(-_BOUND, _BOUND).square_().mul_(3 * _U3).add_(_U1))
+    return value, share.add_(rest)
 
 
 def backward_cpu(
@@ -155,17 +168,22 @@ def backward_cpu(
     accumulate = dx_TF.dtype if kind == "relu2" else wide(dx_TF.dtype)  # relu2 rounds but once
     for rows in row_blocks(x_TF.shape[0], width):
         x, dy = x_TF[rows].to(accumulate), dy_TF[rows].to(accumulate)
-        value, slope = _slopes(x[:, :width], dy, kind)
-        if value is not None:
+        value, slope = _slopes(x[:, :width], kind)
+        if value is None:
+            factor = dy
+        else:
             up = x[:, width:]
-            slope.mul_(up)
+            factor = dy * up
             if y_TF is not None:
                 y_TF[rows].copy_(value * up)
             if accumulate == dx_TF.dtype:
                 torch.mul(dy, value, out=dx_TF[rows, width:])
             else:
                 dx_TF[rows, width:].copy_(value.mul_(dy))
-        dx_TF[rows, :width] = slope
+        if accumulate == dx_TF.dtype:
+            torch.mul(slope, factor, out=dx_TF[rows, :width])
+        else:
+            dx_TF[rows, :width].copy_(slope.mul_(factor))
     return dx_TF
 
 
