@@ -27,6 +27,7 @@ class Model:
         expert_groups: Groups of neighbouring experts.
         top_groups: Groups open to a token.
         score: How the router scores.
+        layers: Layers whose tensors the optimizer steps at once.
     """
 
     width: int
@@ -40,6 +41,7 @@ class Model:
     expert_groups: int = 1
     top_groups: int = 1
     score: str = "softmax"
+    layers: int = 1
 
 
 MODELS: Mapping[str, Model] = MappingProxyType(
@@ -71,7 +73,7 @@ MODELS: Mapping[str, Model] = MappingProxyType(
             top_k=8,
         ),
         "smollm2-135m": Model(
-            width=576, heads=9, groups=3, head_dim=64, hidden=1536, vocabulary=49_152
+            width=576, heads=9, groups=3, head_dim=64, hidden=1536, vocabulary=49_152, layers=10
         ),
         "tiny": Model(
             width=64, heads=4, groups=2, head_dim=16, hidden=96, vocabulary=256, experts=8, top_k=2

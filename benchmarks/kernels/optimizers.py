@@ -1,4 +1,4 @@
-"""The cases of `kernels/optim`: the tensors of one dense layer, and one of its matrices."""
+"""The cases of `kernels/optim`: the tensors of dense layers, and one of their matrices."""
 
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -19,7 +19,7 @@ def _shapes(m: Model) -> list[tuple[int, ...]]:
     attention = (m.heads + 2 * m.groups) * m.head_dim
     matrices = [(attention, m.width), (m.width, m.heads * m.head_dim)]
     matrices += [(2 * m.hidden, m.width), (m.width, m.hidden)]
-    return [*matrices, (m.width,), (m.width,)]
+    return [*matrices, (m.width,), (m.width,)] * m.layers
 
 
 def _count(m: Model) -> int:

@@ -14,7 +14,7 @@ Source: Pascanu et al. 2013, https://arxiv.org/abs/1211.5063, algorithm 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,9 +50,19 @@ def _squared_norm(tensors: list[Tensor], plan: list[Tensor] | None, backend: str
     if not filled:
         return tensors[0].new_zeros((), dtype=torch.float64)
     if tensors[0].is_cpu:
-        filled = [part for t in filled for part in t.reshape(-1).split(_BLOCK)]
-    norms = torch._foreach_norm(filled, 2, dtype=wide(dtype))
-    return torch.stack(norms).double().square().sum()
+        norms = [norm for t in filled for norm in _block_norms(t.reshape(-1))]
+    else:
+        norms = [norm.view(1) for norm in torch._foreach_norm(filled, 2, dtype=wide(dtype))]
+    return torch.cat(norms).double().square().sum()
+
+
+def _block_norms(x_N: Tensor) -> Iterator[Tensor]:
+    """Yield the norms of blocks, of all that are whole in one call."""
+    whole, dtype = len(x_N) // _BLOCK * _BLOCK, wide(x_N.dtype)
+    if whole:
+        yield torch.linalg.vector_norm(x_N[:whole].view(-1, _BLOCK), dim=1, dtype=dtype)
+    if whole < len(x_N):
+        yield torch.linalg.vector_norm(x_N[whole:], dtype=dtype).view(1)
 
 
 def _scale(

@@ -113,10 +113,6 @@ def fp8_scales(amax: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Te
     return scale, torch.div(torch.ones_like(limit), scale)
 
 
-def _cast(x: Tensor, inverse: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(x, inverse).clamp_(-MAXIMA[dtype], MAXIMA[dtype]).to(dtype)
-
-
 def fp8_rows(
     x_TD: Tensor, scaling: str, dtype: torch.dtype, power_of_two: bool
 ) -> tuple[Tensor, Tensor]:
@@ -133,7 +129,7 @@ def fp8_rows(
     """
     if scaling == "row":
         scale, inverse = fp8_scales(_amax(x_TD, 1), dtype, power_of_two)
-        return _cast(x_TD, inverse, dtype), scale
+        return torch.mul(x_TD, inverse).to(dtype), scale  # within MAX, as every scale made here
     tokens, width = x_TD.shape
     whole = width // BLOCK * BLOCK
     data = x_TD.new_empty(tokens, width, dtype=dtype)
@@ -145,7 +141,7 @@ def fp8_rows(
             groups = x_TD[rows, part].unflatten(1, (-1, min(BLOCK, part.stop - part.start)))
             factor, inverse = fp8_scales(_amax(groups, 2), dtype, power_of_two)
             scale[rows, part.start // BLOCK : -(-part.stop // BLOCK)] = factor.squeeze(2)
-            data[rows, part] = torch.mul(groups, inverse).flatten(1).to(dtype)  # within MAX
+            data[rows, part] = torch.mul(groups, inverse).flatten(1).to(dtype)
     return data, scale
 
 
@@ -155,7 +151,7 @@ def _tiles(x_TD: Tensor, dtype: torch.dtype, power_of_two: bool) -> tuple[Tensor
     tiles = x_TD.unflatten(0, (x_TD.shape[0] // BLOCK, BLOCK))
     tiles = tiles.unflatten(2, (x_TD.shape[1] // BLOCK, BLOCK))  # [T/128, 128, D/128, 128]
     scale, inverse = fp8_scales(_amax(_amax(tiles, 3), 1), dtype, power_of_two)
-    data = _cast(tiles, inverse, dtype).view(x_TD.shape)[:tokens, :width]
+    data = torch.mul(tiles, inverse).to(dtype).view(x_TD.shape)[:tokens, :width]
     return data.contiguous(), scale[:, 0, :, 0]
 
 
@@ -184,9 +180,9 @@ def fp8_quantize_reference(
         amax = _amax(x.flatten(), 0).view(())
         if scale is None:
             scale, inverse = fp8_scales(amax, dtype, power_of_two)
-        else:
-            inverse = torch.div(torch.ones_like(scale), scale)
-        return _cast(x, inverse, dtype), scale, amax
+            return torch.mul(x, inverse).to(dtype), scale, amax
+        scaled = torch.mul(x, torch.div(torch.ones_like(scale), scale))
+        return scaled.clamp_(-MAXIMA[dtype], MAXIMA[dtype]).to(dtype), scale, amax
     if scaling == "tile":
         return *_tiles(x, dtype, power_of_two), amax
     return *fp8_rows(x, scaling, dtype, power_of_two), amax
