@@ -205,13 +205,18 @@ def _unpermute_backward(
     weights = weights_TK.flatten()
     block = _BLOCK if rows_MD.device.type == "cpu" else rows_MD.numel() + 1
     for rows in row_blocks(len(rows_MD), rows_MD.shape[1], block):
-        order = order_M[rows]
-        absent, held = (order < 0).unsqueeze(1), order.clamp(min=0)
+        order, drows = order_M[rows], drows_MD[rows]
+        absent, held = order < 0, order.clamp(min=0)
         dy = dy_TD.index_select(0, held // weights_TK.shape[1]).to(accumulate)
         dots = (dy * rows_MD[rows]).sum(1).to(weights.dtype)
-        dweights.scatter_(0, torch.where(order < 0, slots, order), dots)
-        dy.mul_(weights.index_select(0, held).to(accumulate).unsqueeze(1))
-        drows_MD[rows] = dy.masked_fill_(absent, 0.0)
+        dweights.scatter_(0, torch.where(absent, slots, order), dots)
+        weight = weights.index_select(0, held).to(accumulate).unsqueeze(1)
+        if accumulate == drows.dtype:
+            torch.mul(dy, weight, out=drows)
+        else:
+            drows.copy_(dy.mul_(weight))
+        if not drows.is_cpu or absent.any():
+            drows.masked_fill_(absent.unsqueeze(1), 0.0)
     return drows_MD, dweights[:slots].view_as(weights_TK).clone()
 
 
