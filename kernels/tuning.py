@@ -137,6 +137,16 @@ def tuned(
     return best
 
 
+def by_warps(first: Configuration) -> list[Configuration]:
+    """Return a configuration, and the same with twice and with half as many warps.
+
+    Args:
+        first: The default, with `num_warps`.
+    """
+    warps = first["num_warps"]
+    return [first, *(first | {"num_warps": w} for w in (2 * warps, warps // 2) if 1 <= w <= 32)]
+
+
 def launch(
     op: str,
     key: Sequence[int | str],

@@ -105,7 +105,9 @@ def _activate_(gate: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
         return torch.mul(gate, _gate(gate, kind), out=out)
     if kind == "relu2":
         return torch.clamp(gate, min=0, out=out).square_()
-    return (torch.ops.aten.silu if kind == "swiglu" else torch.ops.aten.gelu).out(gate, out=out)
+    f = torch.ops.aten.silu if kind == "swiglu" else torch.ops.aten.gelu
+    y: Tensor = f.out(gate, out=out)
+    return y
 
 
 def forward_cpu(x_TF: Tensor, kind: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -24,6 +24,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device
 
 _KEEP = 1 << 16  # bytes of a row that a program's registers can hold
@@ -235,13 +236,19 @@ def partials(
     logits_CV = logits_CV if logits_CV.stride(1) == 1 else logits_CV.contiguous()
     shape = (5 if moments else 3, tokens)
     parts = torch.empty(shape, dtype=torch.float32, device=logits_CV.device)
+    targets_C = targets_C.contiguous()
+
+    def begin(chosen: dict[str, int]) -> None:
+        partials_kernel[(tokens,)](
+            logits_CV, targets_C, parts, logits_CV.stride(0), start, tokens, vocabulary,
+            softcap or 1.0, CAPPED=softcap is not None, MOMENTS=moments, STAGES=_STAGES, **chosen,
+        )  # fmt: skip
+
     if tokens:
+        candidates = tuning.by_warps(configuration(vocabulary))
+        key = "partials", vocabulary, str(logits_CV.dtype), int(moments)
         with on_device(logits_CV):
-            partials_kernel[(tokens,)](
-                logits_CV, targets_C.contiguous(), parts, logits_CV.stride(0), start, tokens,
-                vocabulary, softcap or 1.0, CAPPED=softcap is not None, MOMENTS=moments,
-                STAGES=_STAGES, **configuration(vocabulary),
-            )  # fmt: skip
+            tuning.launch("cross_entropy", key, candidates, begin, device=logits_CV.device)
     return parts
 
 

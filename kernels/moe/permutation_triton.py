@@ -12,11 +12,14 @@ and a program sums the rows of its tokens in the order of the slots. Offsets are
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device
 from ..quant.fp8 import BLOCK, MAXIMA
 from ..quant.fp8_triton import fp8_amax, fp8_bits, fp8_cast, fp8_scale
@@ -315,10 +318,10 @@ def _copy(
 ) -> None:
     """Fill rows, and scale where `scaling` is not empty."""
     x_TD, (tokens, width) = _strided(x_TD), x_TD.shape
-    chosen = configuration(width, least=BLOCK if scaling == "block" else 1)
     if not places.numel():
         return
-    with on_device(x_TD):
+
+    def start(chosen: dict[str, int]) -> None:
         copy_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
             x_TD,
             places,
@@ -334,6 +337,22 @@ def _copy(
             POWER_OF_TWO=power_of_two,
             **chosen,
         )
+
+    first = configuration(width, least=BLOCK if scaling == "block" else 1)
+    _launch("permute", scaling, first, x_TD, top_k, start)
+
+
+def _launch(
+    op: str,
+    which: str,
+    first: dict[str, int],
+    x_TD: Tensor,
+    top_k: int,
+    start: Callable[[dict[str, int]], None],
+) -> None:
+    key = which, x_TD.shape[1], top_k, str(x_TD.dtype)
+    with on_device(x_TD):
+        tuning.launch(op, key, tuning.by_warps(first), start, device=x_TD.device)
 
 
 def _invert(order: Tensor, slots: int, drows: Tensor | None) -> Tensor:
@@ -371,14 +390,17 @@ def unpermute(
     y_TD = rows_MD.new_empty(tokens, width)
     if not y_TD.numel():
         return y_TD
-    rows_MD, chosen = _strided(rows_MD), configuration(width)
-    pieces = triton.cdiv(width, chosen["COLUMNS"])
+    rows_MD, first = _strided(rows_MD), configuration(width)
+    pieces = triton.cdiv(width, first["COLUMNS"])
     with on_device(rows_MD):
         places = _invert(order_M, tokens * top_k, None)
+    weights = places if weights_TK is None else weights_TK.contiguous()
+
+    def start(chosen: dict[str, int]) -> None:
         gather_kernel[(triton.cdiv(tokens, chosen["TOKENS"]) * pieces,)](
             rows_MD,
             places,
-            places if weights_TK is None else weights_TK.contiguous(),
+            weights,
             y_TD,
             tokens,
             width,
@@ -388,6 +410,8 @@ def unpermute(
             K=top_k,
             **chosen,
         )
+
+    _launch("unpermute", "forward", first, rows_MD, top_k, start)
     return y_TD
 
 
@@ -411,14 +435,16 @@ def unpermute_backward(
     if not tokens or not width:
         return drows_MD.zero_(), dweights_TK.zero_()
     dy_TD, rows_MD = _strided(dy_TD), _strided(rows_MD)
-    chosen = configuration(width)
     with on_device(rows_MD):
         places = _invert(order_M, weights_TK.numel(), drows_MD)
+    weights = weights_TK.contiguous()
+
+    def start(chosen: dict[str, int]) -> None:
         backward_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
             dy_TD,
             rows_MD,
             places,
-            weights_TK.contiguous(),
+            weights,
             drows_MD,
             dweights_TK,
             tokens,
@@ -428,4 +454,6 @@ def unpermute_backward(
             K=top_k,
             **chosen,
         )
+
+    _launch("unpermute", "backward", configuration(width), rows_MD, top_k, start)
     return drows_MD, dweights_TK

@@ -8,11 +8,14 @@ they are added in a fixed order afterwards. Token offsets are 64-bit.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device, processors
 from ..rope.rotate_triton import near
 from .rms_triton import add_shares
@@ -337,13 +340,13 @@ def forward(
         return q_out, k_out
     tokens, heads, head_dim = q_THK.shape
     q_THK, k_TGK, cos_TJ, sin_TJ = near(q_THK), near(k_TGK), near(cos_TJ), near(sin_TJ)
-    chosen = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
-    with on_device(q_THK):
+    weights = q_weight_K.contiguous(), k_weight_K.contiguous()
+
+    def start(chosen: dict[str, int]) -> None:
         forward_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
             q_THK,
             k_TGK,
-            q_weight_K.contiguous(),
-            k_weight_K.contiguous(),
+            *weights,
             cos_TJ,
             sin_TJ,
             q_out,
@@ -359,7 +362,19 @@ def forward(
             eps,
             **chosen,
         )
+
+    _launch("forward", q_THK, k_TGK, start)
     return q_out, k_out
+
+
+def _launch(
+    which: str, q_THK: Tensor, k_TGK: Tensor, start: Callable[[dict[str, int]], None]
+) -> None:
+    heads, head_dim = q_THK.shape[1:]
+    candidates = tuning.by_warps(configuration(max(heads, k_TGK.shape[1]), head_dim // 2))
+    key = which, heads, k_TGK.shape[1], head_dim, str(q_THK.dtype)
+    with on_device(q_THK):
+        tuning.launch("qk_norm_rotary", key, candidates, start, device=q_THK.device)
 
 
 def backward(
@@ -400,11 +415,12 @@ def backward(
     programs = min(_PROGRAMS * processors(q_THK.device), triton.cdiv(tokens, chosen["TOKENS"]))
     q_shares = q_THK.new_empty(programs, head_dim, dtype=torch.float32)
     k_shares = torch.empty_like(q_shares)
-    with on_device(q_THK):
+    weights = q_weight_K.contiguous(), k_weight_K.contiguous()
+
+    def start(chosen: dict[str, int]) -> None:
         backward_kernel[(programs,)](
             *(dq_THK, dk_TGK, q_THK, k_TGK),
-            q_weight_K.contiguous(),
-            k_weight_K.contiguous(),
+            *weights,
             *(cos_TJ, sin_TJ, q_out, k_out, q_shares, k_shares),
             tokens,
             heads,
@@ -416,8 +432,7 @@ def backward(
             eps,
             **chosen,
         )
-        dq_weight_K, dk_weight_K = (
-            add_shares(q_shares, q_weight_K),
-            add_shares(k_shares, k_weight_K),
-        )
-    return q_out, k_out, dq_weight_K, dk_weight_K
+
+    _launch("backward", q_THK, k_TGK, start)
+    with on_device(q_THK):
+        return q_out, k_out, add_shares(q_shares, q_weight_K), add_shares(k_shares, k_weight_K)

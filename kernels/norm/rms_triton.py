@@ -426,7 +426,7 @@ def gradients(
     if not tokens:
         dbias_D = None if bias_D is None else torch.zeros_like(bias_D, memory_format=_DENSE)
         return dx_TD, torch.zeros_like(weight_D, memory_format=_DENSE), dbias_D
-    dy_TD, h_TD = _rows(dy_TD), _rows(h_TD)
+    dy_TD, h_TD, weight = _rows(dy_TD), _rows(h_TD), weight_D.contiguous()
     dh = dy_TD if dh_TD is None else _rows(dh_TD)
     kept = width <= (KEEP if bias_D is None else KEEP // 2)
     programs = min(2 * processors(h_TD.device), triton.cdiv(tokens, chosen["ROWS"]))
@@ -434,15 +434,10 @@ def gradients(
     rstd_T, mean_T = rstd_T.contiguous(), None if mean_T is None else mean_T.contiguous()
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     bias_shares = None if bias_D is None else torch.empty_like(shares)
-    with on_device(h_TD):
+
+    def start(chosen: dict[str, int]) -> None:
         backward_kernel[(programs,)](
-            dy_TD,
-            dh,
-            h_TD,
-            weight_D.contiguous(),
-            rstd_T,
-            dx_TD,
-            shares,
+            *(dy_TD, dh, h_TD, weight, rstd_T, dx_TD, shares),
             tokens,
             width,
             *(x.stride(0) for x in (dy_TD, dh, h_TD)),
@@ -452,6 +447,11 @@ def gradients(
             bias_shares=bias_shares if kept else None,
             **chosen,
         )
+
+    with on_device(h_TD):
+        op = "rms_norm" if mean_T is None else "layer_norm"
+        key = "backward", width, str(h_TD.dtype), int(dh_TD is not None), int(bias_D is not None)
+        tuning.launch(op, key, tuning.by_warps(chosen), start, device=h_TD.device)
         if not kept:
             _column_shares(dy_TD, h_TD, rstd_T, mean_T, shares, bias_shares)
         dweight_D = add_shares(shares, weight_D)

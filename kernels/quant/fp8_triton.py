@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device
 from .formats import BLOCK, MAXIMA
 
@@ -228,13 +229,24 @@ def _scales(x_TD: Tensor, scaling: str, given: Tensor | None) -> tuple[Tensor, T
 def _launch(kernel, x_TD, parts, more, scaling, transpose, options=None):
     """Launch a kernel over the tiles of x; `more` are sizes besides tokens, width and pieces."""
     tokens, width = x_TD.shape
-    chosen = configuration(scaling, transpose, width)
-    pieces = triton.cdiv(width, chosen["COLUMNS"])
+    first = configuration(scaling, transpose, width)
+    pieces = triton.cdiv(width, first["COLUMNS"])
     sizes = tokens, width, pieces, *more, x_TD.stride(0)
-    with on_device(x_TD):
+
+    def start(chosen):
         kernel[(triton.cdiv(tokens, chosen["ROWS"]) * pieces,)](
             x_TD, *parts, *sizes, SCALING=scaling, **(options or {}), **chosen
         )
+
+    _by_warps(kernel.__name__, scaling, transpose, x_TD, start)
+
+
+def _by_warps(name, scaling, transpose, x_TD, start):
+    """Start a kernel with as many warps as were found to be best."""
+    candidates = tuning.by_warps(configuration(scaling, transpose, x_TD.shape[1]))
+    key = name, x_TD.shape[1], str(x_TD.dtype), scaling, int(transpose)
+    with on_device(x_TD):
+        tuning.launch("fp8_quantize", key, candidates, start, device=x_TD.device)
 
 
 def quantize(
@@ -273,9 +285,11 @@ def quantize(
         for part in (scale_t, *(() if scale is not None else (scales,))):
             part.fill_(2.0**-126)
     elif scaling == "row" and not transpose:
-        options |= configuration(scaling, transpose, width)
-        with on_device(x_TD):
-            row_kernel[(tokens,)](x_TD, data, scales, width, x_TD.stride(0), **options)
+
+        def start(chosen: dict[str, int]) -> None:
+            row_kernel[(tokens,)](x_TD, data, scales, width, x_TD.stride(0), **options, **chosen)
+
+        _by_warps("row_kernel", scaling, transpose, x_TD, start)
     else:
         options |= {"GIVEN": scale is not None, "TRANSPOSE": transpose}
         if both or (whole and scale is None):

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import tuning
 from ..launch import next_power_of_two, on_device
 
 _TILE = 1024  # pairs a tile of tokens and heads
@@ -211,8 +212,9 @@ def turn(
     pairs, groups = cos_TJ.shape[1], k_TGK.shape[1]
     rest = 0 if q_out is q_THK else head_dim - 2 * pairs
     q_THK, k_TGK, cos_TJ, sin_TJ = near(q_THK), near(k_TGK), near(cos_TJ), near(sin_TJ)
-    chosen = configuration(max(heads, groups), pairs, rest)
-    with on_device(q_THK):
+    first = configuration(max(heads, groups), pairs, rest)
+
+    def start(chosen: dict[str, int]) -> None:
         turn_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
             q_THK,
             k_TGK,
@@ -235,6 +237,11 @@ def turn(
             INTERLEAVED=interleaved,
             **chosen,
         )
+
+    with on_device(q_THK):
+        key = *(heads, groups, pairs, rest), str(q_THK.dtype), int(interleaved)
+        candidates = [first] if q_out is q_THK else tuning.by_warps(first)  # in place runs once
+        tuning.launch("rotary", key, candidates, start, device=q_THK.device)
 
 
 def turn_in_place(

@@ -164,3 +164,28 @@ def test_the_number_of_candidates_is_bounded():
 def test_the_table_that_ships_holds_operators():
     table = json.loads(tuning.SHIPPED.read_text())
     assert set(table) <= set(backends.available())
+
+
+def test_by_warps_doubles_and_halves_within_bounds():
+    assert [c["num_warps"] for c in tuning.by_warps({"BLOCK": 64, "num_warps": 4})] == [4, 8, 2]
+    assert [c["num_warps"] for c in tuning.by_warps({"num_warps": 1})] == [1, 2]
+    assert [c["num_warps"] for c in tuning.by_warps({"num_warps": 32})] == [32, 16]
+    assert all(c.get("BLOCK") == 64 for c in tuning.by_warps({"BLOCK": 64, "num_warps": 4}))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_search_does_not_turn_in_place_again_and_again(inplace):
+    """What a search calls many times must not change its own input."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    from tests.kernels.launches import recorded
+
+    from warploom.kernels.rope import rotary
+
+    def warps(pick):
+        x, table = torch.empty(8, 4, 64, dtype=torch.bfloat16), torch.empty(8, 32)
+        with recorded(pick) as found:
+            rotary(x, x.clone(), table, table, inplace=inplace, backend="triton")
+        return [launch.options["num_warps"] for launch in found]
+
+    first, second = warps(0), warps(1)
+    assert second == (first if inplace else [2 * w for w in first])
