@@ -90,11 +90,12 @@ def _partials_block(
 ) -> tuple[Tensor, ...]:
     columns_C, inside_C = find(targets_C, start, z_CV.shape[1])
     max_C = z_CV.amax(-1)
-    shift_C = torch.where(max_C == -torch.inf, 0.0, max_C)  # a row of -inf has the sum 0, not NaN
     true_C = torch.where(inside_C, z_CV.gather(-1, columns_C[:, None])[:, 0], 0.0)
-    below_CV = z_CV - shift_C[:, None]
-    if not moments:
-        return max_C, below_CV.exp_().sum(-1), true_C
+    masked_C = max_C == -torch.inf  # a row of -inf has the sum 0, not NaN
+    if not moments:  # one pass: PyTorch holds a row in cache, and the largest is -log(sum)
+        sum_C = torch.log_softmax(z_CV, -1).amax(-1).neg_().exp_()
+        return max_C, sum_C.masked_fill_(masked_C, 0.0), true_C
+    below_CV = z_CV - max_C.masked_fill(masked_C, 0.0)[:, None]
     exp_CV = below_CV.exp()
     weighted_C = below_CV.clamp_(min=_LEAST).mul_(exp_CV).sum(-1)
     return max_C, exp_CV.sum(-1), true_C, z_CV.sum(-1), weighted_C
