@@ -35,9 +35,12 @@ _LEAST = -1e30  # in the place of -inf, which times a probability of 0 would be 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+_BLOCK = 1 << 20  # elements: a row is long, and a block costs some twenty small calls
+
+
 def _blocks(logits_CV: Tensor) -> Iterable[slice]:
     if logits_CV.device.type == "cpu":
-        return row_blocks(*logits_CV.shape)
+        return row_blocks(*logits_CV.shape, _BLOCK)
     return (slice(0, logits_CV.shape[0]),)
 
 

@@ -50,7 +50,7 @@ def quantize_kernel(x, packed, absmax, blocks, BLOCKS: tl.constexpr, BLOCK: tl.c
     value = value * inverse[:, None]
     code = tl.zeros([BLOCKS, BLOCK], tl.int32)
     for i in tl.static_range(15):
-        code += tl.where(value <= _BOUNDS[i], 0, 1)  # NaN is above all
+        code = tl.where(value <= _BOUNDS[i], code, i + 1)  # NaN is above all
     high, low = tl.split(tl.reshape(code, [BLOCKS, BLOCK // 2, 2]))
     at = block[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     tl.store(packed + at, (high * 16 + low).to(tl.uint8), inside)
