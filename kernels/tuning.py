@@ -141,10 +141,11 @@ def by_warps(first: Configuration) -> list[Configuration]:
     """Return a configuration, and the same with twice and with half as many warps.
 
     Args:
-        first: The default, with `num_warps`.
+        first: The default, with `num_warps`; no other has more than 16, which leave a thread 128
+            registers.
     """
     warps = first["num_warps"]
-    return [first, *(first | {"num_warps": w} for w in (2 * warps, warps // 2) if 1 <= w <= 32)]
+    return [first, *(first | {"num_warps": w} for w in (2 * warps, warps // 2) if 1 <= w <= 16)]
 
 
 def launch(

@@ -170,6 +170,7 @@ def test_by_warps_doubles_and_halves_within_bounds():
     assert [c["num_warps"] for c in tuning.by_warps({"BLOCK": 64, "num_warps": 4})] == [4, 8, 2]
     assert [c["num_warps"] for c in tuning.by_warps({"num_warps": 1})] == [1, 2]
     assert [c["num_warps"] for c in tuning.by_warps({"num_warps": 32})] == [32, 16]
+    assert [c["num_warps"] for c in tuning.by_warps({"num_warps": 16})] == [16, 8]
     assert all(c.get("BLOCK") == 64 for c in tuning.by_warps({"BLOCK": 64, "num_warps": 4}))
 
 
