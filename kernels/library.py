@@ -56,6 +56,21 @@ def register(
     return op
 
 
+def need_tensors(op: str, **named: object) -> None:
+    """Refuse what is no tensor, before its shape is asked for.
+
+    Args:
+        op: Operator, for the message.
+        **named: Arguments by name.
+
+    Raises:
+        TypeError: If one of them is not a tensor.
+    """
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
 def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     """Refuse forward-mode differentiation, which would silently give nothing.
 

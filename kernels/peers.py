@@ -13,6 +13,7 @@ Source: the call signatures of liger-kernel 0.8, transformer-engine 2.8 and apex
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -195,4 +196,10 @@ def serve(op: str, name: str, *args: Any, plain: bool = True, **keywords: Any) -
         raise RuntimeError(f"{op}: backend {name!r} serves the plain form alone; leave it out")
     if lack := missing(name):
         raise RuntimeError(f"{op}: backend {name!r} {lack}")
+    device = next(x.device for x in args if isinstance(x, Tensor))
+    if name == "liger" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"{op}: backend {name!r} needs a CUDA device (or TRITON_INTERPRET=1), the tensors are "
+            f"on {device}"
+        )
     return _SERVED[op, name](*args, **keywords)

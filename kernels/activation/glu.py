@@ -26,7 +26,14 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
+from ..library import (
+    below_autograd,
+    first_derivative_only,
+    need_tensors,
+    register,
+    row_blocks,
+    wide,
+)
 from ..peers import PEERS, serve
 
 _U1 = 2 * math.sqrt(2 / math.pi)  # 2 u = _U1 z + _U3 z^3
@@ -261,6 +268,7 @@ def geglu_kind(approximate: str) -> str:
 
 def check(op: str, x: Tensor, name: str = "gate_up") -> None:
     """Refuse what the operator `op` cannot take as its argument `name`, with a ValueError."""
+    need_tensors(op, **{name: x})
     if not x.dim():
         raise ValueError(f"{op}: {name} must have a last dimension, got {[*x.shape]}")
     if name == "gate_up" and x.shape[-1] % 2:

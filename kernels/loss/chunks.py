@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..library import wide
+from ..library import need_tensors, wide
 
 _CPU_BYTES = 64 << 20  # of float32 logits a chunk
 _CUDA_BYTES = 1 << 30
@@ -59,7 +59,7 @@ class Chunks:
         self.rows: Tensor | None = None
         tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
         if hidden_TD.device.type == "cpu":
-            self._check_range(vocabulary)
+            check_range(targets, self.trained_T, vocabulary)
             rows = self.trained_T.nonzero()[:, 0]
             if len(rows) < tokens:
                 self.rows, tokens = rows, len(rows)
@@ -67,24 +67,6 @@ class Chunks:
         self.count = -(-tokens // limit)
         self.tokens, self.step = tokens, max(1, -(-tokens // max(1, self.count)))
         self.logits_CV = hidden_TD.new_empty(min(self.step, tokens), vocabulary)
-
-    def _check_range(self, vocabulary: int) -> None:
-        outside = (self.targets < 0) | (self.targets >= vocabulary)
-        outside = (outside.flatten(1).any(-1) if outside.dim() > 1 else outside) & self.trained_T
-        if outside.any():
-            at = int(outside.nonzero()[0])
-            raise ValueError(
-                f"targets must be in [0, {vocabulary}) or the ignore_index, "
-                f"got {self.targets[at].tolist()} at position {at}"
-            )
-        if self.targets.dim() > 1:
-            same = self.targets.sort(-1).values.diff(dim=-1).eq(0).any(-1) & self.trained_T
-            if same.any():
-                at = int(same.nonzero()[0])
-                raise ValueError(
-                    f"indices of a position must be distinct, "
-                    f"got {self.targets[at].tolist()} at position {at}"
-                )
 
     def __iter__(self) -> Iterator[tuple[Rows, Tensor, Tensor, Tensor]]:
         """Yield rows of the call, their hidden states `[C, D]`, targets, logits `[C, V]`."""
@@ -184,6 +166,35 @@ def scaled(gradient: Tensor, g: Tensor) -> Tensor:
     return torch.mul(gradient, g.reshape(1), out=torch.empty_like(gradient))
 
 
+def check_range(targets: Tensor, trained_T: Tensor, vocabulary: int) -> None:
+    """Refuse targets that no column has; reads them, so only for those on the CPU.
+
+    Args:
+        targets: `[T]`, or `[T, M]`, distinct in a row.
+        trained_T: `[T]`, which count.
+        vocabulary: V.
+
+    Raises:
+        ValueError: If one is not in [0, V), or twice in a row.
+    """
+    outside = (targets < 0) | (targets >= vocabulary)
+    outside = (outside.flatten(1).any(-1) if outside.dim() > 1 else outside) & trained_T
+    if outside.any():
+        at = int(outside.nonzero()[0])
+        raise ValueError(
+            f"targets must be in [0, {vocabulary}) or the ignore_index, "
+            f"got {targets[at].tolist()} at position {at}"
+        )
+    if targets.dim() > 1:
+        same = targets.sort(-1).values.diff(dim=-1).eq(0).any(-1) & trained_T
+        if same.any():
+            at = int(same.nonzero()[0])
+            raise ValueError(
+                f"indices of a position must be distinct, "
+                f"got {targets[at].tolist()} at position {at}"
+            )
+
+
 def check_linear(
     name: str, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, chunk: int | None
 ) -> None:
@@ -199,6 +210,7 @@ def check_linear(
     Raises:
         ValueError: If they are not these.
     """
+    need_tensors(name, hidden=hidden_TD, weight=weight_VD, targets=targets)
     if hidden_TD.dim() != 2 or weight_VD.dim() != 2 or targets.shape[:1] != hidden_TD.shape[:1]:
         raise ValueError(
             f"{name}: hidden must be [T, D], weight [V, D] and targets [T], got "

@@ -21,22 +21,38 @@ from torch import Tensor
 from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
 from ..peers import PEERS, serve
-from .chunks import trained
+from .chunks import check_range, trained
 from .logits import check_logits, check_options, nll_and_gradient_, write_gradient
 from .statistics import Pair, coefficients, finish, reduce_slice_, sums
 
 _NAME = "cross_entropy"
 
 
+def _check_range(logits_TV: Tensor, targets_T: Tensor, ignore_index: int) -> None:
+    if targets_T.device.type == "cpu":  # elsewhere that would wait for the device
+        check_range(targets_T, trained(targets_T, ignore_index), logits_TV.shape[1])
+
+
 def _statistics(
-    logits_TV: Tensor, targets_T: Tensor, softcap: float | None, moments: bool, backend: str | None
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    moments: bool,
+    backend: str | None,
 ) -> Tensor:
     choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
+    _check_range(logits_TV, targets_T, ignore_index)
     return finish(*reduce_slice_(logits_TV, targets_T, 0, softcap, moments, backend), moments)
 
 
 def _statistics_fake(
-    logits_TV: Tensor, targets_T: Tensor, softcap: float | None, moments: bool, backend: str | None
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    moments: bool,
+    backend: str | None,
 ) -> Tensor:
     shape = 4 if moments else 2, logits_TV.shape[0]
     return logits_TV.new_empty(shape, dtype=wide(logits_TV.dtype))
@@ -60,7 +76,7 @@ class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         statistics: Tensor = below_autograd(_STATISTICS, *args)
-        ctx.softcap, ctx.backend = args[2], args[4]
+        _, _, _, ctx.softcap, _, ctx.backend = args
         ctx.save_for_backward(*args[:2], statistics)
         return statistics
 
@@ -68,7 +84,7 @@ class _Statistics(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         first_derivative_only(_NAME)
         dlogits_TV = _BACKWARD(g, *ctx.saved_tensors, ctx.softcap, ctx.backend)
-        return dlogits_TV, None, None, None, None
+        return dlogits_TV, *(5 * (None,))
 
 
 def _overwrite(
@@ -80,6 +96,7 @@ def _overwrite(
     backend: str | None,
 ) -> Tensor:
     choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
+    _check_range(logits_TV, targets_T, ignore_index)
     return nll_and_gradient_(
         logits_TV, targets_T, ignore_index, softcap, smoothing, True, backend
     ).sum()
@@ -126,8 +143,8 @@ class _Overwrite(torch.autograd.Function):
 
 
 _STATISTICS = register(
-    "cross_entropy_forward(Tensor logits, Tensor targets, float? softcap, bool moments,"
-    " str? backend) -> Tensor",
+    "cross_entropy_forward(Tensor logits, Tensor targets, int ignore_index, float? softcap,"
+    " bool moments, str? backend) -> Tensor",
     _statistics,
     _statistics_fake,
     _Statistics,
@@ -165,8 +182,8 @@ def cross_entropy(
 
     Args:
         logits_TV: `[T, V]`; float16, bfloat16, float32 or float64.
-        targets_T: `[T]`, int32 or int64, each in [0, V) or `ignore_index`; the result of another is
-            undefined.
+        targets_T: `[T]`, int32 or int64, each in [0, V) or `ignore_index`. On the CPU this is
+            checked; elsewhere the result of another is undefined.
         z_loss: Whether to sum lse^2 too.
         ignore_index: The target of positions that do not train.
         softcap: Bound c that the logits approach, c tanh(z / c); -inf stays -inf. Or None.
@@ -201,7 +218,9 @@ def cross_entropy(
             options = ignore_index, softcap, label_smoothing, backend
             total: Tensor = _OVERWRITE_(logits_TV, targets_T, *options)
             return total, trained_T.sum()
-    statistics = _STATISTICS(logits_TV, targets_T, softcap, label_smoothing > 0, backend)
+    statistics = _STATISTICS(
+        logits_TV, targets_T, ignore_index, softcap, label_smoothing > 0, backend
+    )
     return sums(statistics, trained_T, label_smoothing, logits_TV.shape[1], z_loss)
 
 

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, wide
+from ..library import (
+    autocast,
+    below_autograd,
+    first_derivative_only,
+    need_tensors,
+    register,
+    wide,
+)
 from ..peers import PEERS, serve
 from .chunks import Chunks, Gradients, check_linear, scaled, trained
 from .logits import check_options, nll_and_gradient_
@@ -273,7 +280,7 @@ def linear_cross_entropy(
 
     Args:
         hidden_TD: `[T, D]`; float16, bfloat16, float32 or float64.
-        weight_VD: `[V, D]` in the same dtype.
+        weight_VD: `[V, D]` in the same dtype; under autocast both are cast first.
         targets_T: `[T]`, int32 or int64, each in [0, V) or `ignore_index`. On the CPU this is
             checked; elsewhere the check would wait for the device: there the result of a target
             out of range is undefined.
@@ -295,6 +302,7 @@ def linear_cross_entropy(
             range.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    hidden_TD, weight_VD = autocast(hidden_TD, weight_VD)
     check_linear("linear_cross_entropy", hidden_TD, weight_VD, targets_T, chunk)
     check_options("linear_cross_entropy", softcap, label_smoothing)
     if backend in PEERS:
@@ -357,6 +365,7 @@ def linear_log_probs(
         ValueError: If shapes or dtypes are not these, or a target on the CPU is out of range.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    hidden_TD, weight_VD = autocast(hidden_TD, weight_VD)
     check_linear("linear_log_probs", hidden_TD, weight_VD, targets_T, chunk)
     check_options("linear_log_probs", softcap)
     statistics = _STATISTICS(
@@ -410,6 +419,7 @@ def linear_top_k_kl(
     """
     name = "linear_top_k_kl"
     check_top_k(name, teacher_indices_TM, teacher_log_probs_TM, direction)
+    hidden_TD, weight_VD = autocast(hidden_TD, weight_VD)
     check_linear(name, hidden_TD, weight_VD, teacher_indices_TM, chunk)
     check_options(name, softcap)
     statistics = _STATISTICS(
@@ -432,6 +442,7 @@ def check_top_k(name: str, indices_TM: Tensor, log_probs_TM: Tensor, direction: 
     Raises:
         ValueError: If they are not these.
     """
+    need_tensors(name, teacher_indices=indices_TM, teacher_log_probs=log_probs_TM)
     if indices_TM.dim() != 2 or not indices_TM.shape[1] or log_probs_TM.shape != indices_TM.shape:
         raise ValueError(
             f"{name}: teacher_indices and teacher_log_probs must be [T, M] with M at least 1, "

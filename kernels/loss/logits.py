@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import register, row_blocks, wide
+from ..library import need_tensors, register, row_blocks, wide
 
 _OP = "linear_cross_entropy"  # the operator under which the device code of this file is proven
 _LEAST = -1e30  # in the place of -inf, which times a probability of 0 would be NaN
@@ -40,7 +40,7 @@ _BLOCK = 1 << 20  # elements: a row is long, and a block costs some twenty small
 
 def _blocks(logits_CV: Tensor) -> Iterable[slice]:
     if logits_CV.device.type == "cpu":
-        return row_blocks(*logits_CV.shape, _BLOCK)
+        return row_blocks(logits_CV.shape[0], logits_CV.shape[1], _BLOCK)
     return (slice(0, logits_CV.shape[0]),)
 
 
@@ -366,6 +366,7 @@ def check_logits(name: str, logits_CV: Tensor, targets_C: Tensor) -> None:
     Raises:
         ValueError: If they are not these.
     """
+    need_tensors(name, logits=logits_CV, targets=targets_C)
     if logits_CV.dim() != 2 or targets_C.shape != logits_CV.shape[:1]:
         raise ValueError(
             f"{name}: logits must be [C, V] and targets [C], "

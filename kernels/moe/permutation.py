@@ -23,7 +23,14 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
+from ..library import (
+    below_autograd,
+    first_derivative_only,
+    need_tensors,
+    register,
+    row_blocks,
+    wide,
+)
 from ..quant.fp8 import (
     Fp8,
     Grouping,
@@ -321,6 +328,7 @@ def _check(op: str, x: Tensor, integers: str, indices: Tensor) -> None:
 def _check_tokens(op: str, x: Tensor, indices: Tensor, experts: int) -> None:
     if experts < 1:
         raise ValueError(f"{op}: experts must be at least 1, got {experts}")
+    need_tensors(op, x=x, indices=indices)
     if x.dim() != 2 or indices.dim() != 2 or len(x) != len(indices):
         raise ValueError(
             f"{op}: x must be [T, D] and indices [T, k], got {[*x.shape]} and {[*indices.shape]}"
@@ -408,6 +416,9 @@ def unpermute(
         ValueError: If `order` does not have an element for each row, or a dtype is none of these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    need_tensors("unpermute", rows=rows, order=order, weights=weights)
+    if weights.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"unpermute: weights must be float32 or float64, got {weights.dtype}")
     if rows.dim() != 2 or weights.dim() != 2 or order.shape != rows.shape[:1]:
         raise ValueError(
             f"unpermute: rows must be [M, D], order [M] and weights [T, k], got {[*rows.shape]}, "

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, wide
+from ..library import below_autograd, first_derivative_only, need_tensors, register, wide
 
 SCORES = ("softmax", "sigmoid", "softmax_after")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -346,6 +346,7 @@ def route(
             `softmax_after` is not to be normalised, or a shape or dtype does not fit.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    need_tensors("route", logits=logits)
     if logits.dim() != 2:
         raise ValueError(f"route: logits must be [tokens, experts], got {[*logits.shape]}")
     check_routing(logits.shape[1], top_k, score, groups, top_groups, normalise)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose, proof
+from ..library import need_tensors
 from ..quant.fp8 import check_grouping
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,9 +24,11 @@ def check(
         eps: Added to the mean square.
 
     Raises:
+        TypeError: If x or weight is not a tensor.
         ValueError: If the shapes do not match, the width is 0, a dtype is not supported, or `eps`
             is negative or not finite.
     """
+    need_tensors(op, x=x, weight=weight)
     if weight.shape != x.shape[-1:] or not weight.numel():
         raise ValueError(f"{op}: weight has shape {[*weight.shape]}, x has {[*x.shape]}")
     if bias is not None and bias.shape != weight.shape:

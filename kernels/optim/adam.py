@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import register, row_blocks, wide
+from ..library import need_tensors, register, row_blocks, wide
 from .table import Plan, refuse_shared_memory
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -53,7 +53,12 @@ def split_remainder(master: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The bfloat16 and a signed int16 remainder; `join_remainder` gives the bits back. Every NaN
         becomes the quiet one, whose bfloat16 is NaN too.
+
+    Raises:
+        ValueError: If it is not float32.
     """
+    if master.dtype != torch.float32:
+        raise ValueError(f"split_remainder: master must be float32, got {master.dtype}")
     bits = master.view(torch.int32)
     bits = torch.where(master.isnan(), torch.full_like(bits, _NAN), bits)
     low = bits.to(torch.int16)
@@ -69,7 +74,16 @@ def join_remainder(parameter: Tensor, remainder: Tensor) -> Tensor:
 
     Returns:
         float32, of the same shape.
+
+    Raises:
+        ValueError: If dtypes or shapes are not these.
     """
+    found = parameter.dtype, remainder.dtype
+    if found != (torch.bfloat16, torch.int16) or parameter.shape != remainder.shape:
+        raise ValueError(
+            f"join_remainder: the parameter must be bfloat16 and the remainder int16 of its shape, "
+            f"got {found[0]} {[*parameter.shape]} and {found[1]} {[*remainder.shape]}"
+        )
     return ((parameter.view(torch.int16).int() << 16) + remainder).view(torch.float32)
 
 
@@ -222,10 +236,12 @@ def _check_lists(columns: dict[str, Sequence[Tensor]], device: torch.device) -> 
             f"adamw_: give masters or remainders, not both; got {len(columns['masters'])} and "
             f"{len(columns['remainders'])}"
         )
+    need_tensors("adamw_", **{f"parameters[{n}]": p for n, p in enumerate(columns["parameters"])})
     shapes = [p.shape for p in columns["parameters"]]
     for name, column in columns.items():
         if len(column) != len(shapes):
             raise ValueError(f"adamw_: there are {len(shapes)} parameters and {len(column)} {name}")
+        need_tensors("adamw_", **{f"{name}[{n}]": t for n, t in enumerate(column)})
         for n, (t, shape) in enumerate(zip(column, shapes, strict=True)):
             if t.shape != shape:
                 raise ValueError(
@@ -278,9 +294,11 @@ def _shown(found: dict[str, torch.dtype]) -> str:
 
 
 def _check_scalars(rates: Rates, step: Tensor, scalars: dict[str, Tensor | None]) -> None:
+    need_tensors("adamw_", step=step)
     for name, t in {"step": step, **scalars}.items():
         if t is None:
             continue
+        need_tensors("adamw_", **{name: t})
         if t.dim() or t.device != step.device or not t.is_floating_point():
             raise ValueError(
                 f"adamw_: {name} must be 0-dim, floating and on {step.device}, got {[*t.shape]}, "
@@ -343,13 +361,15 @@ def adamw_(
         RuntimeError: If `backend` cannot serve these tensors here, or a CUDA graph lacks a plan.
     """
     wide_or_rest = {"masters": masters, "remainders": remainders}
-    lists = (parameters, gradients, means, squares)
-    given = {name: column for name, column in wide_or_rest.items() if column is not None}
+    lists = [list(column) for column in (parameters, gradients, means, squares)]
+    given = {name: list(column) for name, column in wide_or_rest.items() if column is not None}
     rate = learning_rate if isinstance(learning_rate, Tensor) else None
     number = 0.0 if isinstance(learning_rate, Tensor) else float(learning_rate)
+    if len(betas) != 2:
+        raise ValueError(f"adamw_: betas must be two numbers, got {betas}")
     rates = Rates(number, *betas, eps, weight_decay)
     _check_scalars(rates, step, {"learning_rate": rate, "scale": scale, "found_inf": found_inf})
-    _check_lists(dict(zip(_NAMES, lists, strict=True)) | given, step.device)
+    _check_lists({**dict(zip(_NAMES, lists, strict=True)), **given}, step.device)
     extra = [t for column in given.values() for t in column]
     with torch.no_grad():
-        _ADAMW(*map(list, lists), extra, step, rate, scale, found_inf, *rates, plan, backend)
+        _ADAMW(*lists, extra, step, rate, scale, found_inf, *rates, plan, backend)

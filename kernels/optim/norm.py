@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import register, wide
+from ..library import need_tensors, register, wide
 from .table import Plan, refuse_shared_memory
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,6 +94,8 @@ _SCALE = register(
 def _by_dtype(op: str, tensors: Sequence[Tensor], plan: Plan | None) -> list[list[Tensor]]:
     """Check the tensors and return them by dtype: a launch serves one."""
     groups: dict[torch.dtype, list[Tensor]] = {}
+    tensors = list(tensors)
+    need_tensors(op, **{f"tensors[{n}]": t for n, t in enumerate(tensors)})
     for n, t in enumerate(tensors):
         if t.device != tensors[0].device:
             raise ValueError(
@@ -174,6 +176,7 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: If `max_norm` is not above 0.
     """
+    need_tensors("clip_coefficient", norm=norm)
     if not max_norm > 0:
         raise ValueError(f"clip_coefficient: max_norm must be above 0, got {max_norm}")
     coefficient = torch.clamp(max_norm / (norm + _TINY), max=1.0)

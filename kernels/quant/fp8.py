@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register, row_blocks
+from ..library import below_autograd, first_derivative_only, need_tensors, register, row_blocks
 from .formats import BLOCK as BLOCK
 from .formats import MAXIMA as MAXIMA
 
@@ -391,6 +391,7 @@ _DEQUANTIZE = register(
 def _check(
     x: Tensor, scaling: str, dtype: torch.dtype, scale: Tensor | None, transpose: bool
 ) -> None:
+    need_tensors("fp8_quantize", x=x)
     if scaling not in ("tensor", "row", "block", "tile"):
         raise ValueError(
             f"fp8_quantize: scaling must be tensor, row, block or tile, got {scaling!r}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import below_autograd, first_derivative_only, register
+from ..library import below_autograd, first_derivative_only, need_tensors, register
 from .formats import EXPONENTS, MAXIMA
 from .formats import MX_BLOCK as BLOCK
 from .fp8 import carrier_of, dequantize
@@ -179,6 +179,7 @@ def mx_quantize(
         ValueError: If a dtype, the shape or the rounding is not one of these.
         RuntimeError: If `backend` cannot serve this tensor here.
     """
+    need_tensors("mx_quantize", x=x)
     if rounding not in ("floor", "ceil"):
         raise ValueError(f"mx_quantize: rounding must be floor or ceil, got {rounding!r}")
     if x.dtype not in _DTYPES or dtype not in EXPONENTS:

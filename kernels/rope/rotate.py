@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import Library
 
 from ..backends import choose
-from ..library import below_autograd, refuse_tangents, register, row_blocks, wide
+from ..library import below_autograd, need_tensors, refuse_tangents, register, row_blocks, wide
 from ..peers import PEERS, serve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -212,6 +212,7 @@ def check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: st
     Raises:
         ValueError: If shapes or dtypes do not match, or a table asks for a gradient.
     """
+    need_tensors(name, q=q_THK, k=k_TGK, cos=cos_TJ, sin=sin_TJ)
     if q_THK.dim() != 3:
         raise ValueError(f"{name}: q must be [T, H, K], got {[*q_THK.shape]}")
     tokens, _, head_dim = q_THK.shape
@@ -235,9 +236,10 @@ def check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: st
             f"{name}: q and k must both be float16, bfloat16, float32 or float64, "
             f"got {q_THK.dtype} and {k_TGK.dtype}"
         )
-    if not (cos_TJ.is_floating_point() and sin_TJ.is_floating_point()):
+    if any(table.dtype not in (torch.float32, torch.float64) for table in (cos_TJ, sin_TJ)):
         raise ValueError(
-            f"{name}: cos and sin must be floating, got {cos_TJ.dtype} and {sin_TJ.dtype}"
+            f"{name}: cos and sin must be float32 or float64, got {cos_TJ.dtype} and "
+            f"{sin_TJ.dtype}: convert them with .float(), or better tabulate anew"
         )
     if cos_TJ.requires_grad or sin_TJ.requires_grad:
         raise ValueError(f"{name}: cos and sin have no gradient here: pass detached tables")

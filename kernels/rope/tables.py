@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..library import need_tensors
+
 
 def _frequencies(head_dim: int, base: float, device: torch.device) -> Tensor:
     pairs_J = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device)
@@ -235,6 +237,12 @@ def rotary_tables(
         raise ValueError(f"rotary_tables: base must be above {least} and finite, got {base}")
     if head_dim <= 0 or head_dim % 2:
         raise ValueError(f"rotary_tables: head_dim must be even and positive, got {head_dim}")
+    need_tensors("rotary_tables", positions=positions)
+    if scaling is not None and not isinstance(scaling, Scaling):
+        raise TypeError(
+            f"rotary_tables: scaling must be Linear, NtkAware, DynamicNtk, Yarn or Llama3, "
+            f"got {type(scaling).__name__}"
+        )
     if positions.is_floating_point() or positions.is_complex():
         raise ValueError(f"rotary_tables: positions must be integers, got {positions.dtype}")
     if scaling is None:
