@@ -27,6 +27,8 @@ from typing import Any
 import torch
 
 from . import peers
+from .launch import has_triton
+from .launch import interpreted as interpreted
 
 _HERE = Path(__file__).resolve().parent
 _PROVEN = _HERE / "proven.json"
@@ -200,7 +202,7 @@ def record_proof(
     entry = {
         "device": torch.cuda.get_device_name(device),
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if _has_triton() else None,
+        "triton": importlib.metadata.version("triton") if has_triton() else None,
         "cuda": torch.version.cuda,
         "error": error,
         "time_ms": time_ms,
@@ -217,23 +219,9 @@ def record_proof(
     _default.cache_clear()
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreted() -> bool:
-    """Tell whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1); imports triton."""
-    if not _has_triton():
-        return False
-    import triton  # type: ignore[import-untyped]
-
-    return bool(triton.knobs.runtime.interpret)
-
-
 def _lack(backend: str, device: torch.device | None) -> str | None:
     """Say what `backend` lacks on this machine (and `device`), or None."""
-    if backend == "triton" and not _has_triton():
+    if backend == "triton" and not has_triton():
         return "needs the package triton, which is not installed"
     if backend == "cuda":
         from .native import missing
@@ -263,7 +251,7 @@ def _missing(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
 def _default(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """Choose the fastest kernel that is proven on devices like this one."""
     operator = _operator(op)
-    if device.type != "cuda" or not _has_triton() or dtype not in _DTYPES:
+    if device.type != "cuda" or not has_triton() or dtype not in _DTYPES:
         return operator.default
     capability = _capability(device)
     proofs = {b: proof(op, capability, b) for b in operator.backends if b in _DEVICE}

@@ -1,12 +1,29 @@
 """What the hosts of Triton kernels share; imports triton only inside the functions that need it."""
 
 import contextlib
+import functools
+import importlib.util
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 _INTERPRETED_PROCESSORS = 4  # a grid of a few programs, so that CPU tests cover several a kernel
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Tell whether the package triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Tell whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1); imports triton."""
+    if not has_triton():
+        return False
+    import triton  # type: ignore[import-untyped]
+
+    return bool(triton.knobs.runtime.interpret)
 
 
 def next_power_of_two(n: int) -> int:

@@ -13,13 +13,14 @@ Source: the call signatures of liger-kernel 0.8, transformer-engine 2.8 and apex
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .launch import interpreted
 
 _PACKAGES = MappingProxyType(
     {
@@ -197,7 +198,7 @@ def serve(op: str, name: str, *args: Any, plain: bool = True, **keywords: Any) -
     if lack := missing(name):
         raise RuntimeError(f"{op}: backend {name!r} {lack}")
     device = next(x.device for x in args if isinstance(x, Tensor))
-    if name == "liger" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "liger" and device.type == "cpu" and not interpreted():
         raise RuntimeError(
             f"{op}: backend {name!r} needs a CUDA device (or TRITON_INTERPRET=1), the tensors are "
             f"on {device}"

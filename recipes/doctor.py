@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from warploom.kernels import backends, toolchain
 from warploom.recipes.runner.environment import OPTIONAL, apex_warning, environment
@@ -41,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.json:
         print(json.dumps(found | {"warnings": warnings}, indent=2))
         return 0
-    console = Console()
+    console = Console(markup=False, emoji=False)  # warploom[te] is data, and no style
     for table in (_machine(found), _packages(found["packages"]), _kernels(found["backends"])):
         console.print(table)
     for warning in warnings:
-        console.print(f"[yellow]warning[/yellow]: {warning}")
+        console.print(Text.assemble(("warning", "yellow"), f": {warning}"))
     return 0
 
 
@@ -96,21 +97,23 @@ def _gpu(gpu: dict[str, Any]) -> str:
     )
 
 
-def _or(here: object, lost: str) -> tuple[str, str]:
+def _none() -> Text:
+    return Text("none", style="dim")
+
+
+def _or(here: object, lost: str) -> tuple[str | Text, str]:
     """Give the cells `here` and `without it` of a row."""
     if isinstance(here, bool):
         here = "yes" if here else None
-    return (str(here), "") if here else ("[dim]none[/dim]", lost)
+    return (str(here), "") if here else (_none(), lost)
 
 
 def _packages(versions: dict[str, str | None]) -> Table:
     table = Table("package", "extra", "here", "enables", title="optional", title_justify="left")
     for optional in OPTIONAL:
-        version = versions[optional.package]
-        here = version or "[dim]none[/dim]"
-        enables = (
-            optional.enables if optional.used else f"[dim]not used yet: {optional.enables}[/dim]"
-        )
+        here = versions[optional.package] or _none()
+        unused = Text(f"not used yet: {optional.enables}", style="dim")
+        enables = optional.enables if optional.used else unused
         table.add_row(optional.package, optional.extra or "-", here, enables)
     return table
 

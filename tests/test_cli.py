@@ -1,6 +1,7 @@
 """The command line: what it says, how it ends, what the doctor finds."""
 
 import json
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from warploom import __version__, cli
+from warploom.kernels import peers
 from warploom.recipes import doctor
 from warploom.recipes.errors import UserError
 from warploom.recipes.runner import environment
@@ -30,6 +32,17 @@ def test_help_does_not_import_torch():
     assert done.stdout.endswith("False\n")
 
 
+@pytest.mark.parametrize("words", [["bench"], ["bench", "--help"], ["bench", "-h"]])
+def test_the_first_word_alone_lists_its_second_words(words, capsys):
+    assert cli.main(words) == 0
+    shown = capsys.readouterr()
+    assert not shown.err
+    for name in ("bench train", "bench kernels"):
+        assert f"  {name} {cli.COMMANDS[name].words}" in shown.out
+        assert cli.COMMANDS[name].summary in shown.out
+    assert "doctor" not in shown.out
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"warploom {__version__}\n"
@@ -41,6 +54,7 @@ def test_version(capsys):
         (["docter"], "got 'docter': did you mean doctor?"),
         (["train"], "train needs the run first, as recipe/name"),
         (["train", "--steps"], "got --steps"),
+        (["bench", "kernel"], "bench must be followed by one of train, kernels, got 'kernel': did"),
         (["train", "stdlib"], "a run is recipe/name, such as pretrain/stdlib; got 'stdlib'"),
         (["train", "pretrian/stdlib"], "got 'pretrian': did you mean pretrain?"),
     ],
@@ -81,6 +95,51 @@ def test_doctor_prints_what_is_here_and_what_is_not(capsys, monkeypatch):
     assert "rms_norm" in shown
     for optional in environment.OPTIONAL:
         assert optional.package in shown
+
+
+def test_doctor_prints_brackets_as_they_are(capsys, monkeypatch):
+    """Text in brackets is markup to rich: `warploom[te]` lost its extra."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctor.toolchain, "warnings", lambda: ["a [bold]b[/bold] :bug:"])
+    assert cli.main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert "pip install warploom[te]" in shown
+    assert "warning: a [bold]b[/bold] :bug:" in shown
+
+
+def test_doctor_says_what_a_backend_that_serves_is_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for package, backend in (
+        ("liger-kernel", "liger"),
+        ("transformer-engine", "te"),
+        ("apex",) * 2,
+    ):
+        row = next(line for line in lines if f" {package} " in line)
+        assert f'backend="{backend}" of some operators, when named' in row, row
+        assert "not used" not in row
+
+
+_WHERE = ("kernels", "parallel", "models", "recipes", "benchmarks", "src", "tests")
+
+
+def test_a_package_is_used_if_and_only_if_code_names_it():
+    root = environment.Path(__file__).parents[1]
+    files = [file for folder in _WHERE for file in (root / folder).rglob("*.py")]
+    text = "\n".join(file.read_text() for file in files if "research" not in file.parts)
+    for optional in environment.OPTIONAL:
+        if optional.module == "material":  # of mkdocs.yml
+            continue
+        module = re.escape(optional.module)
+        named = re.search(
+            rf'^ *(import|from) {module}\b|(import_module|importorskip)\(f?"{module}\b'
+            rf'|_?find_spec\("{module}\b|\("{module}", "',
+            text,
+            re.M,
+        )
+        assert bool(named) == optional.used, optional.package
 
 
 def test_doctor_prints_json(capsys):

@@ -88,6 +88,8 @@ def test_an_example_leaves_no_state_of_ours():
 
 def test_the_code_of_the_guide_to_the_kernels_runs(capsys):
     text = (ROOT / "docs" / "guide" / "kernels.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    exec(compile(code, "kernels.md", "exec"), {})
-    assert "float8_e4m3fn" in capsys.readouterr().out
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    for block in blocks:
+        exec(compile(block, "kernels.md", "exec"), {})
+        assert "float8_e4m3fn" in capsys.readouterr().out
+    assert len(blocks) == 2

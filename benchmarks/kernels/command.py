@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import importlib.util
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from warploom.kernels import backends, tuning
+from warploom.kernels import backends, peers, tuning
 from warploom.recipes.errors import UserError
 
 from . import measure, report
@@ -56,13 +55,16 @@ def _device(asked: str | None) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
-def _libraries() -> list[str]:
-    """List the other libraries' backends that some operator can be served by here."""
-    rows = [row.items() for row in backends.available().values()]
-    here = [name for row in rows for name, status in row if not status.startswith("needs")]
-    known = {*measure.OURS, "torch"}
-    packages = [name for name in measure.PACKAGES if importlib.util.find_spec(name)]
-    return [*sorted({name for name in here if name not in known}), *packages]
+def _peers(asked: str | None, device: torch.device) -> list[str]:
+    """Return the peers: those asked for, each of which must run here, else all that do."""
+    known = [*measure.PEERS, *peers.PEERS, *measure.PACKAGES]
+    if not asked:
+        return [name for name in known if not measure.lacking(name, device)]
+    named = _chosen("peers", asked, known, ())
+    for name in named:
+        if lack := measure.lacking(name, device):
+            raise UserError(f"--peers {name} {lack}; or leave it out")
+    return named
 
 
 def plan_of(asked: argparse.Namespace) -> measure.Plan:
@@ -76,12 +78,15 @@ def plan_of(asked: argparse.Namespace) -> measure.Plan:
     """
     device = _device(asked.device)
     cuda = device.type == "cuda"
-    peers = [*measure.PEERS, *_libraries()]
     ours = _chosen(
         "backends", asked.backends, measure.OURS, ("triton", "cuda") if cuda else ("reference",)
     )
     if not cuda and not backends.interpreted() and ours != ["reference"]:
         raise UserError(f"--backends {asked.backends} needs a CUDA device: here is reference")
+    if asked.tune and (not cuda or "triton" not in ours):
+        here = f"here is {device.type}" if not cuda else f"--backends is {','.join(ours)}"
+        msg = f"--tune needs a CUDA device and backend triton, whose launches it searches: {here}"
+        raise UserError(msg)
     if asked.rounds is not None and asked.rounds < 3:
         raise UserError(f"--rounds must be at least 3 for a spread, got {asked.rounds}")
     if asked.tokens is not None and asked.tokens < 1:
@@ -93,7 +98,7 @@ def plan_of(asked: argparse.Namespace) -> measure.Plan:
         device=device,
         dtype=DTYPES[dtype[0]],
         ours=ours,
-        peers=_chosen("peers", asked.peers, peers, peers),
+        peers=_peers(asked.peers, device),
         rounds=asked.rounds or (3 if asked.quick else 5),
         repeats=3 if asked.quick else 20,
         clock=time.thread_time if torch.get_num_threads() == 1 else time.perf_counter,
@@ -108,7 +113,8 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
         plan: How they are measured.
 
     Raises:
-        UserError: If a name is unknown, or no operator asked for runs in a model asked for.
+        UserError: If a name is unknown, no operator asked for runs in a model asked for, or a peer
+            asked for has none of them.
     """
     usual = ("llama3-8b", "deepseek-v3", "qwen3-30b-a3b")
     cuda = plan.device.type == "cuda"
@@ -122,6 +128,9 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
                 found.setdefault((case.name, case.size), case)
     if not found:
         raise UserError(f"{', '.join(ops)} needs a model with experts, got {', '.join(models)}")
+    for name in plan.peers if asked.peers else ():
+        if not any(name in measure.contenders(case, plan) for case in found.values()):
+            raise UserError(f"--peers {name} has none of the operators asked for: {', '.join(ops)}")
     return list(found.values())
 
 
@@ -177,7 +186,7 @@ def run(cases: Sequence[Case], plan: measure.Plan, *, overhead_too: bool = True)
         if overhead_too:
             step("the host's time")
             host = overhead(cases, plan)
-    return report.document(plan.device, found, rows, host)
+    return report.document(plan.device, plan.dtype, found, rows, host)
 
 
 def _keep_memory() -> None:
@@ -195,20 +204,26 @@ def _keep_memory() -> None:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the words after `warploom bench kernels`."""
     parser = argparse.ArgumentParser(
-        prog="warploom bench kernels", description=str(__doc__).split("\n\n")[0]
+        prog="warploom bench kernels",
+        description=str(__doc__).split("\n\n")[0],
+        epilog="\n".join(["columns:", *report.LEGEND, *report.HOST_LEGEND]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     comma = "names with commas between them"
     parser.add_argument("--op", help=f"operators, {comma}; all of them without")
     parser.add_argument("--shapes", help=f"of {', '.join(MODELS)}, {comma}")
     parser.add_argument("--tokens", type=int, help="8192 on a GPU, 2048 on the CPU")
-    parser.add_argument("--peers", help=f"eager, compile and installed libraries, {comma}")
+    known = ", ".join([*measure.PEERS, *peers.PEERS, *measure.PACKAGES])
+    parser.add_argument("--peers", help=f"of {known}, {comma}; all that run here without")
     parser.add_argument("--backends", help=f"ours, of {', '.join(measure.OURS)}, {comma}")
     parser.add_argument("--device", help="cpu or cuda")
     parser.add_argument("--dtype", help=", ".join(DTYPES))
     parser.add_argument("--rounds", type=int, help="turns of each contender, 5; at least 3")
     parser.add_argument("--threads", type=int, help="of the CPU; of one, the processor time counts")
     parser.add_argument("--quick", action="store_true", help="few tokens, 3 rounds")
-    parser.add_argument("--tune", action="store_true", help="search configurations first")
+    parser.add_argument(
+        "--tune", action="store_true", help="search configurations of the Triton kernels first"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--plot", type=Path, help="draw the roofline into this file")
     return parser.parse_args(argv)
@@ -236,7 +251,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _keep_memory()
     with tuning.searching() if asked.tune else contextlib.nullcontext():
         result = run(cases, plan)
+    print(report.setting_line(plan.device, plan.dtype))
     print(report.ceilings_line(result["ceilings"]))
+    print("\n".join(["columns:", *report.LEGEND]))
     report.tables(result["rows"])
     report.overhead_table(result["overhead"])
     if asked.json:

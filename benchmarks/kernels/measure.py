@@ -7,23 +7,28 @@ graph is kept. `both` is one span over forward and backward, for operators that 
 backward in the forward. Inputs and upstream gradients are random; on a GPU the L2 is flushed.
 """
 
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from warploom.kernels import backends, timing
+from warploom.kernels import backends, peers, timing
 
 from .cases import Case, Draw, Inputs, Work
 
 PASSES = ("forward", "backward", "both")
 OURS = ("reference", "triton", "cuda")
 PEERS = ("eager", "compile")
-PACKAGES = ("bitsandbytes",)  # peers of single operators, `Case.others`
+PACKAGES: Mapping[str, str] = MappingProxyType(
+    {"bitsandbytes": "bitsandbytes: pip install warploom[quant]"}
+)
+"""Peers of single operators, `Case.others`, and how they are installed."""
 _CPU_S = 0.4  # what a round of one contender may take on the CPU
 
 
@@ -76,6 +81,22 @@ def roof_ms(work: Work, found: Mapping[str, float]) -> float:
     return seconds * 1e3
 
 
+def lacking(peer: str, device: torch.device) -> str | None:
+    """Say what a peer lacks to run on a device, or None when it can.
+
+    Args:
+        peer: One of `PEERS`, `PACKAGES` and `peers.PEERS`.
+        device: Where.
+    """
+    if peer in PACKAGES:
+        return None if importlib.util.find_spec(peer) else f"needs the package {PACKAGES[peer]}"
+    if peer not in peers.PEERS:
+        return None
+    if lack := peers.missing(peer):
+        return lack
+    return None if device.type == "cuda" else f"needs a CUDA device, here is {device.type}"
+
+
 def contenders(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
     """Return who can run the case here: ours by backend, then the peers."""
 
@@ -96,6 +117,8 @@ def contenders(case: Case, plan: Plan) -> dict[str, Callable[..., Any]]:
 
 
 def _served(op: str, backend: str, plan: Plan) -> bool:
+    if backend in peers.PEERS:
+        return lacking(backend, plan.device) is None
     try:
         return backends.choose(op, plan.device, plan.dtype, backend) == backend
     except RuntimeError:

@@ -22,6 +22,18 @@ _METHOD = (
     "after an L2 flush, on one CPU thread its processor time; the backward alone after an untimed "
     "forward; ratios of medians"
 )
+LEGEND = (
+    "  ms, quartiles: median time of a pass, and between what half of its times lie",
+    "  of roof: share of what the ceilings of this run allow; above 100 % the cache held the data",
+    "  x eager: how many times as fast as eager PyTorch; above 1 the row is the faster one",
+    "  pass both: forward and backward in one span",
+)
+HOST_LEGEND = (
+    "  forward us: microseconds of a forward without gradient",
+    "  over a launch: the same less an in-place addition, the least that a call into torch costs",
+    "  and backward us: microseconds of a forward and its backward",
+)
+"""What the columns say, a line each."""
 
 
 def about(device: torch.device) -> dict[str, Any]:
@@ -70,12 +82,14 @@ def _commit() -> str | None:
 
 def document(
     device: torch.device,
+    dtype: torch.dtype,
     found: Mapping[str, float],
     rows: Sequence[Mapping[str, Any]],
     overhead: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Put everything that was measured into one object for JSON."""
-    head = about(device) | {"method": _METHOD, "ceilings": dict(found)}
+    head = about(device) | {"dtype": str(dtype).removeprefix("torch.")}
+    head |= {"method": _METHOD, "ceilings": dict(found)}
     return head | {"rows": list(rows), "overhead": list(overhead)}
 
 
@@ -83,6 +97,14 @@ def write(file: Path, result: Mapping[str, Any]) -> None:
     """Write an object as JSON, and make the folder it goes to."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def setting_line(device: torch.device, dtype: torch.dtype) -> str:
+    """Say in one line what was measured where: dtype, threads of the CPU, device."""
+    here, threads = about(device), torch.get_num_threads()
+    host = f"{threads} {'thread' if threads == 1 else 'threads'} of the CPU"
+    where = f"{here['device']} and {host}" if device.type == "cuda" else f"{host}, {here['device']}"
+    return f"measured in {str(dtype).removeprefix('torch.')}, on {where}, torch {here['torch']}"
 
 
 def ceilings_line(found: Mapping[str, float]) -> str:
@@ -100,7 +122,7 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False, highlight=False)  # a word in brackets is a word
     if console.is_terminal:
         table = Table(*header, title=title, title_justify="left")
         for column in table.columns[3:]:
@@ -156,6 +178,7 @@ def overhead_table(rows: Sequence[Mapping[str, Any]]) -> None:
         return [name, row["contender"], "", f"{forward:.1f}", f"{forward - bare:.1f}", both]
 
     show("the host's time a call, at a tiny size", header, [cells(row) for row in rows])
+    print("\n".join(["columns:", *HOST_LEGEND]))
 
 
 def need_matplotlib() -> None:

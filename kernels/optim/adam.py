@@ -293,6 +293,12 @@ def _shown(found: dict[str, torch.dtype]) -> str:
     return ", ".join(f"{name} {dtype}" for name, dtype in found.items())
 
 
+def _pair(betas: tuple[float, float]) -> tuple[float, float]:
+    if len(betas) != 2:
+        raise ValueError(f"adamw_: betas must be two numbers, got {betas}")
+    return betas
+
+
 def _check_scalars(rates: Rates, step: Tensor, scalars: dict[str, Tensor | None]) -> None:
     need_tensors("adamw_", step=step)
     for name, t in {"step": step, **scalars}.items():
@@ -365,9 +371,7 @@ def adamw_(
     given = {name: list(column) for name, column in wide_or_rest.items() if column is not None}
     rate = learning_rate if isinstance(learning_rate, Tensor) else None
     number = 0.0 if isinstance(learning_rate, Tensor) else float(learning_rate)
-    if len(betas) != 2:
-        raise ValueError(f"adamw_: betas must be two numbers, got {betas}")
-    rates = Rates(number, *betas, eps, weight_decay)
+    rates = Rates(number, *_pair(betas), eps, weight_decay)
     _check_scalars(rates, step, {"learning_rate": rate, "scale": scale, "found_inf": found_inf})
     _check_lists({**dict(zip(_NAMES, lists, strict=True)), **given}, step.device)
     extra = [t for column in given.values() for t in column]

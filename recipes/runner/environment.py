@@ -49,7 +49,7 @@ OPTIONAL = (
         "hf",
         "transformers",
         "transformers",
-        "logits compared with the Hugging Face model",
+        "logits compared with the Hugging Face model; the peer of warploom bench train",
         used=True,
     ),
     Optional("hf", "jinja2", "jinja2", "chat templates"),
@@ -61,9 +61,27 @@ OPTIONAL = (
     Optional("rl", "reasoning-gym", "reasoning_gym", "seeded reasoning tasks with scorers"),
     Optional("rl", "sympy", "sympy", "symbolic answers compared"),
     Optional("rl", "jsonschema", "jsonschema", "rewards for structured output"),
-    Optional("quant", "bitsandbytes", "bitsandbytes", "8-bit and 4-bit weights"),
-    Optional("megatron", "megatron-core", "megatron.core", "exchange with Megatron-LM"),
-    Optional("te", "transformer-engine", "transformer_engine", "Transformer Engine's kernels"),
+    Optional(
+        "quant",
+        "bitsandbytes",
+        "bitsandbytes",
+        "compared with our NF4: in its tests, and as a peer of warploom bench kernels",
+        used=True,
+    ),
+    Optional(
+        "megatron",
+        "megatron-core",
+        "megatron.core",
+        "our layers in Megatron-Core's GPT: warploom.parallel.interop",
+        used=True,
+    ),
+    Optional(
+        "te",
+        "transformer-engine",
+        "transformer_engine",
+        'backend="te" of some operators, when named; a peer of warploom bench kernels',
+        used=True,
+    ),
     Optional(
         "gpu", "nvidia-ml-py", "pynvml", "power limit, clocks and driver of each GPU", used=True
     ),
@@ -71,19 +89,43 @@ OPTIONAL = (
     Optional("track", "tensorboard", "tensorboard", "curves in TensorBoard", used=True),
     Optional("track", "wandb", "wandb", "curves in Weights & Biases"),
     Optional("track", "mlflow", "mlflow", "curves in MLflow"),
-    Optional("plot", "matplotlib", "matplotlib", "the loss curve as a picture", used=True),
+    Optional(
+        "plot",
+        "matplotlib",
+        "matplotlib",
+        "the loss curve as a picture, and the roofline of warploom bench kernels",
+        used=True,
+    ),
     Optional("text", "pyarrow", "pyarrow", "corpora in Parquet"),
     Optional("text", "zstandard", "zstandard", "corpora compressed by zstd"),
     Optional("serve", "uvicorn", "uvicorn", "a model served over HTTP"),
     Optional("serve", "starlette", "starlette", "a model served over HTTP"),
     Optional("docs", "mkdocs-material", "material", "this documentation, built", used=True),
-    Optional("bench", "pytest-benchmark", "pytest_benchmark", "micro-benchmarks under pytest"),
-    Optional("bench", "liger-kernel", "liger_kernel", "Liger's kernels as a peer"),
+    Optional(
+        "bench",
+        "pytest-benchmark",
+        "pytest_benchmark",
+        "the operators timed under pytest: tests/benchmarks",
+        used=True,
+    ),
+    Optional(
+        "bench",
+        "liger-kernel",
+        "liger_kernel",
+        'backend="liger" of some operators, when named; a peer of warploom bench kernels',
+        used=True,
+    ),
     Optional(
         "dev", "triton", "triton", "Triton kernels, and their tests in the interpreter", used=True
     ),
     Optional("", "flash-attn", "flash_attn", "FlashAttention's kernels as a peer"),
-    Optional("", "apex", "apex", "NVIDIA apex's kernels as a peer"),
+    Optional(
+        "",
+        "apex",
+        "apex",
+        'NVIDIA\'s: backend="apex" of some operators, when named; a peer of warploom bench kernels',
+        used=True,
+    ),
 )
 
 

@@ -129,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"warploom {__version__}")
         return 0
+    if words[1:] in ([], ["-h"], ["--help"]) and _seconds(words[0]):
+        print(usage(words[0]))
+        return 0
     try:
         command, rest = _find(words)
         return command.run(rest)
@@ -137,18 +140,29 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def usage() -> str:
+def usage(first: str = "") -> str:
     """Describe every command, one line each.
 
+    Args:
+        first: Where given, only the commands whose names begin with this word.
+
     Returns:
-        The text that `warploom --help` prints.
+        The text that `warploom --help` prints, or `warploom bench --help`.
     """
-    rows = [(f"{name} {command.words}", command.summary) for name, command in COMMANDS.items()]
+    shown = _seconds(first) or COMMANDS
+    rows = [(f"{name} {COMMANDS[name].words}", COMMANDS[name].summary) for name in shown]
     width = max(len(left) for left, _ in rows)
     lines = [f"  {left:<{width}}  {summary}" for left, summary in rows]
     return "\n".join(
-        ["usage: warploom COMMAND ...", "", *lines, "", "warploom COMMAND --help says more."]
+        [f"usage: warploom {f'{first} WORD' if first else 'COMMAND'} ...", "", *lines]
+        + ["", f"warploom {f'{first} WORD' if first else 'COMMAND'} --help says more."]
     )
+
+
+def _seconds(first: str) -> dict[str, str]:
+    """Return the commands of two words that begin with `first`, and their second words."""
+    pairs = [(name, *name.partition(" ")[::2]) for name in COMMANDS]
+    return {name: second for name, word, second in pairs if word == first and second}
 
 
 def _find(words: list[str]) -> tuple[Command, list[str]]:
@@ -157,9 +171,9 @@ def _find(words: list[str]) -> tuple[Command, list[str]]:
         name = " ".join(words[:length])
         if name in COMMANDS:
             return COMMANDS[name], words[length:]
-    seconds = [name for name in COMMANDS if name.startswith(f"{words[0]} ")]
-    if seconds:
-        raise UserError(f"{words[0]} must be followed by its second word: {', '.join(seconds)}")
+    if seconds := dict.fromkeys(_seconds(words[0]).values()):
+        must = f"{words[0]} must be followed by one of {', '.join(seconds)}"
+        raise UserError(must + _near(words[1], seconds))
     raise UserError(f"command must be one of {', '.join(COMMANDS)}{_near(words[0], COMMANDS)}")
 
 

@@ -1,5 +1,6 @@
 """`warploom bench kernels` on the CPU: what is measured, how it is counted, what is refused."""
 
+import dataclasses
 import json
 import re
 import time
@@ -32,11 +33,16 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     out = capsys.readouterr().out
     for part in ("ceilings measured in this run: copy", "swiglu", "x eager", "the host's time"):
         assert part in out
+    threads = torch.get_num_threads()
+    assert f"in float32, on {threads} {'thread' if threads == 1 else 'threads'}" in out
+    for column in ("of roof: ", "x eager: ", "over a launch: ", "and backward us: "):
+        assert out.count(column) == 1, column
     result = json.loads((tmp_path / "k.json").read_text())
     assert {row["op"] for row in result["rows"]} == {"swiglu", "route"}
     assert {row["contender"] for row in result["rows"]} == {"reference", "eager"}
     assert {row["pass"] for row in result["rows"]} == {"forward", "backward", "both"}
     assert {"date", "torch", "device", "ceilings", "method", "overhead"} <= set(result)
+    assert (result["dtype"], result["threads"]) == ("float32", threads)
     row = result["rows"][0]
     assert row["ms"]["min"] <= row["ms"]["q1"] <= row["ms"]["median"] <= row["ms"]["max"]
     assert row["samples"] >= 3
@@ -77,6 +83,80 @@ def test_a_gpu_that_is_not_there(capsys):
     for words in (["--device", "cuda"], ["--backends", "triton"]):
         assert cli.main(["bench", "kernels", *words]) == 2
         assert "needs a CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("peer", ["liger", "te", "apex", "bitsandbytes"])
+def test_a_peer_that_was_named_and_is_not_installed(capsys, monkeypatch, peer):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command, "run", None)  # before anything is measured
+    assert cli.main(["bench", "kernels", "--device", "cpu", "--peers", f"eager,{peer}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"warploom: --peers {peer} needs the package "), error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("peer", ["liger", "te", "apex"])
+def test_a_peer_that_was_named_and_needs_a_gpu(capsys, monkeypatch, peer):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(command, "run", None)
+    words = ["--device", "cpu", "--op", "rms_norm", "--peers", f"eager,{peer}"]
+    assert cli.main(["bench", "kernels", *words]) == 2
+    error = capsys.readouterr().err
+    assert error == f"warploom: --peers {peer} needs a CUDA device, here is cpu; or leave it out\n"
+
+
+def test_a_peer_that_was_named_and_has_none_of_the_operators(capsys, monkeypatch):
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(command, "run", None)
+    words = ["--device", "cpu", "--op", "rms_norm,relu2", "--peers", "eager,bitsandbytes"]
+    assert cli.main(["bench", "kernels", *words]) == 2
+    error = capsys.readouterr().err
+    assert (
+        error
+        == "warploom: --peers bitsandbytes has none of the operators asked for: rms_norm, relu2\n"
+    )
+
+
+def test_a_library_that_cannot_run_here_is_left_out_unless_named():
+    plan = command.plan_of(command.arguments(["--device", "cpu"]))
+    assert set(plan.peers) <= {"eager", "compile", "bitsandbytes"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_library_serves_on_a_gpu(monkeypatch, device):
+    """It was asked for among our own backends, and so never measured."""
+    plan = dataclasses.replace(PLAN, peers=("eager", "liger", "te"), device=torch.device(device))
+    monkeypatch.setattr(measure.peers.importlib.util, "find_spec", lambda name: name)
+    served = {case.name: set(measure.contenders(case, plan)) for case in CASES}
+    assert served["rms_norm"] == {"reference", "eager"} | (
+        {"liger", "te"} if device == "cuda" else set()
+    )
+    assert "te" not in served["swiglu"]
+
+
+def test_a_search_needs_a_gpu_and_our_kernels(capsys, monkeypatch):
+    monkeypatch.setattr(command, "run", None)
+    assert cli.main(["bench", "kernels", "--tune", "--device", "cpu"]) == 2
+    assert "--tune needs a CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(command, "_device", lambda asked: torch.device("cuda", 0))
+    assert cli.main(["bench", "kernels", "--tune", "--backends", "reference"]) == 2
+    assert "--backends is reference" in capsys.readouterr().err
+
+
+def test_a_table_on_a_terminal_prints_brackets_as_they_are(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    report.show("t", ["size"], [["x must be [T, D], got [bold]"]])
+    assert "x must be [T, D], got [bold]" in capsys.readouterr().out
+
+
+def test_the_help_says_what_the_columns_are(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "kernels", "--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    for column in ("of roof: ", "x eager: ", "over a launch: ", "and backward us: "):
+        assert column in out
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys, tmp_path):
@@ -209,6 +289,7 @@ def test_tune_searches_while_it_measures(monkeypatch, tmp_path):
         return {"ceilings": FOUND, "rows": [], "overhead": []}
 
     monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(command, "plan_of", lambda asked: PLAN)  # of a GPU
     monkeypatch.setattr(tuning, "user_file", lambda: tmp_path / "tuned.json")
     assert cli.main(["bench", "kernels", "--tune", "--device", "cpu"]) == 0
     assert seen == [tmp_path / "tuned.json"]

@@ -120,10 +120,14 @@ def test_liger_in_the_interpreter():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_liger_is_called_as_it_wants(fused):
+def test_liger_is_called_as_it_wants(fused, monkeypatch):
     """Forward and backward reach the launches of its kernels, with results of the right shape."""
     pytest.importorskip("liger_kernel", reason="needs the package liger-kernel")
+    import liger_kernel.ops  # noqa: F401  its kernels are made here, to be compiled
+
     from warploom.kernels.activation import geglu, swiglu
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # or the tensors would have to be on a GPU
 
     x, w, residual = (t.clone().requires_grad_() for t in (X, W, R))
     residual = residual if fused else None
