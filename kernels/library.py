@@ -7,7 +7,7 @@ asked for.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,6 +69,22 @@ def need_tensors(op: str, **named: object) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def need_tensor_list(op: str, name: str, listed: Iterable[object]) -> None:
+    """Refuse a list that holds something else than tensors, such as a gradient that is None.
+
+    Args:
+        op: Operator, for the message.
+        name: Of the list.
+        listed: Its elements.
+
+    Raises:
+        TypeError: If one of them is not a tensor.
+    """
+    for n, x in enumerate(listed):
+        if not isinstance(x, Tensor):
+            need_tensors(op, **{f"{name}[{n}]": x})
 
 
 def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:

@@ -363,18 +363,21 @@ def forward(
             **chosen,
         )
 
-    _launch("forward", q_THK, k_TGK, start)
+    first = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
+    _launch("forward", first, q_THK, k_TGK, start)
     return q_out, k_out
 
 
 def _launch(
-    which: str, q_THK: Tensor, k_TGK: Tensor, start: Callable[[dict[str, int]], None]
+    which: str,
+    first: dict[str, int],
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    start: Callable[[dict[str, int]], None],
 ) -> None:
-    heads, head_dim = q_THK.shape[1:]
-    candidates = tuning.by_warps(configuration(max(heads, k_TGK.shape[1]), head_dim // 2))
-    key = which, heads, k_TGK.shape[1], head_dim, str(q_THK.dtype)
+    key = which, *q_THK.shape[1:], k_TGK.shape[1], str(q_THK.dtype)
     with on_device(q_THK):
-        tuning.launch("qk_norm_rotary", key, candidates, start, device=q_THK.device)
+        tuning.launch("qk_norm_rotary", key, tuning.by_warps(first), start, device=q_THK.device)
 
 
 def backward(
@@ -411,8 +414,8 @@ def backward(
     dq_THK, dk_TGK, q_THK, k_TGK, cos_TJ, sin_TJ = (
         near(x) for x in (dq_THK, dk_TGK, q_THK, k_TGK, cos_TJ, sin_TJ)
     )
-    chosen = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
-    programs = min(_PROGRAMS * processors(q_THK.device), triton.cdiv(tokens, chosen["TOKENS"]))
+    first = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
+    programs = min(_PROGRAMS * processors(q_THK.device), triton.cdiv(tokens, first["TOKENS"]))
     q_shares = q_THK.new_empty(programs, head_dim, dtype=torch.float32)
     k_shares = torch.empty_like(q_shares)
     weights = q_weight_K.contiguous(), k_weight_K.contiguous()
@@ -433,6 +436,6 @@ def backward(
             **chosen,
         )
 
-    _launch("backward", q_THK, k_TGK, start)
+    _launch("backward", first, q_THK, k_TGK, start)
     with on_device(q_THK):
         return q_out, k_out, add_shares(q_shares, q_weight_K), add_shares(k_shares, k_weight_K)

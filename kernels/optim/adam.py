@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import need_tensors, register, row_blocks, wide
+from ..library import need_tensor_list, need_tensors, register, row_blocks, wide
 from .table import Plan, refuse_shared_memory
 
 _NARROW = (torch.float16, torch.bfloat16)
@@ -236,12 +236,12 @@ def _check_lists(columns: dict[str, Sequence[Tensor]], device: torch.device) -> 
             f"adamw_: give masters or remainders, not both; got {len(columns['masters'])} and "
             f"{len(columns['remainders'])}"
         )
-    need_tensors("adamw_", **{f"parameters[{n}]": p for n, p in enumerate(columns["parameters"])})
+    need_tensor_list("adamw_", "parameters", columns["parameters"])
     shapes = [p.shape for p in columns["parameters"]]
     for name, column in columns.items():
         if len(column) != len(shapes):
             raise ValueError(f"adamw_: there are {len(shapes)} parameters and {len(column)} {name}")
-        need_tensors("adamw_", **{f"{name}[{n}]": t for n, t in enumerate(column)})
+        need_tensor_list("adamw_", name, column)
         for n, (t, shape) in enumerate(zip(column, shapes, strict=True)):
             if t.shape != shape:
                 raise ValueError(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import need_tensors, register, wide
+from ..library import need_tensor_list, need_tensors, register, wide
 from .table import Plan, refuse_shared_memory
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -95,7 +95,7 @@ def _by_dtype(op: str, tensors: Sequence[Tensor], plan: Plan | None) -> list[lis
     """Check the tensors and return them by dtype: a launch serves one."""
     groups: dict[torch.dtype, list[Tensor]] = {}
     tensors = list(tensors)
-    need_tensors(op, **{f"tensors[{n}]": t for n, t in enumerate(tensors)})
+    need_tensor_list(op, "tensors", tensors)
     for n, t in enumerate(tensors):
         if t.device != tensors[0].device:
             raise ValueError(

@@ -238,15 +238,14 @@ def _launch(kernel, x_TD, parts, more, scaling, transpose, options=None):
             x_TD, *parts, *sizes, SCALING=scaling, **(options or {}), **chosen
         )
 
-    _by_warps(kernel.__name__, scaling, transpose, x_TD, start)
+    _by_warps(kernel.__name__, first, scaling, transpose, x_TD, start)
 
 
-def _by_warps(name, scaling, transpose, x_TD, start):
+def _by_warps(name, first, scaling, transpose, x_TD, start):
     """Start a kernel with as many warps as were found to be best."""
-    candidates = tuning.by_warps(configuration(scaling, transpose, x_TD.shape[1]))
     key = name, x_TD.shape[1], str(x_TD.dtype), scaling, int(transpose)
     with on_device(x_TD):
-        tuning.launch("fp8_quantize", key, candidates, start, device=x_TD.device)
+        tuning.launch("fp8_quantize", key, tuning.by_warps(first), start, device=x_TD.device)
 
 
 def quantize(
@@ -289,7 +288,8 @@ def quantize(
         def start(chosen: dict[str, int]) -> None:
             row_kernel[(tokens,)](x_TD, data, scales, width, x_TD.stride(0), **options, **chosen)
 
-        _by_warps("row_kernel", scaling, transpose, x_TD, start)
+        first = configuration(scaling, transpose, width)
+        _by_warps("row_kernel", first, scaling, transpose, x_TD, start)
     else:
         options |= {"GIVEN": scale is not None, "TRANSPOSE": transpose}
         if both or (whole and scale is None):

@@ -258,7 +258,7 @@ def test_adamw_of_nothing_still_counts(device, backend):
 
 @item("determinism", **on_adamw)
 @every
-def test_adamw_repeats_give_thesame_bits(device, backend):
+def test_adamw_repeats_give_the_same_bits(device, backend):
     def run():
         state = State("masters", device, backend)
         for step in range(2):
