@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 MANY = tuple(enumerate(LAUNCHES))
 STACK = 8  # bytes a thread: a number or two
-LONG = 32  # of rows of 16,384, whose 32 warps leave a thread 64 registers
+LONG = 16  # of rows of 16,384, whose 32 warps leave a thread 64 registers
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SHARED_LIMIT = 227 * 1024  # bytes a program may have on sm_90 and sm_100
 REGISTERS = 255  # a thread can have no more; what needs more spills, which STACK shows
