@@ -22,7 +22,15 @@ from ..backends import choose
 from ..library import below_autograd, first_derivative_only, register, wide
 from ..peers import PEERS, serve
 from .chunks import check_range, trained
-from .logits import check_logits, check_options, nll_and_gradient_, write_gradient
+from .logits import (
+    blocks,
+    capped,
+    check_logits,
+    check_options,
+    find,
+    nll_and_gradient_,
+    write_gradient,
+)
 from .statistics import Pair, coefficients, finish, reduce_slice_, sums
 
 _NAME = "cross_entropy"
@@ -41,9 +49,30 @@ def _statistics(
     moments: bool,
     backend: str | None,
 ) -> Tensor:
-    choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
+    served = choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
     _check_range(logits_TV, targets_T, ignore_index)
+    if served == "reference" and logits_TV.device.type == "cpu" and not moments:
+        return _statistics_cpu(logits_TV, targets_T, softcap)
     return finish(*reduce_slice_(logits_TV, targets_T, 0, softcap, moments, backend), moments)
+
+
+def _statistics_cpu(logits_TV: Tensor, targets_T: Tensor, softcap: float | None) -> Tensor:
+    """Take the log-sum-exp from one log-probability: PyTorch holds a row of them in cache."""
+    columns_T, inside_T = find(targets_T, 0, logits_TV.shape[1])
+    columns_T1 = columns_T[:, None]
+    pick_T1 = capped(logits_TV.gather(1, columns_T1).to(wide(logits_TV.dtype)), softcap)
+    log_p_T1, room_CV = torch.empty_like(pick_T1), None
+    for rows in blocks(logits_TV):
+        z_CV = capped(logits_TV[rows].to(pick_T1.dtype), softcap)
+        room_CV = torch.empty_like(z_CV) if room_CV is None else room_CV[: len(z_CV)]
+        torch.log_softmax(z_CV, 1, out=room_CV)
+        torch.gather(room_CV, 1, columns_T1[rows], out=log_p_T1[rows])
+    pick_T, lse_T = pick_T1[:, 0], (pick_T1 - log_p_T1)[:, 0]
+    hidden_T = pick_T == -torch.inf  # says nothing of the others
+    if hidden_T.any():
+        z_HV = capped(logits_TV[hidden_T].to(lse_T.dtype), softcap)
+        lse_T[hidden_T] = torch.logsumexp(z_HV, 1)
+    return torch.stack((torch.where(inside_T, pick_T, 0.0), lse_T))
 
 
 def _statistics_fake(
@@ -67,8 +96,8 @@ def _backward(
     backend: str | None,
 ) -> Tensor:
     dlogits_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
-    c = coefficients(statistics, g)
-    write_gradient(logits_TV, targets_T, 0, statistics[1], c, softcap, dlogits_TV, backend)
+    args = statistics[1], coefficients(statistics, g), softcap, dlogits_TV, backend
+    write_gradient(logits_TV, targets_T, 0, *args, whole=True)
     return dlogits_TV
 
 

@@ -200,7 +200,7 @@ def _statistics_backward(
     g = torch.where(chunks.trained_T, g, 0)
     for rows, hidden_CD, targets_C, logits_CV in chunks:
         found, by = statistics[:, rows], g[:, rows]
-        gradient_of_slice_(logits_CV, targets_C, 0, found, by, softcap, backend)
+        gradient_of_slice_(logits_CV, targets_C, 0, found, by, softcap, backend, whole=True)
         gradients.add_(rows, logits_CV, hidden_CD)
     return gradients.result()
 

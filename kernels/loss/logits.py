@@ -35,13 +35,26 @@ _LEAST = -1e30  # in the place of -inf, which times a probability of 0 would be 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-_BLOCK = 1 << 20  # elements: a row is long, and a block costs some twenty small calls
+_BLOCK = 1 << 19  # elements: a row is long, and a block costs some twenty small calls
 
 
-def _blocks(logits_CV: Tensor) -> Iterable[slice]:
+def blocks(logits_CV: Tensor) -> Iterable[slice]:
+    """Cut the rows: on the CPU into what its cache holds, elsewhere not at all.
+
+    Args:
+        logits_CV: `[C, V]`.
+
+    Returns:
+        Slices of rows, in order.
+    """
     if logits_CV.device.type == "cpu":
         return row_blocks(logits_CV.shape[0], logits_CV.shape[1], _BLOCK)
     return (slice(0, logits_CV.shape[0]),)
+
+
+def _any(x: Tensor) -> bool:
+    """Say whether an element may differ from 0: yes where asking would wait for the device."""
+    return x.device.type != "cpu" or bool(x.any())
 
 
 def find(targets: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -88,20 +101,11 @@ def cap_slope(z: Tensor, softcap: float) -> Tensor:
     return 1 - (z / softcap).square_().clamp_(max=1)
 
 
-def _partials_block(
-    z_CV: Tensor, targets_C: Tensor, start: int, moments: bool
-) -> tuple[Tensor, ...]:
-    columns_C, inside_C = find(targets_C, start, z_CV.shape[1])
-    max_C = z_CV.amax(-1)
-    true_C = torch.where(inside_C, z_CV.gather(-1, columns_C[:, None])[:, 0], 0.0)
-    masked_C = max_C == -torch.inf  # a row of -inf has the sum 0, not NaN
-    if not moments:  # one pass: PyTorch holds a row in cache, and the largest is -log(sum)
-        sum_C = torch.log_softmax(z_CV, -1).amax(-1).neg_().exp_()
-        return max_C, sum_C.masked_fill_(masked_C, 0.0), true_C
-    below_CV = z_CV - max_C.masked_fill(masked_C, 0.0)[:, None]
+def _moments(z_CV: Tensor, max_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    below_CV = z_CV - max_C.masked_fill(max_C == -torch.inf, 0.0)[:, None]
     exp_CV = below_CV.exp()
     weighted_C = below_CV.clamp_(min=_LEAST).mul_(exp_CV).sum(-1)
-    return max_C, exp_CV.sum(-1), true_C, z_CV.sum(-1), weighted_C
+    return exp_CV.sum(-1), z_CV.sum(-1), weighted_C
 
 
 def cross_entropy_partials_reference(
@@ -127,12 +131,23 @@ def cross_entropy_partials_reference(
     dtype = wide(logits_CV.dtype)
     parts = logits_CV.new_zeros(5 if moments else 3, logits_CV.shape[0], dtype=dtype)
     parts[0] = -torch.inf
-    if logits_CV.shape[1]:
-        for rows in _blocks(logits_CV):
-            z_CV = capped(logits_CV[rows].to(dtype), softcap)
-            block = _partials_block(z_CV, targets_C[rows], start, moments)
-            for part, value in zip(parts, block, strict=True):
-                part[rows] = value
+    if not logits_CV.numel():
+        return parts
+    columns_C, inside_C = find(targets_C, start, logits_CV.shape[1])
+    true_C = capped(logits_CV.gather(-1, columns_C[:, None])[:, 0].to(dtype), softcap)
+    parts[2] = torch.where(inside_C, true_C, 0.0)
+    room_CV = None  # PyTorch holds a row of log_softmax in cache; its largest is -log(sum)
+    for rows in blocks(logits_CV):
+        z_CV = capped(logits_CV[rows].to(dtype), softcap)
+        max_C = torch.amax(z_CV, -1, out=parts[0, rows])
+        if moments:
+            parts[1, rows], parts[3, rows], parts[4, rows] = _moments(z_CV, max_C)
+            continue
+        room_CV = torch.empty_like(z_CV) if room_CV is None else room_CV[: len(z_CV)]
+        torch.amax(torch.log_softmax(z_CV, -1, out=room_CV), -1, out=parts[1, rows])
+    if not moments:
+        parts[1].neg_().exp_()
+    parts[1].masked_fill_(parts[0] == -torch.inf, 0.0)  # a row of -inf has the sum 0, not NaN
     return parts
 
 
@@ -144,6 +159,7 @@ def cross_entropy_gradient_reference(
     g: Tensor,
     softcap: float | None,
     out_CV: Tensor,
+    whole: bool = False,
 ) -> None:
     """Specify `cross_entropy_gradient_`; the tests hold the kernel to this.
 
@@ -155,33 +171,37 @@ def cross_entropy_gradient_reference(
         g: `[2, C]` slope and hit, or `[4, C]` slope, hit, flat and tilt.
         softcap: Soft-cap of the logits, or None.
         out_CV: `[C, V]`, receives the gradient; may be `logits_CV`.
+        whole: Whether these columns are the whole vocabulary, as a promise that spares a pass.
     """
-    if not logits_CV.shape[1]:
+    if not logits_CV.numel():
         return
-    for rows in _blocks(logits_CV):
+    columns_C, inside_C = find(targets_C, start, logits_CV.shape[1])
+    slope_C1, hit_C1, *rest = g.unsqueeze(-1)
+    columns_C1, hit_C1 = columns_C[:, None], torch.where(inside_C[:, None], hit_C1, 0.0)
+    idle_C1 = (g == 0).all(0)[:, None]
+    scaled, some_idle, tilted = _any(slope_C1 != 1), _any(idle_C1), bool(rest) and _any(rest[1])
+    for rows in blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(lse_C.dtype), softcap)
-        slope_C, hit_C, *rest = g[:, rows]
-        tilted = bool(rest) and (z_CV.device.type != "cpu" or bool(rest[1].any()))
         p_CV = out_CV[rows] if out_CV.dtype == z_CV.dtype else torch.empty_like(z_CV)
-        below_CV = torch.sub(z_CV, lse_C[rows, None], out=None if tilted else p_CV)
-        torch.exp(below_CV, out=p_CV)
         if tilted:
-            below_CV.clamp_(min=_LEAST).mul_(rest[1][:, None])
-            p_CV.mul_(below_CV.add_(slope_C[:, None]))
+            below_CV = torch.sub(z_CV, lse_C[rows, None])
+            torch.exp(below_CV, out=p_CV)
+            p_CV.mul_(below_CV.clamp_(min=_LEAST).mul_(rest[1][rows]).add_(slope_C1[rows]))
         else:
-            p_CV.mul_(slope_C[:, None])
+            if whole:
+                torch.softmax(z_CV, -1, out=p_CV)  # one pass: PyTorch holds a row in cache
+            else:
+                torch.sub(z_CV, lse_C[rows, None], out=p_CV).exp_()
+            if scaled:
+                p_CV.mul_(slope_C1[rows])
         if rest:
-            p_CV.add_(rest[0][:, None])
-        columns_C, inside_C = find(targets_C[rows], start, z_CV.shape[1])
-        columns_C1 = columns_C[:, None]
-        p_CV.scatter_(
-            -1, columns_C1, p_CV.gather(-1, columns_C1) - torch.where(inside_C, hit_C, 0.0)[:, None]
-        )
+            p_CV.add_(rest[0][rows])
+        at_C1 = columns_C1[rows]
+        p_CV.scatter_(-1, at_C1, p_CV.gather(-1, at_C1) - hit_C1[rows])
         if softcap is not None:
             p_CV.mul_(cap_slope(z_CV, softcap))
-        idle_C = (g[:, rows] == 0).all(0)
-        if z_CV.device.type != "cpu" or idle_C.any():
-            p_CV.masked_fill_(idle_C[:, None], 0)
+        if some_idle:
+            p_CV.masked_fill_(idle_C1[rows], 0)
         if p_CV.dtype != out_CV.dtype:
             out_CV[rows] = p_CV
 
@@ -195,7 +215,7 @@ def _nll_and_gradient_reference_(
     gradient: bool,
 ) -> Tensor:
     nll_C = logits_CV.new_empty(logits_CV.shape[0], dtype=wide(logits_CV.dtype))
-    for rows in _blocks(logits_CV):
+    for rows in blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(nll_C.dtype), softcap)
         columns_C1 = find(targets_C[rows], 0, z_CV.shape[1])[0][:, None]
         slope_CV = None if softcap is None or not gradient else cap_slope(z_CV, softcap)
@@ -292,6 +312,7 @@ def write_gradient(
     softcap: float | None,
     out_CV: Tensor,
     backend: str | None,
+    whole: bool = False,
 ) -> None:
     """Write the gradient by the logits into `out_CV`, which may be the logits themselves.
 
@@ -304,12 +325,15 @@ def write_gradient(
         softcap: Soft-cap of the logits, or None.
         out_CV: `[C, V]`, contiguous, in the dtype of the logits.
         backend: As `linear_cross_entropy` takes it.
+        whole: As `cross_entropy_gradient_reference`.
     """
+    args = logits_CV, targets_C, start, lse_C, g, softcap, out_CV
     if choose(_OP, logits_CV.device, logits_CV.dtype, backend) == "triton":
         from .logits_triton import write_gradient as run
+
+        run(*args)
     else:
-        run = cross_entropy_gradient_reference
-    run(logits_CV, targets_C, start, lse_C, g, softcap, out_CV)
+        cross_entropy_gradient_reference(*args, whole)
 
 
 def _gradient_(

@@ -131,6 +131,7 @@ def gradient_of_slice_(
     g: Tensor,
     softcap: float | None,
     backend: str | None,
+    whole: bool = False,
 ) -> None:
     """Overwrite a slice of a chunk's logits by the gradient.
 
@@ -142,17 +143,19 @@ def gradient_of_slice_(
         g: `[K, C]`, gradient of the loss by each.
         softcap: Soft-cap of the logits, or None.
         backend: As `linear_cross_entropy` takes it.
+        whole: As `cross_entropy_gradient_reference`.
     """
     if not logits_CV.shape[1]:
         return
+    options = softcap, logits_CV, backend, whole
     if targets.dim() == 1:
         c = coefficients(statistics, g)
-        write_gradient(logits_CV, targets, start, statistics[1], c, softcap, logits_CV, backend)
+        write_gradient(logits_CV, targets, start, statistics[1], c, *options)
         return
     columns_CM, inside_CM, picks_CM = _pick(logits_CV, targets, start, softcap)
     _hide_(logits_CV, columns_CM, inside_CM)
     c = torch.stack((g[-1], torch.zeros_like(g[-1])))
-    write_gradient(logits_CV, targets[:, 0], start, statistics[-1], c, softcap, logits_CV, backend)
+    write_gradient(logits_CV, targets[:, 0], start, statistics[-1], c, *options)
     g_CM = g[:-1].t() if softcap is None else g[:-1].t() * cap_slope(picks_CM, softcap)
     _place_(logits_CV, columns_CM, inside_CM, g_CM)
 
