@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from .backends import source_hash
+from .launch import on_device
 from .timing import time_ms
 
 Configuration = dict[str, int]
@@ -153,23 +154,23 @@ def launch(
     key: Sequence[int | str],
     candidates: Sequence[Configuration],
     start: Callable[[Configuration], object],
-    *,
-    device: torch.device,
+    x: torch.Tensor,
 ) -> None:
-    """Start a kernel in its configuration.
+    """Start a kernel in its configuration, on the device of its input.
 
     Args:
-        op: As in `tuned`, like the other arguments.
-        key: What the choice depends on.
+        op: As in `tuned`.
+        key: What the choice depends on, besides the dtype of `x`.
         candidates: The default first.
         start: Enqueues the kernel; a search calls it many times.
-        device: Where the kernel runs.
+        x: The input that says device and dtype.
     """
 
     def measure(candidate: Configuration) -> float:
-        return time_ms(lambda: start(candidate), device, repeats=10)
+        return time_ms(lambda: start(candidate), x.device, repeats=10)
 
-    start(tuned(op, key, candidates, measure, device=device))
+    with on_device(x):
+        start(tuned(op, (*key, str(x.dtype)), candidates, measure, device=x.device))
 
 
 def _may_search() -> bool:

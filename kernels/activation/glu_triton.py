@@ -8,8 +8,6 @@ computes the activation again. Row offsets are 64-bit.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -183,17 +181,9 @@ def forward(x_TF: Tensor, kind: str) -> Tensor:
                 x_TF, y_TF, width, pieces, x_TF.stride(0), KIND=kind, **chosen
             )
 
-        _launch("forward", kind, width, x_TF, start)
+        key, op = ("forward", kind, width), kind.removesuffix("_tanh")
+        tuning.launch(op, key, configurations(width), start, x_TF)
     return y_TF
-
-
-def _launch(
-    which: str, kind: str, width: int, x_TF: Tensor, start: Callable[[dict[str, int]], None]
-) -> None:
-    key = which, kind, width, str(x_TF.dtype)
-    with on_device(x_TF):
-        op = kind.removesuffix("_tanh")
-        tuning.launch(op, key, configurations(width), start, device=x_TF.device)
 
 
 def forward_fp8(x_TF: Tensor, kind: str, scaling: str, power_of_two: bool) -> tuple[Tensor, Tensor]:
@@ -250,5 +240,6 @@ def backward(dy_TF: Tensor, x_TF: Tensor, kind: str) -> Tensor:
                 dy_TF, x_TF, dx_TF, width, pieces, *strides, KIND=kind, **chosen
             )
 
-        _launch("backward", kind, width, x_TF, start)
+        key, op = ("backward", kind, width), kind.removesuffix("_tanh")
+        tuning.launch(op, key, configurations(width), start, x_TF)
     return dx_TF

@@ -246,9 +246,8 @@ def partials(
 
     if tokens:
         candidates = tuning.by_warps(configuration(vocabulary))
-        key = "partials", vocabulary, str(logits_CV.dtype), int(moments)
-        with on_device(logits_CV):
-            tuning.launch("cross_entropy", key, candidates, begin, device=logits_CV.device)
+        key = "partials", vocabulary, int(moments)
+        tuning.launch("cross_entropy", key, candidates, begin, logits_CV)
     return parts
 
 

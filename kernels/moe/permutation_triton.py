@@ -12,8 +12,6 @@ and a program sums the rows of its tokens in the order of the slots. Offsets are
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -339,20 +337,8 @@ def _copy(
         )
 
     first = configuration(width, least=BLOCK if scaling == "block" else 1)
-    _launch("permute", scaling, first, x_TD, top_k, start)
-
-
-def _launch(
-    op: str,
-    which: str,
-    first: dict[str, int],
-    x_TD: Tensor,
-    top_k: int,
-    start: Callable[[dict[str, int]], None],
-) -> None:
-    key = which, x_TD.shape[1], top_k, str(x_TD.dtype)
-    with on_device(x_TD):
-        tuning.launch(op, key, tuning.by_warps(first), start, device=x_TD.device)
+    key = scaling, width, top_k
+    tuning.launch("permute", key, tuning.by_warps(first), start, x_TD)
 
 
 def _invert(order: Tensor, slots: int, drows: Tensor | None) -> Tensor:
@@ -411,7 +397,8 @@ def unpermute(
             **chosen,
         )
 
-    _launch("unpermute", "forward", first, rows_MD, top_k, start)
+    key = "forward", width, top_k
+    tuning.launch("unpermute", key, tuning.by_warps(first), start, rows_MD)
     return y_TD
 
 
@@ -455,5 +442,6 @@ def unpermute_backward(
             **chosen,
         )
 
-    _launch("unpermute", "backward", configuration(width), rows_MD, top_k, start)
+    key, first = ("backward", width, top_k), configuration(width)
+    tuning.launch("unpermute", key, tuning.by_warps(first), start, rows_MD)
     return drows_MD, dweights_TK

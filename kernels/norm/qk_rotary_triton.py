@@ -8,8 +8,6 @@ they are added in a fixed order afterwards. Token offsets are 64-bit.
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -364,20 +362,9 @@ def forward(
         )
 
     first = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
-    _launch("forward", first, q_THK, k_TGK, start)
+    key = "forward", heads, head_dim, k_TGK.shape[1]
+    tuning.launch("qk_norm_rotary", key, tuning.by_warps(first), start, q_THK)
     return q_out, k_out
-
-
-def _launch(
-    which: str,
-    first: dict[str, int],
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    start: Callable[[dict[str, int]], None],
-) -> None:
-    key = which, *q_THK.shape[1:], k_TGK.shape[1], str(q_THK.dtype)
-    with on_device(q_THK):
-        tuning.launch("qk_norm_rotary", key, tuning.by_warps(first), start, device=q_THK.device)
 
 
 def backward(
@@ -436,6 +423,7 @@ def backward(
             **chosen,
         )
 
-    _launch("backward", first, q_THK, k_TGK, start)
+    key = "backward", heads, head_dim, k_TGK.shape[1]
+    tuning.launch("qk_norm_rotary", key, tuning.by_warps(first), start, q_THK)
     with on_device(q_THK):
         return q_out, k_out, add_shares(q_shares, q_weight_K), add_shares(k_shares, k_weight_K)

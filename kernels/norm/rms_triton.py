@@ -150,6 +150,16 @@ def forward_kernel(
 
 
 @triton.jit
+def _read(h_rows, dy_rows, inside, mean, row, tokens, scale, POLICY: tl.constexpr):
+    """Read a tile of h and of dy; return the normalised h and dy, in float32."""
+    value = tl.load(h_rows, inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    above = tl.load(dy_rows, inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    if mean is not None:
+        value -= tl.load(mean + row, row < tokens, other=0.0)[:, None]
+    return value * scale[:, None], above
+
+
+@triton.jit
 def backward_kernel(
     dy,
     dh,
@@ -165,12 +175,16 @@ def backward_kernel(
     h_stride,
     FUSED: tl.constexpr,
     KEPT: tl.constexpr,
+    AGAIN: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     mean=None,
     bias_shares=None,
 ):
-    """Stride over tiles of rows: write dx; with KEPT keep this program's share of dweight."""
+    """Stride over tiles of rows: write dx; with KEPT keep this program's share of dweight.
+
+    With AGAIN a tile is read a second time, from the cache, because its registers would spill.
+    """
     column = tl.arange(0, BLOCK)
     gain = tl.load(weight + column, column < width, other=0.0).to(tl.float32)
     if KEPT:
@@ -181,20 +195,21 @@ def backward_kernel(
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         at = row[:, None]
-        value = tl.load(h + at * h_stride + column[None, :], inside, other=0.0).to(tl.float32)
-        above = tl.load(dy + at * dy_stride + column[None, :], inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, row < tokens, other=0.0)
-        if mean is not None:
-            value -= tl.load(mean + row, row < tokens, other=0.0)[:, None]
-        normal = value * scale[:, None]
+        h_rows, dy_rows = h + at * h_stride + column[None, :], dy + at * dy_stride + column[None, :]
+        normal, above = _read(h_rows, dy_rows, inside, mean, row, tokens, scale, "")
         if KEPT:
             share += above * normal
             if bias_shares is not None:
                 bias_share += above
-        above = above * gain[None, :]
-        slope = tl.sum(above * normal, 1) / width
+        slope = tl.sum(above * gain[None, :] * normal, 1) / width
         if mean is not None:
-            above -= (tl.sum(above, 1) / width)[:, None]
+            level = tl.sum(above * gain[None, :], 1) / width
+        if AGAIN:
+            normal, above = _read(h_rows, dy_rows, inside, mean, row, tokens, scale, "evict_first")
+        above = above * gain[None, :]
+        if mean is not None:
+            above -= level[:, None]
         result = (above - normal * slope[:, None]) * scale[:, None]
         if FUSED:
             result += tl.load(dh + at * dh_stride + column[None, :], inside, other=0.0).to(
@@ -231,12 +246,10 @@ def column_kernel(
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         at = row[:, None]
-        value = tl.load(h + at * h_stride + column[None, :], inside, other=0.0).to(tl.float32)
-        above = tl.load(dy + at * dy_stride + column[None, :], inside, other=0.0).to(tl.float32)
         scale = tl.load(rstd + row, row < tokens, other=0.0)
-        if mean is not None:
-            value -= tl.load(mean + row, row < tokens, other=0.0)[:, None]
-        share += above * value * scale[:, None]
+        h_rows, dy_rows = h + at * h_stride + column[None, :], dy + at * dy_stride + column[None, :]
+        normal, above = _read(h_rows, dy_rows, inside, mean, row, tokens, scale, "")
+        share += above * normal
         bias_share += above
     out = tl.program_id(1).to(tl.int64) * width + column
     tl.store(shares + out, tl.sum(share, 0), column < width)
@@ -347,10 +360,8 @@ def normalise(
                 **chosen,
             )
 
-        key = "forward", width, str(x_TD.dtype), int(fused), group
-        with on_device(x_TD):
-            op = "layer_norm" if centred else "rms_norm"
-            tuning.launch(op, key, candidates, start, device=x_TD.device)
+        key, op = ("forward", width, int(fused), group), "layer_norm" if centred else "rms_norm"
+        tuning.launch(op, key, candidates, start, x_TD)
     return out
 
 
@@ -443,20 +454,20 @@ def gradients(
             *(x.stride(0) for x in (dy_TD, dh, h_TD)),
             FUSED=dh_TD is not None,
             KEPT=kept,
+            AGAIN=chosen["BLOCK"] > KEEP,
             mean=mean_T,
             bias_shares=bias_shares if kept else None,
             **chosen,
         )
 
+    op = "rms_norm" if mean_T is None else "layer_norm"
+    key = "backward", width, int(dh_TD is not None), int(bias_D is not None)
+    tuning.launch(op, key, tuning.by_warps(chosen), start, h_TD)
     with on_device(h_TD):
-        op = "rms_norm" if mean_T is None else "layer_norm"
-        key = "backward", width, str(h_TD.dtype), int(dh_TD is not None), int(bias_D is not None)
-        tuning.launch(op, key, tuning.by_warps(chosen), start, device=h_TD.device)
         if not kept:
             _column_shares(dy_TD, h_TD, rstd_T, mean_T, shares, bias_shares)
-        dweight_D = add_shares(shares, weight_D)
         dbias_D = None if bias_shares is None else add_shares(bias_shares, bias_D)
-    return dx_TD, dweight_D, dbias_D
+        return dx_TD, add_shares(shares, weight_D), dbias_D
 
 
 def forward(

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two, on_device
+from ..launch import next_power_of_two
 from .formats import BLOCK, MAXIMA
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -238,14 +238,8 @@ def _launch(kernel, x_TD, parts, more, scaling, transpose, options=None):
             x_TD, *parts, *sizes, SCALING=scaling, **(options or {}), **chosen
         )
 
-    _by_warps(kernel.__name__, first, scaling, transpose, x_TD, start)
-
-
-def _by_warps(name, first, scaling, transpose, x_TD, start):
-    """Start a kernel with as many warps as were found to be best."""
-    key = name, x_TD.shape[1], str(x_TD.dtype), scaling, int(transpose)
-    with on_device(x_TD):
-        tuning.launch("fp8_quantize", key, tuning.by_warps(first), start, device=x_TD.device)
+    key = kernel.__name__, width, scaling, int(transpose)
+    tuning.launch("fp8_quantize", key, tuning.by_warps(first), start, x_TD)
 
 
 def quantize(
@@ -289,7 +283,7 @@ def quantize(
             row_kernel[(tokens,)](x_TD, data, scales, width, x_TD.stride(0), **options, **chosen)
 
         first = configuration(scaling, transpose, width)
-        _by_warps("row_kernel", first, scaling, transpose, x_TD, start)
+        tuning.launch("fp8_quantize", ("row_kernel", width), tuning.by_warps(first), start, x_TD)
     else:
         options |= {"GIVEN": scale is not None, "TRANSPOSE": transpose}
         if both or (whole and scale is None):

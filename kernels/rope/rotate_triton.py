@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two, on_device
+from ..launch import next_power_of_two
 
 _TILE = 1024  # pairs a tile of tokens and heads
 
@@ -238,10 +238,9 @@ def turn(
             **chosen,
         )
 
-    with on_device(q_THK):
-        key = *(heads, groups, pairs, rest), str(q_THK.dtype), int(interleaved)
-        candidates = [first] if q_out is q_THK else tuning.by_warps(first)  # in place runs once
-        tuning.launch("rotary", key, candidates, start, device=q_THK.device)
+    key = heads, groups, pairs, rest, int(interleaved)
+    candidates = [first] if q_out is q_THK else tuning.by_warps(first)  # in place runs once
+    tuning.launch("rotary", key, candidates, start, q_THK)
 
 
 def turn_in_place(
