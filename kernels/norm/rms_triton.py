@@ -150,13 +150,14 @@ def forward_kernel(
 
 
 @triton.jit
-def _read(h_rows, dy_rows, inside, mean, row, tokens, scale, POLICY: tl.constexpr):
-    """Read a tile of h and of dy; return the normalised h and dy, in float32."""
+def _read(h_rows, dy_rows, inside, rstd, mean, row, tokens, POLICY: tl.constexpr):
+    """Read a tile of h and of dy; return the normalised h, dy and rstd, in float32."""
     value = tl.load(h_rows, inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
     above = tl.load(dy_rows, inside, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    scale = tl.load(rstd + row, row < tokens, other=0.0)
     if mean is not None:
         value -= tl.load(mean + row, row < tokens, other=0.0)[:, None]
-    return value * scale[:, None], above
+    return value * scale[:, None], above, scale
 
 
 @triton.jit
@@ -195,19 +196,21 @@ def backward_kernel(
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         at = row[:, None]
-        scale = tl.load(rstd + row, row < tokens, other=0.0)
         h_rows, dy_rows = h + at * h_stride + column[None, :], dy + at * dy_stride + column[None, :]
-        normal, above = _read(h_rows, dy_rows, inside, mean, row, tokens, scale, "")
+        normal, above, scale = _read(h_rows, dy_rows, inside, rstd, mean, row, tokens, "")
         if KEPT:
             share += above * normal
             if bias_shares is not None:
                 bias_share += above
-        slope = tl.sum(above * gain[None, :] * normal, 1) / width
-        if mean is not None:
-            level = tl.sum(above * gain[None, :], 1) / width
-        if AGAIN:
-            normal, above = _read(h_rows, dy_rows, inside, mean, row, tokens, scale, "evict_first")
         above = above * gain[None, :]
+        slope = tl.sum(above * normal, 1) / width
+        if mean is not None:
+            level = tl.sum(above, 1) / width
+        if AGAIN:
+            normal, above, scale = _read(
+                h_rows, dy_rows, inside, rstd, mean, row, tokens, "evict_first"
+            )
+            above = above * gain[None, :]
         if mean is not None:
             above -= level[:, None]
         result = (above - normal * slope[:, None]) * scale[:, None]
@@ -246,9 +249,8 @@ def column_kernel(
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         inside = (row < tokens)[:, None] & (column < width)[None, :]
         at = row[:, None]
-        scale = tl.load(rstd + row, row < tokens, other=0.0)
         h_rows, dy_rows = h + at * h_stride + column[None, :], dy + at * dy_stride + column[None, :]
-        normal, above = _read(h_rows, dy_rows, inside, mean, row, tokens, scale, "")
+        normal, above, _ = _read(h_rows, dy_rows, inside, rstd, mean, row, tokens, "")
         share += above * normal
         bias_share += above
     out = tl.program_id(1).to(tl.int64) * width + column
