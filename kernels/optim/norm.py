@@ -136,8 +136,14 @@ def squared_norm(
         RuntimeError: If a tensor requires a gradient, `backend` cannot serve these tensors here, or
             a CUDA graph lacks a plan.
     """
+    return _sum_squares("squared_norm", tensors, plan, backend)
+
+
+def _sum_squares(
+    op: str, tensors: Sequence[Tensor], plan: Plan | None, backend: str | None
+) -> Tensor:
     total: Tensor | None = None
-    for group in _by_dtype("squared_norm", tensors, plan):
+    for group in _by_dtype(op, tensors, plan):
         part: Tensor = _SQUARED_NORM(group, plan, backend)
         total = part if total is None else total + part
     return torch.zeros((), dtype=torch.float64) if total is None else total
@@ -160,7 +166,7 @@ def global_norm(
         ValueError: As `squared_norm`.
         RuntimeError: As `squared_norm`.
     """
-    return squared_norm(tensors, plan=plan, backend=backend).sqrt()
+    return _sum_squares("global_norm", tensors, plan, backend).sqrt()
 
 
 def clip_coefficient(norm: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
@@ -238,7 +244,7 @@ def clip_by_global_norm_(
         raise ValueError(
             f"clip_by_global_norm_: max_norm must be above 0 and finite, got {max_norm}"
         )
-    norm = global_norm(tensors, plan=plan, backend=backend)
+    norm = _sum_squares("clip_by_global_norm_", tensors, plan, backend).sqrt()
     coefficient, found = clip_coefficient(norm, max_norm)
     scale_(tensors, coefficient, plan=plan, backend=backend)
     return norm, found

@@ -200,6 +200,8 @@ def _quantize_cpu(
     transpose: bool,
 ) -> _Parts:
     """Quantise, and for the copy the transposed matrix unless it has the same codes."""
+    if scale is not None and scale.device.type == "cpu" and scale <= 0:
+        raise ValueError(f"fp8_quantize: scale must be above 0, got {float(scale)}")
     args = dtype, scale, power_of_two
     none, x_TD = x_TD.new_empty(0, dtype=torch.float32), x_TD.contiguous()
     data, scales, amax = fp8_quantize_reference(x_TD, scaling, *args)
@@ -430,8 +432,8 @@ def fp8_quantize(
         scaling: What shares a scale: the "tensor", a "row", a "block" of 128 elements of a row, or
             a "tile" of 128 by 128 (two dimensions, for weights).
         dtype: float8_e4m3fn or float8_e5m2.
-        scale: Of an earlier step, float32 `[]`, greater than 0; for "tensor" alone. None computes
-            it, which reads `x` twice.
+        scale: Of an earlier step, float32 `[]`, greater than 0 (which only the CPU checks: a
+            device would have to wait); for "tensor" alone. None computes it, which reads `x` twice.
         power_of_two: Whether scales are rounded up to powers of two; not with `scale`.
         transpose: Whether to add the transposed copy `[D, T]`, quantised along T (two dimensions).
         backend: `reference` or `triton`; None takes the fastest that is proven here.

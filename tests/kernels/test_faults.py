@@ -103,6 +103,8 @@ def test_further_bad_arguments_get_a_sentence():
         rotary(torch.ones(2, 1, 4), torch.ones(2, 1, 4), *tables)
     with pytest.raises(ValueError, match="a given scale is used as it is"):
         fp8_quantize(torch.ones(2, 4), scale=torch.ones(()), power_of_two=True)
+    with pytest.raises(ValueError, match="scale must be above 0, got 0"):
+        fp8_quantize(torch.ones(2, 4), scale=torch.zeros(()))
 
 
 def test_a_peer_is_never_replaced_by_ours():
