@@ -34,6 +34,7 @@ from .logits import (
 from .statistics import Pair, coefficients, finish, reduce_slice_, sums
 
 _NAME = "cross_entropy"
+_FAR = -64.0  # a log-probability below says little of the log-sum-exp: -inf or -1e9 says nothing
 
 
 def _check_range(logits_TV: Tensor, targets_T: Tensor, ignore_index: int) -> None:
@@ -68,10 +69,10 @@ def _statistics_cpu(logits_TV: Tensor, targets_T: Tensor, softcap: float | None)
         torch.log_softmax(z_CV, 1, out=room_CV)
         torch.gather(room_CV, 1, columns_T1[rows], out=log_p_T1[rows])
     pick_T, lse_T = pick_T1[:, 0], (pick_T1 - log_p_T1)[:, 0]
-    hidden_T = pick_T == -torch.inf  # says nothing of the others
-    if hidden_T.any():
-        z_HV = capped(logits_TV[hidden_T].to(lse_T.dtype), softcap)
-        lse_T[hidden_T] = torch.logsumexp(z_HV, 1)
+    far_T = ~(log_p_T1[:, 0] >= _FAR)
+    if far_T.any():
+        z_FV = capped(logits_TV[far_T].to(lse_T.dtype), softcap)
+        lse_T[far_T] = torch.logsumexp(z_FV, 1)
     return torch.stack((torch.where(inside_T, pick_T, 0.0), lse_T))
 
 

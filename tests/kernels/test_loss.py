@@ -281,6 +281,22 @@ def test_masked_columns_are_those_of_pytorch(smoothing):
         torch.testing.assert_close(a, b, equal_nan=True)
 
 
+@pytest.mark.parametrize("far", [-1e9, -1e4, -100.0, -50.0, 1e4])
+def test_a_target_far_below_the_others_leaves_the_z_loss_exact(far):
+    logits = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    logits[0, 4] = logits[1, 0] = far  # of the token, and of one that is ignored
+    logits.requires_grad_()
+    exact, targets = logits.detach().double().requires_grad_(), torch.tensor([4, -100, 2])
+    (nll, _), (z, _) = cross_entropy(logits, targets, z_loss=True)
+    lse = exact.logsumexp(-1)[targets != -100]
+    want = F.cross_entropy(exact, targets, reduction="sum")
+    torch.testing.assert_close(nll.double(), want, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(z.double(), lse.square().sum(), rtol=1e-5, atol=1e-6)
+    (a,) = torch.autograd.grad(nll + 0.1 * z, logits)
+    (b,) = torch.autograd.grad(want + 0.1 * lse.square().sum(), exact)
+    torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
 def test_entropy_and_gradient_of_masked_columns():
     """A masked column is as one that is not there, under a soft-cap too."""
     logits, targets = _minus_infinity()
