@@ -35,7 +35,7 @@ _LEAST = -1e30  # in the place of -inf, which times a probability of 0 would be 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-_BLOCK = 1 << 19  # elements: a row is long, and a block costs some twenty small calls
+_BLOCK = 1 << 19  # elements: a row is long, and a block costs a dozen small calls
 
 
 def blocks(logits_CV: Tensor) -> Iterable[slice]:
