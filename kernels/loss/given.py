@@ -23,11 +23,11 @@ from ..library import below_autograd, first_derivative_only, register, wide
 from ..peers import PEERS, serve
 from .chunks import check_range, trained
 from .logits import (
-    blocks,
     capped,
     check_logits,
     check_options,
     find,
+    log_probabilities,
     nll_and_gradient_,
     write_gradient,
 )
@@ -58,16 +58,13 @@ def _statistics(
 
 
 def _statistics_cpu(logits_TV: Tensor, targets_T: Tensor, softcap: float | None) -> Tensor:
-    """Take the log-sum-exp from one log-probability: PyTorch holds a row of them in cache."""
+    """Take the log-sum-exp of a row from one of its log-probabilities."""
     columns_T, inside_T = find(targets_T, 0, logits_TV.shape[1])
     columns_T1 = columns_T[:, None]
     pick_T1 = capped(logits_TV.gather(1, columns_T1).to(wide(logits_TV.dtype)), softcap)
-    log_p_T1, room_CV = torch.empty_like(pick_T1), None
-    for rows in blocks(logits_TV):
-        z_CV = capped(logits_TV[rows].to(pick_T1.dtype), softcap)
-        room_CV = torch.empty_like(z_CV) if room_CV is None else room_CV[: len(z_CV)]
-        torch.log_softmax(z_CV, 1, out=room_CV)
-        torch.gather(room_CV, 1, columns_T1[rows], out=log_p_T1[rows])
+    log_p_T1 = torch.empty_like(pick_T1)
+    for rows, _, log_p_CV in log_probabilities(logits_TV, softcap):
+        torch.gather(log_p_CV, 1, columns_T1[rows], out=log_p_T1[rows])
     pick_T, lse_T = pick_T1[:, 0], (pick_T1 - log_p_T1)[:, 0]
     far_T = ~(log_p_T1[:, 0] >= _FAR)
     if far_T.any():

@@ -22,7 +22,7 @@ slices: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; soft-c
 https://arxiv.org/abs/2408.00118, section 2.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,20 +33,10 @@ from ..library import need_tensors, register, row_blocks, wide
 _OP = "linear_cross_entropy"  # the operator under which the device code of this file is proven
 _LEAST = -1e30  # in the place of -inf, which times a probability of 0 would be NaN
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
 _BLOCK = 1 << 19  # elements: a row is long, and a block costs a dozen small calls
 
 
-def blocks(logits_CV: Tensor) -> Iterable[slice]:
-    """Cut the rows: on the CPU into what its cache holds, elsewhere not at all.
-
-    Args:
-        logits_CV: `[C, V]`.
-
-    Returns:
-        Slices of rows, in order.
-    """
+def _blocks(logits_CV: Tensor) -> Iterable[slice]:
     if logits_CV.device.type == "cpu":
         return row_blocks(logits_CV.shape[0], logits_CV.shape[1], _BLOCK)
     return (slice(0, logits_CV.shape[0]),)
@@ -88,6 +78,25 @@ def capped(x: Tensor, softcap: float | None) -> Tensor:
     return (x / softcap).tanh_().mul_(softcap).masked_fill_(x == -torch.inf, -torch.inf)
 
 
+def log_probabilities(
+    logits_CV: Tensor, softcap: float | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Walk over blocks of rows; PyTorch holds a row of log_softmax in cache.
+
+    Args:
+        logits_CV: `[C, V]`.
+        softcap: Soft-cap of the logits, or None.
+
+    Yields:
+        The rows, their capped logits and log-probabilities, which the next block writes over.
+    """
+    room_CV = None
+    for rows in _blocks(logits_CV):
+        z_CV = capped(logits_CV[rows].to(wide(logits_CV.dtype)), softcap)
+        room_CV = torch.empty_like(z_CV) if room_CV is None else room_CV[: len(z_CV)]
+        yield rows, z_CV, torch.log_softmax(z_CV, -1, out=room_CV)
+
+
 def cap_slope(z: Tensor, softcap: float) -> Tensor:
     """Differentiate the soft-cap.
 
@@ -99,13 +108,6 @@ def cap_slope(z: Tensor, softcap: float) -> Tensor:
         1 - (z / c)^2, and 0 where `z` is -inf.
     """
     return 1 - (z / softcap).square_().clamp_(max=1)
-
-
-def _moments(z_CV: Tensor, max_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    below_CV = z_CV - max_C.masked_fill(max_C == -torch.inf, 0.0)[:, None]
-    exp_CV = below_CV.exp()
-    weighted_C = below_CV.clamp_(min=_LEAST).mul_(exp_CV).sum(-1)
-    return exp_CV.sum(-1), z_CV.sum(-1), weighted_C
 
 
 def cross_entropy_partials_reference(
@@ -136,17 +138,19 @@ def cross_entropy_partials_reference(
     columns_C, inside_C = find(targets_C, start, logits_CV.shape[1])
     true_C = capped(logits_CV.gather(-1, columns_C[:, None])[:, 0].to(dtype), softcap)
     parts[2] = torch.where(inside_C, true_C, 0.0)
-    room_CV = None  # PyTorch holds a row of log_softmax in cache; its largest is -log(sum)
-    for rows in blocks(logits_CV):
-        z_CV = capped(logits_CV[rows].to(dtype), softcap)
-        max_C = torch.amax(z_CV, -1, out=parts[0, rows])
-        if moments:
-            parts[1, rows], parts[3, rows], parts[4, rows] = _moments(z_CV, max_C)
-            continue
-        room_CV = torch.empty_like(z_CV) if room_CV is None else room_CV[: len(z_CV)]
-        torch.amax(torch.log_softmax(z_CV, -1, out=room_CV), -1, out=parts[1, rows])
-    if not moments:
-        parts[1].neg_().exp_()
+    if moments:
+        for rows in _blocks(logits_CV):
+            z_CV = capped(logits_CV[rows].to(dtype), softcap)
+            max_C = torch.amax(z_CV, -1, out=parts[0, rows])
+            below_CV = z_CV - max_C.masked_fill(max_C == -torch.inf, 0.0)[:, None]
+            exp_CV = below_CV.exp()
+            parts[1, rows], parts[3, rows] = exp_CV.sum(-1), z_CV.sum(-1)
+            parts[4, rows] = below_CV.clamp_(min=_LEAST).mul_(exp_CV).sum(-1)
+    else:
+        for rows, z_CV, log_p_CV in log_probabilities(logits_CV, softcap):
+            torch.amax(z_CV, -1, out=parts[0, rows])
+            torch.amax(log_p_CV, -1, out=parts[1, rows])
+        parts[1].neg_().exp_()  # the largest is -log(sum)
     parts[1].masked_fill_(parts[0] == -torch.inf, 0.0)  # a row of -inf has the sum 0, not NaN
     return parts
 
@@ -180,7 +184,7 @@ def cross_entropy_gradient_reference(
     columns_C1, hit_C1 = columns_C[:, None], torch.where(inside_C[:, None], hit_C1, 0.0)
     idle_C1 = (g == 0).all(0)[:, None]
     scaled, some_idle, tilted = _any(slope_C1 != 1), _any(idle_C1), bool(rest) and _any(rest[1])
-    for rows in blocks(logits_CV):
+    for rows in _blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(lse_C.dtype), softcap)
         p_CV = out_CV[rows] if out_CV.dtype == z_CV.dtype else torch.empty_like(z_CV)
         if tilted:
@@ -215,7 +219,7 @@ def _nll_and_gradient_reference_(
     gradient: bool,
 ) -> Tensor:
     nll_C = logits_CV.new_empty(logits_CV.shape[0], dtype=wide(logits_CV.dtype))
-    for rows in blocks(logits_CV):
+    for rows in _blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(nll_C.dtype), softcap)
         columns_C1 = find(targets_C[rows], 0, z_CV.shape[1])[0][:, None]
         slope_CV = None if softcap is None or not gradient else cap_slope(z_CV, softcap)
