@@ -43,13 +43,13 @@ class _Operator:
     Attributes:
         stem: Path of its device code below `kernels/`, without `_triton.py` or `_cuda.py`.
         default: What serves where no kernel is proven.
-        library: Whether PyTorch has a fused operator of its own, backend `torch`.
+        library: Backends that are PyTorch's own fused operators.
         shared: Further stems whose Triton code its kernels call.
     """
 
     stem: str
     default: str = "reference"
-    library: bool = False
+    library: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
 
     def files(self, backend: str) -> list[Path]:
@@ -61,8 +61,7 @@ class _Operator:
     @functools.cached_property
     def backends(self) -> tuple[str, ...]:
         """Name ours; looked up once, because a call that names its backend asks each time."""
-        library = ("torch",) if self.library else ()
-        return ("reference", *library, *(name for name in _DEVICE if self.files(name)))
+        return ("reference", *self.library, *(name for name in _DEVICE if self.files(name)))
 
     def listed(self, op: str) -> tuple[str, ...]:
         """Return all backends of the operator `op` whose entry this is, peers too."""
@@ -93,9 +92,15 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
         "mx_quantize": _Operator(stem="quant/mx", shared=_FP8),
         "nf4_quantize": _Operator(stem="quant/nf4", shared=_FP8),
         "nf4_dequantize": _Operator(stem="quant/nf4", shared=_FP8),
-        "grouped_gemm": _Operator(stem="gemm/grouped"),
-        "flash_attention": _Operator(stem="attention/flash", default="torch", library=True),
-        "flash_attention_varlen": _Operator(stem="attention/flash", default="torch", library=True),
+        "grouped_gemm": _Operator(stem="gemm/grouped", library=("torch",)),
+        "fp8_gemm": _Operator(stem="gemm/fp8"),
+        "fp8_linear": _Operator(stem="gemm/fp8", shared=_FP8),
+        "flash_attention": _Operator(
+            stem="attention/flash", default="torch", library=("torch", "cudnn")
+        ),
+        "flash_attention_varlen": _Operator(
+            stem="attention/flash", default="torch", library=("torch",)
+        ),
     }
 )
 
