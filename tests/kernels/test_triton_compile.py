@@ -30,6 +30,7 @@ NARROW = {
     "permutation_triton.rank_kernel": "reads the experts, a few hundred kilobytes",
     "permutation_triton.invert_kernel": "reads the order, a few hundred kilobytes",
     "rms_triton.shares_kernel": "adds up a few kilobytes",
+    "grouped_triton.tiles_kernel": "writes three numbers a tile of rows",
 }
 
 
