@@ -1,32 +1,39 @@
-"""Other projects' kernels as backends: Liger, Transformer Engine and apex, where importable.
+"""Others' kernels as backends: Liger, Transformer Engine, apex, flash-attn, flex attention.
 
 They are there to be measured beside ours, and for who prefers them: a peer serves when it is named,
 and is never a default. A function here takes what our public function has checked, and gives it
 the peer's way: what a peer does not fuse is composed, as its own users would. None of these
 packages is needed, and none is imported before it is named.
 
-Liger is compared with ours in the tests, in Triton's interpreter. Transformer Engine and apex need
-a GPU to be imported: how they are called is tested with stand-ins, and no GPU has run them here.
+Liger is compared with ours in the tests, in Triton's interpreter; flex attention, of PyTorch, on
+the CPU, where it is explicit maths. Transformer Engine, apex and flash-attn need a GPU to be
+imported: how they are called is tested with stand-ins, and no GPU has run them here.
 
-Source: the call signatures of liger-kernel 0.8, transformer-engine 2.8 and apex 25.09.
+Source: the call signatures of liger-kernel 0.8, transformer-engine 2.8, apex 25.09, flash-attn 2.8.
 """
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .launch import interpreted
 
+if TYPE_CHECKING:
+    from .attention.scores import Packed, Scores
+
 _PACKAGES = MappingProxyType(
     {
         "liger": ("liger_kernel", "liger-kernel: pip install liger-kernel"),
         "te": ("transformer_engine", "transformer-engine: pip install warploom[te]"),
         "apex": ("apex", "apex, from https://github.com/NVIDIA/apex (not PyPI's project apex)"),
+        "flash_attn": ("flash_attn", "flash-attn: pip install flash-attn --no-build-isolation"),
+        "flex": ("torch.nn.attention.flex_attention", "torch, with flex_attention"),
     }
 )
 PEERS = tuple(_PACKAGES)
@@ -143,6 +150,103 @@ def _apex_rotary(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -
     return tuple(turn(x.unsqueeze(1), cos, sin).squeeze(1) for x in (q_THK, k_TGK))
 
 
+_NO_LSE = (
+    "flash_attention: backend 'flash_attn' differentiates no log-sum-exp: leave return_lse and "
+    "sinks out, or take backend 'torch'"
+)
+_NO_OFFSET = (
+    "flash_attention: backend 'flash_attn' puts the last query at the last key: leave offset out"
+)
+
+
+def _flash_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    packed: "Packed | None",
+    scores: "Scores",
+    return_lse: bool,
+    deterministic: bool,
+) -> Any:
+    if return_lse:
+        raise RuntimeError(_NO_LSE)
+    if packed is None and scores.first(q.shape[1], k.shape[1]) != k.shape[1] - q.shape[1]:
+        raise RuntimeError(_NO_OFFSET)
+    module = importlib.import_module("flash_attn")
+    rest: dict[str, Any] = {"softmax_scale": scores.scale, "softcap": scores.softcap}
+    rest |= {"window_size": (scores.left, scores.right), "causal": scores.right == 0}
+    rest |= {"deterministic": deterministic}
+    if packed is None:
+        return module.flash_attn_func(q, k, v, **rest), None
+    longest = (
+        int(cu.diff().max()) if most is None else most
+        for cu, most in ((packed.q, packed.max_q), (packed.k, packed.max_k))
+    )
+    return module.flash_attn_varlen_func(q, k, v, packed.q, packed.k, *longest, **rest), None
+
+
+@functools.cache
+def _flex(compiled: bool) -> Any:
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    return torch.compile(module.flex_attention) if compiled else module.flex_attention
+
+
+def _documents(cu: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Return of each row its document, and its place there."""
+    at = torch.arange(rows, device=cu.device)
+    document = torch.searchsorted(cu[1:].long(), at, right=True)
+    return document, at - cu.long()[document]
+
+
+def _flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    packed: "Packed | None",
+    scores: "Scores",
+    return_lse: bool,
+    deterministic: bool,
+) -> Any:
+    """Attend by flex attention, compiled on CUDA; its mask of blocks is made anew each call."""
+    module = importlib.import_module("torch.nn.attention.flex_attention")
+    if packed is not None:
+        (doc_q, at_q), (doc_k, at_k) = (
+            _documents(cu, len(x)) for cu, x in ((packed.q, q), (packed.k, k))
+        )
+        at_q = at_q + (packed.k.diff() - packed.q.diff())[doc_q]
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
+    first, left, right = scores.first(q.shape[1], k.shape[1]), scores.left, scores.right
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        at, key = (i + first, j) if packed is None else (at_q[i], at_k[j])
+        sees = at == at if packed is None else doc_q[i] == doc_k[j]
+        sees = sees & (key >= at - left) if left >= 0 else sees
+        return sees & (key <= at + right) if right >= 0 else sees
+
+    def capped(s: Tensor, *_: Tensor) -> Tensor:
+        return scores.softcap * torch.tanh(s / scores.softcap)
+
+    masked = scores.masked or packed is not None
+    sizes = q.shape[1], k.shape[1]
+    found = _flex(q.is_cuda)(
+        *(x.transpose(1, 2) for x in (q, k, v)),
+        score_mod=capped if scores.softcap else None,
+        block_mask=module.create_block_mask(seen, None, None, *sizes, device=q.device)
+        if masked
+        else None,
+        scale=scores.scale,
+        enable_gqa=True,
+        return_aux=module.AuxRequest(lse=True) if return_lse else None,
+    )
+    out, lse = (found[0], found[1].lse) if return_lse else (found, None)
+    out = out.transpose(1, 2)
+    if packed is None:
+        return out, lse
+    return out.squeeze(0), None if lse is None else lse.squeeze(0)
+
+
 _SERVED: Mapping[tuple[str, str], Callable[..., Any]] = MappingProxyType(
     {
         ("rms_norm", "liger"): _liger_rms_norm,
@@ -158,6 +262,10 @@ _SERVED: Mapping[tuple[str, str], Callable[..., Any]] = MappingProxyType(
         ("cross_entropy", "liger"): _liger_cross_entropy,
         ("cross_entropy", "te"): _te_cross_entropy,
         ("linear_cross_entropy", "liger"): _liger_linear_cross_entropy,
+        ("flash_attention", "flash_attn"): _flash_attn,
+        ("flash_attention", "flex"): _flex_attention,
+        ("flash_attention_varlen", "flash_attn"): _flash_attn,
+        ("flash_attention_varlen", "flex"): _flex_attention,
     }
 )
 
@@ -180,7 +288,7 @@ def serve(op: str, name: str, *args: Any, plain: bool = True, **keywords: Any) -
 
     Args:
         op: Operator.
-        name: `liger`, `te` or `apex`, as the caller gave it for `backend`.
+        name: One of `PEERS`, as the caller gave it for `backend`.
         *args: As our public function takes them, checked.
         plain: Whether the call asks for nothing that only our kernels have.
         **keywords: The same.

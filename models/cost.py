@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from warploom.kernels.attention import Scores
+
 from .architecture import Architecture
 from .memory_cost import Memory, activations, memory
 
@@ -150,10 +152,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     """Return what each operator of this library computes, from its arguments."""
     ops = torch.ops.warploom
     found: dict[Any, Callable[..., int]] = {
-        ops.flash_attention_forward: partial(_dense, first=0, products=2),
-        ops.flash_attention_backward: partial(_dense, first=2, products=5),
-        ops.flash_attention_varlen_forward: partial(_varlen, first=0, products=2),
-        ops.flash_attention_varlen_backward: partial(_varlen, first=2, products=5),
+        ops.flash_attention_forward: partial(_attention, first=0, products=(1, 1)),
+        ops.flash_attention_backward: partial(_attention, first=2, products=(3, 2)),
         ops.swiglu_linear_forward: _gated_forward,
         ops.swiglu_linear_backward: _gated_backward,
         ops.linear_cross_entropy_forward: _cross_entropy,
@@ -176,23 +176,24 @@ def _gated_backward(*args: Any, out_val: Any = None) -> int:
     return (1 + int(weight_grad)) * _gated_forward(gate_up, weight_DF)
 
 
-def _pairs(queries: int, keys: int, causal: bool) -> float:
-    return queries * keys / (2 if causal else 1)
+def _attention(*args: Any, first: int, products: tuple[int, int], out_val: Any = None) -> int:
+    q, k, v = args[first : first + 3]
+    cu, cu_k, _, _, scale, left, right, offset, softcap, *_ = args[-11:]
+    scores = Scores(scale=scale, left=left, right=right, offset=offset, softcap=softcap)
+    if cu is None:
+        pairs = q.shape[0] * _pairs(q.shape[1], k.shape[1], scores)
+    else:
+        lengths = [x.diff().tolist() for x in (cu, cu if cu_k is None else cu_k)]
+        pairs = sum(_pairs(n, m, scores) for n, m in zip(*lengths, strict=True))
+    width: int = products[0] * q.shape[-1] + products[1] * v.shape[-1]
+    return int(2 * q.shape[-2] * width * pairs)
 
 
-def _dense(*args: Any, first: int, products: int, out_val: Any = None) -> int:
-    q_BSHK, k_BUGK = args[first], args[first + 1]
-    causal = args[-3]
-    batch, queries, heads, head_dim = q_BSHK.shape
-    each = 2 * batch * heads * head_dim * _pairs(queries, k_BUGK.shape[1], causal)
-    return int(products * each)
-
-
-def _varlen(*args: Any, first: int, products: int, out_val: Any = None) -> int:
-    _, heads, head_dim = args[first].shape
-    cu_seqlens, causal = args[-5], args[-3]
-    pairs = sum(_pairs(n, n, causal) for n in cu_seqlens.diff().tolist())
-    return int(products * 2 * heads * head_dim * pairs)
+def _pairs(queries: int, keys: int, scores: Scores) -> float:
+    """Count pairs of a query and a key; half of the square where causal, as everywhere here."""
+    if queries == keys and scores.left < 0 and scores.right == 0 and not scores.offset:
+        return queries * keys / 2
+    return scores.pairs(queries, keys)
 
 
 def _trained(targets_T: Tensor, ignore_index: int) -> int:

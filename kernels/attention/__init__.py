@@ -2,5 +2,12 @@
 
 from .flash import flash_attention, flash_attention_backward, flash_attention_varlen
 from .merging import merge
+from .scores import Scores
 
-__all__ = ["flash_attention", "flash_attention_backward", "flash_attention_varlen", "merge"]
+__all__ = [
+    "Scores",
+    "flash_attention",
+    "flash_attention_backward",
+    "flash_attention_varlen",
+    "merge",
+]

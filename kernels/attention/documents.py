@@ -7,22 +7,25 @@ documents of 32 tokens on average, 9 heads of 64, one core: 89 ms forward and ba
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
+import torch
 from torch import Tensor
+
+from .scores import Packed
 
 Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Neighbouring documents of one length, attended to in one call.
+class Rows:
+    """The rows of neighbouring documents in queries or keys.
 
     Attributes:
-        start: First token of the first.
+        start: First row of the first document.
         count: Documents.
-        length: Tokens of each, at least 1.
+        length: Rows of each.
     """
 
     start: int
@@ -35,13 +38,21 @@ class Batch:
         return part.unflatten(0, (self.count, self.length))  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Neighbouring documents of the same lengths, attended to in one call."""
+
+    queries: Rows
+    keys: Rows
+
+
 def check(op: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> list[int]:
     """Read where documents start, and refuse what is not a partition of the tokens.
 
     Args:
         op: Whose error it is.
         cu_seqlens: `[N + 1]`, int32.
-        tokens: T.
+        tokens: Rows of all documents.
         max_seqlen: What the caller says of the longest document.
 
     Returns:
@@ -71,99 +82,130 @@ def check(op: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int | None) -> l
     return bounds
 
 
-def plan(bounds: list[int]) -> list[Batch]:
+def bounds_of(op: str, packed: Packed, queries: int, keys: int) -> tuple[list[int], list[int]]:
+    """Read and check the boundaries of documents, in queries and in keys.
+
+    Args:
+        op: Whose error it is.
+        packed: The boundaries.
+        queries: Rows of all queries.
+        keys: Rows of all keys.
+
+    Returns:
+        Both as lists.
+
+    Raises:
+        ValueError: As `check`, or if they are not of as many documents.
+    """
+    of_queries = check(op, packed.q, queries, packed.max_q)
+    if packed.q is packed.k:
+        if queries != keys:
+            raise ValueError(
+                f"{op}: q and k must have the same tokens, or give cu_seqlens_k, got {queries} and "
+                f"{keys}"
+            )
+        return of_queries, of_queries
+    return of_queries, check(f"{op} (cu_seqlens_k)", packed.k, keys, packed.max_k)
+
+
+def plan(queries: list[int], keys: list[int]) -> list[Batch]:
     """Decide which documents go into one call.
 
     Args:
-        bounds: `cu_seqlens`, checked.
+        queries: `cu_seqlens` of the queries, checked.
+        keys: That of the keys.
 
     Returns:
-        Batches that hold each token once, in order.
+        Batches that hold, in order, each document that has queries.
     """
-    documents = [(a, b - a) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    documents = [
+        (a, b - a, c, d - c)
+        for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True)
+        if b > a
+    ]
     batches = []
-    for length, neighbours in groupby(documents, key=lambda document: document[1]):
-        starts = [start for start, _ in neighbours]
-        batches.append(Batch(start=starts[0], count=len(starts), length=length))
+    for (query_length, key_length), neighbours in groupby(documents, key=lambda d: (d[1], d[3])):
+        first, *others = neighbours
+        count = 1 + len(others)
+        batches.append(
+            Batch(
+                queries=Rows(start=first[0], count=count, length=query_length),
+                keys=Rows(start=first[2], count=count, length=key_length),
+            )
+        )
     return batches
 
 
 def forward(
     dense: Callable[..., Dense],
     q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    bounds: list[int],
-    causal: bool,
-    scale: float,
-    lse_TH: Tensor,
-) -> Tensor:
+    k_UGK: Tensor,
+    v_UGL: Tensor,
+    batches: list[Batch],
+    dtype: torch.dtype,
+) -> Dense:
     """Attend within documents.
 
     Args:
-        dense: Attends in batches, as `attention_reference`.
+        dense: Attends in batches, as `attention_reference` of three tensors.
         q_THK: `[T, H, K]`.
-        k_TGK: `[T, G, K]`.
-        v_TGK: `[T, G, K]`.
-        bounds: `cu_seqlens`, checked.
-        causal: Whether a query sees the keys up to its own position only.
-        scale: Multiplies the scores.
-        lse_TH: `[T, H]`; filled.
+        k_UGK: `[U, G, K]`.
+        v_UGL: `[U, G, L]`.
+        batches: Of `plan`.
+        dtype: Of the log-sum-exp.
 
     Returns:
-        `[T, H, K]`.
+        `[T, H, L]` and the log-sum-exp `[H, T]`.
     """
-    out_THK = q_THK.new_empty(q_THK.shape)
-    batches = plan(bounds)
+    out_THL = q_THK.new_empty(*q_THK.shape[:-1], v_UGL.shape[-1])
+    lse_HT = q_THK.new_empty(q_THK.shape[1], len(q_THK), dtype=dtype)
     for batch in batches:
-        out, lse = dense(*(batch.view(x) for x in (q_THK, k_TGK, v_TGK)), causal, scale)
-        batch.view(lse_TH).copy_(lse.mT)
+        rows = batch.queries.view
+        out, lse = dense(rows(q_THK), batch.keys.view(k_UGK), batch.keys.view(v_UGL))
+        rows(lse_HT.t()).copy_(lse.mT)
         if len(batches) == 1:
-            return out.flatten(0, 1)  # all tokens: nothing to copy
-        batch.view(out_THK).copy_(out)
-    return out_THK
+            return out.flatten(0, 1), lse_HT  # all tokens: nothing to copy
+        rows(out_THL).copy_(out)
+    return out_THL, lse_HT
 
 
 def backward(
     dense: Callable[..., Gradients],
-    dout_THK: Tensor,
-    dlse_TH: Tensor | None,
+    dout_THL: Tensor,
+    dlse_HT: Tensor | None,
     q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    out_THK: Tensor,
-    lse_TH: Tensor,
-    bounds: list[int],
-    causal: bool,
-    scale: float,
+    k_UGK: Tensor,
+    v_UGL: Tensor,
+    out_THL: Tensor,
+    lse_HT: Tensor,
+    batches: list[Batch],
 ) -> Gradients:
     """Differentiate `forward`.
 
     Args:
-        dense: Differentiates in batches, as `attention_backward_reference`.
-        dout_THK: Upstream gradient of the output.
-        dlse_TH: Upstream gradient of the log-sum-exp, None for 0.
+        dense: Differentiates in batches, as `attention_backward_reference` of seven tensors.
+        dout_THL: Upstream gradient of the output.
+        dlse_HT: Upstream gradient of the log-sum-exp, None for 0.
         q_THK: As in the forward.
-        k_TGK: As in the forward.
-        v_TGK: As in the forward.
-        out_THK: What the forward gave.
-        lse_TH: What the forward gave.
-        bounds: As in the forward.
-        causal: As in the forward.
-        scale: As in the forward.
+        k_UGK: As in the forward.
+        v_UGL: As in the forward.
+        out_THL: What the forward gave.
+        lse_HT: What the forward gave.
+        batches: As in the forward.
 
     Returns:
         The gradients of q, k and v.
     """
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-    batches = plan(bounds)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q_THK, k_UGK, v_UGL))
+    lse_TH, dlse_TH = lse_HT.t(), None if dlse_HT is None else dlse_HT.t()
     for batch in batches:
-        dout, q, k, v, out = (batch.view(x) for x in (dout_THK, q_THK, k_TGK, v_TGK, out_THK))
-        dlse = None if dlse_TH is None else batch.view(dlse_TH).mT
-        gradients = dense(dout, dlse, q, k, v, out, batch.view(lse_TH).mT, causal, scale)
-        if len(batches) == 1:
-            dq, dk, dv = (d.flatten(0, 1) for d in gradients)  # all tokens: nothing to copy
+        rows, keys = batch.queries.view, batch.keys.view
+        dlse = None if dlse_TH is None else rows(dlse_TH).mT
+        saved = rows(q_THK), keys(k_UGK), keys(v_UGL), rows(out_THL), rows(lse_TH).mT
+        parts = dense(rows(dout_THL), dlse, *saved)
+        if len(batches) == 1 and parts[1].flatten(0, 1).shape == dk.shape:
+            dq, dk, dv = (d.flatten(0, 1) for d in parts)  # all tokens: nothing to copy
             break
-        for whole, part in zip((dq, dk, dv), gradients, strict=True):
-            batch.view(whole).copy_(part)
+        for view, whole, part in zip((rows, keys, keys), (dq, dk, dv), parts, strict=True):
+            view(whole).copy_(part)
     return dq, dk, dv

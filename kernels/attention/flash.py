@@ -2,197 +2,49 @@
 
     s = scale * q k^T,    lse = log sum exp s,    o = exp(s - lse) v    over the keys a query sees
 
-The formulas of the backward stand in `reference.py`. Saved are q, k, v, o and lse, never the
-scores; the log-sum-exp is differentiable, as merging the parts of ring attention needs.
+    with a sink z of each head:    lse' = log(exp lse + exp z),    o' = o exp(lse - lse')
 
-Shapes: B batch, S queries, U keys, T tokens of all documents, H query heads, G key/value heads,
-K head dimension, N documents. Bound by arithmetic: 4 S U H K FLOPs a sequence forward and 10
-backward, half of them where causal.
+The formulas of the backward stand in `reference.py`. A sink is a key without a value: its weight is
+taken from the finished output and log-sum-exp, and no backend needs to know of it.
+
+Shapes: B batch, S queries, U keys, T tokens of all documents, H query heads, G key/value heads, K
+head dimension of queries and keys, L of values, N documents. Bound by arithmetic: 2 H (K + L) FLOPs
+forward and 2 H (3 K + 2 L) backward a pair of a query and a key that it sees.
 
 Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithms 1 and 2; grouped heads: Ainslie et
-al. 2023, https://arxiv.org/abs/2305.13245, section 2.2.
+al. 2023, https://arxiv.org/abs/2305.13245, section 2.2; sinks: OpenAI 2025,
+https://arxiv.org/abs/2508.10925, section 2.2.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .. import peers
 from ..backends import choose
-from ..library import below_autograd, register, wide
-from . import documents, sdpa
-from .reference import attention_backward_reference, attention_reference
+from ..library import need_tensors
+from . import sdpa
+from .operator import BACKWARD, FORWARD
+from .scores import Packed, Scores
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
-
-
-def _dense(
-    q_BSHK: Tensor, k_BUGK: Tensor, v_BUGK: Tensor, causal: bool, scale: float, backend: str
-) -> Dense:
-    run = sdpa.forward if backend == "torch" else attention_reference
-    return run(q_BSHK, k_BUGK, v_BUGK, causal, scale)
-
-
-def _dense_fake(
-    q_BSHK: Tensor, k_BUGK: Tensor, v_BUGK: Tensor, causal: bool, scale: float, backend: str
-) -> Dense:
-    batch, queries, heads, _ = q_BSHK.shape
-    lse_BHS = q_BSHK.new_empty(batch, heads, queries, dtype=wide(q_BSHK.dtype))
-    return q_BSHK.new_empty(q_BSHK.shape), lse_BHS
-
-
-def _dense_backward(
-    dout_BSHK: Tensor,
-    dlse_BHS: Tensor | None,
-    q_BSHK: Tensor,
-    k_BUGK: Tensor,
-    v_BUGK: Tensor,
-    out_BSHK: Tensor,
-    lse_BHS: Tensor,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> Gradients:
-    run = sdpa.backward if backend == "torch" else attention_backward_reference
-    return run(dout_BSHK, dlse_BHS, q_BSHK, k_BUGK, v_BUGK, out_BSHK, lse_BHS, causal, scale)
-
-
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> Gradients:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _longest(cu_seqlens: Tensor, max_seqlen: int | None) -> int:
-    return int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
-
-
-def _varlen(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> Dense:
-    if backend == "torch" and q_THK.is_cuda:
-        longest = _longest(cu_seqlens, max_seqlen)
-        return sdpa.varlen_forward_cuda(q_THK, k_TGK, v_TGK, cu_seqlens, longest, causal, scale)
-    bounds = documents.check("flash_attention_varlen", cu_seqlens, len(q_THK), max_seqlen)
-    dense = sdpa.forward if backend == "torch" else attention_reference
-    lse_HT = q_THK.new_empty(q_THK.shape[1], len(q_THK), dtype=wide(q_THK.dtype))
-    out = documents.forward(dense, q_THK, k_TGK, v_TGK, bounds, causal, scale, lse_HT.t())
-    return out, lse_HT
-
-
-def _varlen_fake(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> Dense:
-    tokens, heads, _ = q_THK.shape
-    lse_HT = q_THK.new_empty(heads, tokens, dtype=wide(q_THK.dtype))
-    return q_THK.new_empty(q_THK.shape), lse_HT
-
-
-def _varlen_backward(
-    dout_THK: Tensor,
-    dlse_HT: Tensor | None,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    out_THK: Tensor,
-    lse_HT: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int | None,
-    causal: bool,
-    scale: float,
-    backend: str,
-) -> Gradients:
-    saved = q_THK, k_TGK, v_TGK, out_THK
-    if backend == "torch" and q_THK.is_cuda:
-        longest = _longest(cu_seqlens, max_seqlen)
-        return sdpa.varlen_backward_cuda(
-            dout_THK, dlse_HT, *saved, lse_HT, cu_seqlens, longest, causal, scale
-        )
-    bounds = documents.check("flash_attention_varlen", cu_seqlens, len(q_THK), max_seqlen)
-    dense = sdpa.backward if backend == "torch" else attention_backward_reference
-    dlse_TH = None if dlse_HT is None else dlse_HT.t()
-    return documents.backward(dense, dout_THK, dlse_TH, *saved, lse_HT.t(), bounds, causal, scale)
-
-
-class _Attention(torch.autograd.Function):
-    """Both operators: `args` are q, k, v and what the operator takes beside them."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Dense:
-        varlen = isinstance(args[3], Tensor)
-        ctx.op, tensors = (_VARLEN_BACKWARD, 4) if varlen else (_DENSE_BACKWARD, 3)
-        ctx.options = args[tensors:]
-        out, lse = below_autograd(_VARLEN if varlen else _DENSE, *args)
-        ctx.save_for_backward(*args[:3], out, lse, *args[3:tensors])
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: recomputation unpacks them a single time
-        if dout is None:
-            dout = torch.zeros_like(saved[3])
-        gradients = ctx.op(dout, dlse, *saved, *ctx.options)
-        return *gradients, *(None for _ in (*saved[5:], *ctx.options))
-
-
-_DENSE = register(
-    "flash_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, str backend)"
-    " -> (Tensor, Tensor)",
-    _dense,
-    _dense_fake,
-    _Attention,
-)
-_DENSE_BACKWARD = register(
-    "flash_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out,"
-    " Tensor lse, bool causal, float scale, str backend) -> (Tensor, Tensor, Tensor)",
-    _dense_backward,
-    _backward_fake,
-)
-_VARLEN = register(
-    "flash_attention_varlen_forward(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens,"
-    " int? max_seqlen, bool causal, float scale, str backend) -> (Tensor, Tensor)",
-    _varlen,
-    _varlen_fake,
-    _Attention,
-)
-_VARLEN_BACKWARD = register(
-    "flash_attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v,"
-    " Tensor out, Tensor lse, Tensor cu_seqlens, int? max_seqlen, bool causal, float scale,"
-    " str backend) -> (Tensor, Tensor, Tensor)",
-    _varlen_backward,
-    _backward_fake,
-)
+Window = tuple[int, int]
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
+    need_tensors(op, q=q, k=k, v=v)
     if not q.dim() == k.dim() == v.dim() == len(shape):
         raise ValueError(
             f"{op}: q, k and v must be [{', '.join(shape)}], "
             f"got {[*q.shape]}, {[*k.shape]} and {[*v.shape]}"
         )
-    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or not q.shape[-1]:
+    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or not k.shape[-1] * v.shape[-1]:
         raise ValueError(
-            f"{op}: k and v must have one shape, and q their head dimension, "
+            f"{op}: k and v must have one shape but for the head dimension, and q that of k, "
             f"got q {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}"
         )
     if not k.shape[-2] or q.shape[-2] % k.shape[-2] or not q.shape[-2]:
@@ -205,32 +57,166 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
             f"{op}: q, k and v must all be float16, bfloat16, float32 or float64, "
             f"got {q.dtype}, {k.dtype} and {v.dtype}"
         )
+    if len(shape) == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(
+            f"{op}: q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}"
+        )
 
 
-def _choose(op: str, q: Tensor, backend: str | None) -> str:
-    """Choose a backend; by default `reference` where PyTorch's operator cannot serve."""
-    chosen = choose(op, q.device, q.dtype, backend)
-    missing = sdpa.missing(q) if chosen == "torch" else None
-    if missing and backend:
-        raise RuntimeError(f"{op}: backend 'torch' {missing}")
-    return "reference" if missing else chosen
+def _check_documents(op: str, name: str, cu: Tensor, q: Tensor) -> None:
+    need_tensors(op, **{name: cu})
+    if cu.dtype != torch.int32 or cu.dim() != 1 or not cu.numel():
+        raise ValueError(
+            f"{op}: {name} must be int32 [documents + 1], got {cu.dtype} {[*cu.shape]}"
+        )
+    if cu.device != q.device:
+        raise ValueError(f"{op}: {name} must be on the device of q ({q.device}), got {cu.device}")
 
 
-def _scale(q: Tensor, scale: float | None) -> float:
+def _packed(
+    op: str, q: Tensor, k: Tensor, cu: Tensor, cu_k: Tensor | None, longest: tuple[Any, Any]
+) -> Packed:
+    """Check the boundaries of documents; their values are looked at on the CPU alone."""
+    _check_documents(op, "cu_seqlens", cu, q)
+    if cu_k is None and len(q) != len(k):
+        raise ValueError(
+            f"{op}: q and k must have the same tokens, or give cu_seqlens_k, got {[*q.shape]} and "
+            f"{[*k.shape]}"
+        )
+    if cu_k is not None:
+        _check_documents(op, "cu_seqlens_k", cu_k, q)
+        if cu_k.shape != cu.shape:
+            raise ValueError(
+                f"{op}: cu_seqlens and cu_seqlens_k must be of as many documents, "
+                f"got {len(cu) - 1} and {len(cu_k) - 1}"
+            )
+    max_q, max_k = longest
+    return Packed(cu, cu, max_q, max_q) if cu_k is None else Packed(cu, cu_k, max_q, max_k)
+
+
+def _scores(
+    op: str,
+    q: Tensor,
+    causal: bool,
+    window: Window,
+    scale: float | None,
+    softcap: float | None,
+    offset: int | None,
+) -> Scores:
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):  # masks are -inf before it multiplies them
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-    return scale
+        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
+    if not isinstance(window, tuple) or len(window) != 2 or min(window) < -1:
+        raise ValueError(
+            f"{op}: window must be (keys before, keys after), -1 for all of them, got {window!r}"
+        )
+    left, right = window
+    right = 0 if causal else right
+    cap = 0.0 if softcap is None else float(softcap)
+    return Scores(scale=scale, left=left, right=right, offset=offset, softcap=cap)
+
+
+def _choose(
+    op: str, q: Tensor, k: Tensor, v: Tensor, scores: Scores, deterministic: bool,
+    backend: str | None,
+) -> str:  # fmt: skip
+    """Choose a backend, one that serves this call; an explicit choice that cannot is refused."""
+    chosen = choose(op, q.device, q.dtype, backend)
+    lack = None
+    if chosen == "cudnn":
+        lack = sdpa.cudnn_lacks(q, k, v, scores, deterministic)
+    elif chosen == "triton" and max(q.shape[-1], v.shape[-1]) > 256:
+        lack = f"needs head dimensions of at most 256, got {q.shape[-1]} and {v.shape[-1]}"
+    if lack and backend:
+        raise RuntimeError(f"{op}: backend {chosen!r} {lack}")
+    return "torch" if lack else chosen
+
+
+def _check_sinks(op: str, sinks: Tensor, q: Tensor) -> None:
+    need_tensors(op, sinks=sinks)
+    if sinks.shape != q.shape[-2:-1] or not sinks.is_floating_point():
+        raise ValueError(
+            f"{op}: sinks must be floating-point numbers [{q.shape[-2]}], one a query head, "
+            f"got {sinks.dtype} {[*sinks.shape]}"
+        )
+    if sinks.device != q.device:
+        raise ValueError(
+            f"{op}: all tensors must be on one device, got {q.device} and {sinks.device}"
+        )
+
+
+def _with_sinks(part: Dense, sinks: Tensor) -> Dense:
+    out, lse = part
+    sink_H1 = sinks.to(lse.dtype)[:, None]
+    kept = torch.sigmoid(lse - sink_H1).mT[..., None]
+    return (out * kept).to(out.dtype), torch.logaddexp(lse, sink_H1)
+
+
+def _repeatable(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
+
+
+def _attend(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed | None,
+    scores: Scores,
+    sinks: Tensor | None,
+    return_lse: bool,
+    deterministic: bool | None,
+    backend: str | None,
+) -> Tensor | Dense:
+    if sinks is not None:
+        _check_sinks(op, sinks, q)
+    repeatable = _repeatable(deterministic)
+    if backend in peers.PEERS:
+        wanted: dict[str, Any] = {"packed": packed, "scores": scores, "deterministic": repeatable}
+        wanted |= {"return_lse": return_lse or sinks is not None}
+        found: Dense = peers.serve(op, backend, q, k, v, **wanted)
+    else:
+        options = _options(op, q, k, v, packed, scores, repeatable, backend)
+        found = FORWARD(q, k, v, *options)
+    out, lse = found if sinks is None else _with_sinks(found, sinks)
+    return (out, lse) if return_lse else out
+
+
+def _options(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed | None,
+    scores: Scores,
+    deterministic: bool,
+    backend: str | None,
+) -> tuple[Any, ...]:
+    """Return what the operators take behind their tensors."""
+    chosen = _choose(op, q, k, v, scores, deterministic, backend)
+    where: tuple[Any, ...] = (None,) * 4
+    if packed is not None:
+        other = packed.k is not packed.q
+        where = packed.q, packed.k if other else None, packed.max_q, packed.max_k
+    s = scores
+    return *where, s.scale, s.left, s.right, s.offset, s.softcap, deterministic, chosen
 
 
 def flash_attention(
     q_BSHK: Tensor,
     k_BUGK: Tensor,
-    v_BUGK: Tensor,
+    v_BUGL: Tensor,
     *,
     causal: bool = True,
+    window: Window = (-1, -1),
+    offset: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | Dense:
     """Attend from each query to the keys of its sequence.
@@ -238,62 +224,83 @@ def flash_attention(
     Args:
         q_BSHK: `[B, S, H, K]`, any strides; float16, bfloat16, float32 or float64.
         k_BUGK: `[B, U, G, K]`; H is a multiple of G, query head h reads head h * G // H.
-        v_BUGK: `[B, U, G, K]`.
-        causal: Whether query i sees keys 0 to i only; then U must be S.
+        v_BUGL: `[B, U, G, L]`; L may differ from K.
+        causal: Whether a query sees no key after its own position.
+        window: How many keys before its position a query sees, and after it; -1 for all. A model
+            with `sliding_window` w of Hugging Face has (w - 1, 0).
+        offset: Position of query 0 among the keys; None puts the last query at the last key, so
+            that queries may follow a cached prefix.
+        softcap: Scores s become softcap * tanh(s / softcap); None leaves them.
+        sinks: A score each query head `[H]` that takes part in the softmax without a value, any
+            floating-point dtype, differentiable; None has none.
         scale: Multiplies the scores, positive; None is 1 / sqrt(K).
         return_lse: Whether to return the log-sum-exp of the scores too.
-        backend: `reference` (all scores in memory) or `torch` (PyTorch's fused operators; on CUDA
-            float16 and bfloat16 only); None takes `torch` where it can serve.
+        deterministic: Whether gradients must be the same bits each time; None asks
+            `torch.are_deterministic_algorithms_enabled()`.
+        backend: `reference` (all scores in memory), `torch` (PyTorch's fused operators, and tiles
+            of explicit maths for what they lack), `cudnn`, `triton`, `flex`, or `flash_attn`, which
+            gives no log-sum-exp; None takes the fastest proven one.
 
     Returns:
-        `[B, S, H, K]` in the dtype of `q_BSHK`; with `return_lse` also the log-sum-exp
-        `[B, H, S]` in nats, float32 at least, differentiable. Without a key: 0 and -inf.
+        `[B, S, H, L]` in the dtype of `q_BSHK`; with `return_lse` also the log-sum-exp
+        `[B, H, S]` in nats, float32 at least, differentiable. A query that sees no key: 0 and -inf.
 
     Raises:
-        ValueError: If shapes or dtypes are not these.
+        ValueError: If shapes, dtypes or numbers are not these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check("flash_attention", q_BSHK, k_BUGK, v_BUGK, "BSHK")
-    if q_BSHK.shape[0] != k_BUGK.shape[0] or (causal and q_BSHK.shape[1] != k_BUGK.shape[1]):
-        raise ValueError(
-            f"flash_attention: q and k must have one batch size, and where causal one length, "
-            f"got q {[*q_BSHK.shape]} and k {[*k_BUGK.shape]}, causal={causal}"
-        )
-    chosen, scale = _choose("flash_attention", q_BSHK, backend), _scale(q_BSHK, scale)
-    out, lse = _DENSE(q_BSHK, k_BUGK, v_BUGK, causal, scale, chosen)
-    return (out, lse) if return_lse else out
+    op = "flash_attention"
+    _check(op, q_BSHK, k_BUGK, v_BUGL, "BSHK")
+    scores = _scores(op, q_BSHK, causal, window, scale, softcap, offset)
+    return _attend(
+        op, q_BSHK, k_BUGK, v_BUGL, None, scores, sinks, return_lse, deterministic, backend
+    )
 
 
 def flash_attention_varlen(
     q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
+    k_UGK: Tensor,
+    v_UGL: Tensor,
     cu_seqlens: Tensor,
     *,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool = True,
+    window: Window = (-1, -1),
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Tensor | Dense:
     """Attend from each query to the keys of its own document.
 
     Args:
         q_THK: `[T, H, K]`, any strides; float16, bfloat16, float32 or float64.
-        k_TGK: `[T, G, K]`; H is a multiple of G.
-        v_TGK: `[T, G, K]`.
-        cu_seqlens: `[N + 1]`, int32: document n is tokens cu_seqlens[n] to cu_seqlens[n + 1], from
+        k_UGK: `[U, G, K]`; H is a multiple of G.
+        v_UGL: `[U, G, L]`; L may differ from K.
+        cu_seqlens: `[N + 1]`, int32: document n is queries cu_seqlens[n] to cu_seqlens[n + 1], from
             0 to T; a repeated entry is an empty document. The values are checked on the CPU;
             elsewhere that would wait for the device.
-        max_seqlen: Tokens of the longest document, or more; None finds it out, which waits for
-            the device where there is one.
-        causal: Whether a query sees the keys up to its own position only.
+        cu_seqlens_k: The same of the keys, from 0 to U, where a document has more keys than
+            queries (a cached prefix) or fewer: its last query stands at its last key. None: as
+            `cu_seqlens`.
+        max_seqlen: Queries of the longest document, or more; None finds it out where a backend
+            needs it (PyTorch's on CUDA), which waits for the device.
+        max_seqlen_k: Keys of the longest document, or more.
+        causal: Whether a query sees no key after its own position.
+        window: As in `flash_attention`.
+        softcap: As in `flash_attention`.
+        sinks: As in `flash_attention`.
         scale: Multiplies the scores, positive; None is 1 / sqrt(K).
         return_lse: Whether to return the log-sum-exp of the scores too.
-        backend: As in `flash_attention`.
+        deterministic: As in `flash_attention`.
+        backend: As in `flash_attention`, without `cudnn`.
 
     Returns:
-        `[T, H, K]` in the dtype of `q_THK`; with `return_lse` also the log-sum-exp `[H, T]` in
+        `[T, H, L]` in the dtype of `q_THK`; with `return_lse` also the log-sum-exp `[H, T]` in
         nats, float32 at least, differentiable.
 
     Raises:
@@ -301,23 +308,13 @@ def flash_attention_varlen(
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     op = "flash_attention_varlen"
-    _check(op, q_THK, k_TGK, v_TGK, "THK")
-    if q_THK.shape[0] != k_TGK.shape[0]:
-        raise ValueError(
-            f"{op}: q and k must have the same tokens, got {[*q_THK.shape]} and {[*k_TGK.shape]}"
-        )
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not cu_seqlens.numel():
-        raise ValueError(
-            f"{op}: cu_seqlens must be int32 [documents + 1], "
-            f"got {cu_seqlens.dtype} {[*cu_seqlens.shape]}"
-        )
-    if cu_seqlens.device != q_THK.device:
-        raise ValueError(
-            f"{op}: cu_seqlens must be on the device of q ({q_THK.device}), got {cu_seqlens.device}"
-        )
-    chosen, scale = _choose(op, q_THK, backend), _scale(q_THK, scale)
-    out, lse = _VARLEN(q_THK, k_TGK, v_TGK, cu_seqlens, max_seqlen, causal, scale, chosen)
-    return (out, lse) if return_lse else out
+    _check(op, q_THK, k_UGK, v_UGL, "THK")
+    longest = max_seqlen, max_seqlen_k
+    packed = _packed(op, q_THK, k_UGK, cu_seqlens, cu_seqlens_k, longest)
+    scores = _scores(op, q_THK, causal, window, scale, softcap, None)
+    return _attend(
+        op, q_THK, k_UGK, v_UGL, packed, scores, sinks, return_lse, deterministic, backend
+    )
 
 
 def flash_attention_backward(
@@ -329,29 +326,41 @@ def flash_attention_backward(
     lse: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
+    cu_seqlens_k: Tensor | None = None,
     max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None,
     causal: bool = True,
+    window: Window = (-1, -1),
+    offset: int | None = None,
+    softcap: float | None = None,
     scale: float | None = None,
+    deterministic: bool | None = None,
     backend: str | None = None,
 ) -> Gradients:
     """Differentiate attention whose output is known, by the keys given here.
 
-    `out` and `lse` may be those over more keys (a merge of parts): the result is then the share of
-    these keys in dq, and their own dk and dv, as each block of ring attention needs.
+    `out` and `lse` may be those over more keys (a merge of parts, a sink): the result is then the
+    share of these keys in dq, and their own dk and dv, as each block of ring attention needs.
 
     Args:
-        dout: Upstream gradient, `[B, S, H, K]`, or packed `[T, H, K]`.
-        q: Queries, of that shape.
-        k: Keys, `[B, U, G, K]` or `[T, G, K]`.
-        v: Values, as `k`.
+        dout: Upstream gradient, `[B, S, H, L]`, or packed `[T, H, L]`.
+        q: Queries, `[B, S, H, K]` or `[T, H, K]`.
+        k: Keys, `[B, U, G, K]` or `[U, G, K]`.
+        v: Values, `[B, U, G, L]` or `[U, G, L]`.
         out: Output over all keys, as `dout`.
         lse: Its log-sum-exp, `[B, H, S]` or `[H, T]`.
         cu_seqlens: Boundaries of packed documents, as in `flash_attention_varlen`; `None` for
             whole sequences.
-        max_seqlen: As in `flash_attention_varlen`.
+        cu_seqlens_k: As in the forward.
+        max_seqlen: As in the forward.
+        max_seqlen_k: As in the forward.
         causal: As in the forward.
+        window: As in the forward.
+        offset: As in the forward; of whole sequences alone.
+        softcap: As in the forward.
         scale: As in the forward.
-        backend: As in the forward.
+        deterministic: As in the forward.
+        backend: As in the forward; no peer.
 
     Returns:
         The gradients of q, k and v.
@@ -362,11 +371,10 @@ def flash_attention_backward(
     """
     op = "flash_attention" if cu_seqlens is None else "flash_attention_varlen"
     _check(op, q, k, v, "BSHK" if cu_seqlens is None else "THK")
-    chosen, scale = _choose(op, q, backend), _scale(q, scale)
-    saved = dout, None, q, k, v, out, lse.contiguous()
-    gradients: Gradients
-    if cu_seqlens is None:
-        gradients = _DENSE_BACKWARD(*saved, causal, scale, chosen)
-    else:
-        gradients = _VARLEN_BACKWARD(*saved, cu_seqlens, max_seqlen, causal, scale, chosen)
+    packed = None
+    if cu_seqlens is not None:
+        packed = _packed(op, q, k, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
+    scores = _scores(op, q, causal, window, scale, softcap, None if packed else offset)
+    options = _options(op, q, k, v, packed, scores, _repeatable(deterministic), backend)
+    gradients: Gradients = BACKWARD(dout, None, q, k, v, out, lse.contiguous(), *options)
     return gradients

@@ -30,7 +30,11 @@ DEVICES = (
     if INTERPRETED
     else [
         ("cpu", "reference"),
-        *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("reference", "triton", "cuda")),
+        ("cpu", "torch"),
+        *(
+            pytest.param("cuda", b, marks=pytest.mark.gpu)
+            for b in ("reference", "torch", "triton", "cuda")
+        ),
     ]
 )
 
@@ -59,6 +63,7 @@ def on(wanted=lambda s, device, backend: True):
 
 every = on()
 by_rows = on(lambda s, device, backend: s.rows)
+one_schema = on(lambda s, device, backend: (device, backend) != ("cpu", "torch"))  # as reference's
 
 
 class OnDevice(Draw):
@@ -272,7 +277,7 @@ def test_forward_mode_is_refused(s, device, backend):
 
 @item("opcheck")
 @compiled_only
-@every
+@one_schema
 def test_operators_are_registered_properly(s, device, backend):
     inputs, fixed = _case(s, device)
     found = []
@@ -292,7 +297,7 @@ def test_operators_are_registered_properly(s, device, backend):
 
 @item("torch.compile")
 @compiled_only
-@every
+@one_schema
 def test_compiles_without_a_break_and_for_any_size(s, device, backend):
     torch._dynamo.reset()
     fixed_names = _case(s, device)[1]
