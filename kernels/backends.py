@@ -92,15 +92,17 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
         "mx_quantize": _Operator(stem="quant/mx", shared=_FP8),
         "nf4_quantize": _Operator(stem="quant/nf4", shared=_FP8),
         "nf4_dequantize": _Operator(stem="quant/nf4", shared=_FP8),
+        "nf4_linear": _Operator(stem="quant/nf4", shared=_FP8),
         "grouped_gemm": _Operator(stem="gemm/grouped", library=("torch",)),
-        "fp8_gemm": _Operator(stem="gemm/fp8"),
-        "fp8_linear": _Operator(stem="gemm/fp8", shared=_FP8),
+        "fp8_gemm": _Operator(stem="gemm/fp8", library=("torch",)),
+        "fp8_linear": _Operator(stem="gemm/fp8", library=("torch",), shared=_FP8),
         "flash_attention": _Operator(
             stem="attention/flash", default="torch", library=("torch", "cudnn")
         ),
         "flash_attention_varlen": _Operator(
             stem="attention/flash", default="torch", library=("torch",)
         ),
+        "paged_attention": _Operator(stem="attention/paged", default="torch", library=("torch",)),
     }
 )
 

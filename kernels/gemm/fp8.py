@@ -33,18 +33,13 @@ from ..library import need_tensors, register, row_blocks, wide
 from ..quant.formats import BLOCK, MAXIMA, MX_BLOCK
 from ..quant.fp8 import Fp8
 from ..quant.mx import Mx
+from . import fp8_torch
 
 Product = Literal["tensor", "row", "tile", "block", "mx"]
 Operand = Fp8 | Mx
 _MEMORY = 1 << 24  # elements of an operand that are numbers at a time: 64 MiB in float32
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_PAIRS: tuple[tuple[Product, str, str], ...] = (
-    ("tensor", "tensor", "tensor"),
-    ("row", "row", "row"),
-    ("tile", "block", "tile"),
-    ("block", "block", "block"),
-    ("mx", "mx", "mx"),
-)
+_SCALED: tuple[Product, ...] = ("tensor", "row", "tile", "block")
 
 
 def fp8_gemm_reference(a: Operand, b: Operand, dtype: torch.dtype) -> Tensor:
@@ -112,9 +107,27 @@ def _gemm_cpu(
             y[rows, columns] = torch.mm(part(a, a_scale, rows, 0), second)
 
 
-def _choose(device: torch.device, dtype: torch.dtype, scaling: Product, backend: str | None) -> str:
-    """Choose a backend; by default the emulation, but not where no FP8 was to be expected."""
-    return choose("fp8_gemm", device, dtype, backend)
+def _choose(
+    a: Tensor,
+    b: Tensor,
+    types: tuple[torch.dtype, torch.dtype],
+    scaling: Product,
+    dtype: torch.dtype,
+    backend: str | None,
+) -> str:
+    """Choose a backend; on CUDA by default PyTorch's, and on a device without FP8 none."""
+    device = a.device
+    chosen = choose("fp8_gemm", device, dtype, backend)
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if lack := fp8_torch.device_lack(capability, scaling, backend):
+        raise RuntimeError(f"fp8_gemm: {lack}")
+    if chosen == "torch" or (chosen == "reference" and backend is None and capability is not None):
+        sizes = a.shape[0], b.shape[0], a.shape[1]
+        lack = fp8_torch.missing(sizes, types, scaling, dtype, device, capability)
+        if lack and backend:
+            raise RuntimeError(f"fp8_gemm: backend 'torch' {lack}")
+        chosen = "reference" if lack else "torch"
+    return chosen
 
 
 def _gemm(
@@ -128,11 +141,20 @@ def _gemm(
     dtype: torch.dtype,
     backend: str | None,
 ) -> Tensor:
+    types = a_type, b_type
+    chosen = _choose(a, b, types, scaling, dtype, backend)
     y = a_scale.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-    _choose(a.device, dtype, scaling, backend)
     if not y.numel() or not a.shape[1]:
         return y.zero_()
-    _gemm_cpu(a, a_scale, b, b_scale, (a_type, b_type), scaling, y)
+    if chosen == "reference":
+        _gemm_cpu(a, a_scale, b, b_scale, types, scaling, y)
+        return y
+    operands = a.view(a_type), a_scale, b.view(b_type), b_scale, scaling
+    if chosen == "torch":
+        return fp8_torch.gemm(*operands, dtype)
+    from .fp8_triton import gemm
+
+    gemm(*operands, y)
     return y
 
 
@@ -176,16 +198,28 @@ def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: objec
     return y
 
 
-def _groupings(q: Operand) -> set[str]:
+def scale_shape(grouping: Product, rows: int, width: int) -> tuple[int, ...]:
+    """Return the shape of the scales of an operand.
+
+    Args:
+        grouping: What shares a scale.
+        rows: Of the operand.
+        width: Its K.
+
+    Returns:
+        `[]`, `[rows, 1]`, or a scale for each group of a row, or of 128 rows with "tile".
+    """
+    if grouping == "tensor":
+        return ()
+    group = MX_BLOCK if grouping == "mx" else BLOCK
+    groups = 1 if grouping == "row" else (width + group - 1) // group
+    return (rows + BLOCK - 1) // BLOCK if grouping == "tile" else rows, groups
+
+
+def _groupings(q: Operand) -> list[Product]:
     """Name the groupings that the scales of an operand can mean; one row is a tile and a block."""
-    rows, width = q.data.shape
-    if isinstance(q, Mx):
-        return {"mx"} if q.scale.shape == (rows, -(-width // MX_BLOCK)) else set()
-    if not q.scale.dim():
-        return {"tensor"}
-    groups = -(-width // BLOCK)
-    shapes = {"row": (rows, 1), "block": (rows, groups), "tile": (-(-rows // BLOCK), groups)}
-    return {name for name, shape in shapes.items() if q.scale.shape == shape}
+    names: tuple[Product, ...] = ("mx",) if isinstance(q, Mx) else _SCALED
+    return [name for name in names if q.scale.shape == scale_shape(name, *q.data.shape)]
 
 
 def _check(a: Operand, b: Operand) -> Product:
@@ -212,10 +246,10 @@ def _check(a: Operand, b: Operand) -> Product:
         raise ValueError(
             f"fp8_gemm: a must be [M, K] and b [N, K], got {[*a.data.shape]} and {[*b.data.shape]}"
         )
-    first, second = _groupings(a), _groupings(b)
-    for name, of_a, of_b in _PAIRS:
-        if of_a in first and of_b in second:
-            return name
+    first = _groupings(a)
+    for grouping in _groupings(b):
+        if ("block" if grouping == "tile" else grouping) in first:
+            return grouping
     raise ValueError(
         f"fp8_gemm: scales must be of the tensors, of the rows, of 1x128 and 128x128, of 1x128 "
         f"twice, or MX twice, got {[*a.scale.shape]} for a {[*a.data.shape]} and "

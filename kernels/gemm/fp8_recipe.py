@@ -23,6 +23,7 @@ from torch import Tensor
 from ..library import need_tensors
 from ..quant.fp8 import Fp8, fp8_quantize, fp8_scales
 from ..quant.mx import Mx, mx_quantize
+from .fp8 import Product
 
 Format = Literal["e4m3", "e5m2"]
 Fp8Weight = Fp8 | Mx
@@ -108,7 +109,7 @@ class Fp8Scales(NamedTuple):
 
 def quantize(
     x: Tensor,
-    scaling: str,
+    scaling: Product,
     dtype: torch.dtype,
     scale: Tensor | None = None,
     power_of_two: bool = False,
@@ -131,7 +132,7 @@ def quantize(
         return mx_quantize(x, dtype=dtype, rounding="ceil", transpose=transpose, backend=backend)
     return fp8_quantize(
         x,
-        scaling=scaling,  # type: ignore[arg-type]
+        scaling=scaling,
         dtype=dtype,
         scale=scale,
         power_of_two=power_of_two and scale is None,
@@ -174,7 +175,7 @@ def fp8_weight(
             f"fp8_weight: scale goes with a recipe that is delayed, got scaling {recipe.scaling!r} "
             f"with delayed=False"
         )
-    scaling = "tile" if recipe.scaling == "block" else recipe.scaling
+    scaling: Product = "tile" if recipe.scaling == "block" else recipe.scaling
     rest = recipe.dtype, scale, recipe.power_of_two, transpose, backend
     return quantize(weight.detach(), scaling, *rest)
 

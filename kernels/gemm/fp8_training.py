@@ -32,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import choose
 from ..library import autocast, below_autograd, first_derivative_only, need_tensors, register
-from ..quant.formats import BLOCK, MX_BLOCK
 from ..quant.mx import Mx
-from .fp8 import product
+from .fp8 import Product, product, scale_shape
 from .fp8_recipe import Fp8Recipe, Fp8Scales, Fp8Weight, fp8_weight, quantize
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -68,7 +68,7 @@ def _forward(
     copy_scale: Tensor,
     scale: Tensor | None,
     gradient_scale: Tensor | None,
-    scaling: str,
+    scaling: Product,
     dtype: torch.dtype,
     gradient_dtype: torch.dtype,
     power_of_two: bool,
@@ -79,7 +79,7 @@ def _forward(
     x_TD = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     q = quantize(x_TD, scaling, dtype, scale, power_of_two, keep, backend)
     second = _numbers(codes, codes_scale, dtype)
-    pair = "tile" if scaling == "block" else scaling
+    pair: Product = "tile" if scaling == "block" else scaling
     y = product(q.data, q.scale, *second, pair, x.dtype, backend).view(*x.shape[:-1], -1)
     amax = x.new_empty(0, dtype=torch.float32) if isinstance(q, Mx) or q.amax is None else q.amax
     if not keep:
@@ -99,7 +99,7 @@ def _forward_fake(
     copy_scale: Tensor,
     scale: Tensor | None,
     gradient_scale: Tensor | None,
-    scaling: str,
+    scaling: Product,
     dtype: torch.dtype,
     gradient_dtype: torch.dtype,
     power_of_two: bool,
@@ -111,11 +111,8 @@ def _forward_fake(
     if not keep:
         return y, x.new_empty(0, dtype=torch.uint8), amax.new_empty(0), amax
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
-    shapes: dict[str, tuple[Any, ...]] = {"tensor": (), "row": (width, 1)}
-    shapes["block"] = (width, (tokens + BLOCK - 1) // BLOCK)
-    shapes["mx"] = (width, (tokens + MX_BLOCK - 1) // MX_BLOCK)
     kind = torch.uint8 if scaling == "mx" else torch.float32
-    copied_scale = x.new_empty(shapes[scaling], dtype=kind)
+    copied_scale = x.new_empty(scale_shape(scaling, width, tokens), dtype=kind)
     return y, x.new_empty((width, tokens), dtype=torch.uint8), copied_scale, amax
 
 
@@ -126,7 +123,7 @@ def _backward(
     copy: Tensor,
     copy_scale: Tensor,
     scale: Tensor | None,
-    scaling: str,
+    scaling: Product,
     dtype: torch.dtype,
     gradient_dtype: torch.dtype,
     power_of_two: bool,
@@ -140,7 +137,7 @@ def _backward(
     q = quantize(dy_TF, scaling, gradient_dtype, scale, power_of_two, keep, backend)
     dx, dweight = dy.new_empty(0), dy.new_empty(0, dtype=weight_dtype)
     if input_wanted:
-        pair = "tile" if scaling == "block" else scaling
+        pair: Product = "tile" if scaling == "block" else scaling
         second = _numbers(copy, copy_scale, dtype)
         dx = product(q.data, q.scale, *second, pair, dy.dtype, backend).view(*dy.shape[:-1], -1)
     if keep:
@@ -157,7 +154,7 @@ def _backward_fake(
     copy: Tensor,
     copy_scale: Tensor,
     scale: Tensor | None,
-    scaling: str,
+    scaling: Product,
     dtype: torch.dtype,
     gradient_dtype: torch.dtype,
     power_of_two: bool,
@@ -216,42 +213,35 @@ _BACKWARD = register(
     _backward,
     _backward_fake,
 )
-_Rounding = tuple[str, torch.dtype, torch.dtype, bool]
 
 
-def _rounding(recipe: Fp8Recipe) -> _Rounding:
+def _rounding(recipe: Fp8Recipe) -> tuple[Product, torch.dtype, torch.dtype, bool]:
     return recipe.scaling, recipe.dtype, recipe.gradient_dtype, recipe.power_of_two
 
 
-def _check_scales(recipe: Fp8Recipe, **scales: Tensor | None) -> None:
+def _check_scales(recipe: Fp8Recipe, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
     """Hold the scales of delayed scaling to be there when they are needed, and only then."""
-    for name, scale in scales.items():
+    for scale in scales:
         if (scale is None) == recipe.delayed:
             raise ValueError(
-                f"fp8_linear: {name} must be given with a recipe that is delayed, and only then, "
-                f"got {'none' if scale is None else 'one'} with delayed={recipe.delayed}"
+                f"fp8_linear: scales must be given with a recipe that is delayed, and only then, "
+                f"got {'none' if scale is None else 'some'} with delayed={recipe.delayed}"
             )
         if scale is not None and (scale.dim() or scale.dtype != torch.float32):
             raise ValueError(
-                f"fp8_linear: {name} must be float32 [], got {scale.dtype} {[*scale.shape]}"
+                f"fp8_linear: scales must be float32 [], got {scale.dtype} {[*scale.shape]}"
             )
+    return scales
 
 
 def _check_weight(
     weight: Tensor, recipe: Fp8Recipe, quantized: Fp8Weight, copy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Refuse the quantised form of another weight; return its parts as the operator takes them."""
-    rows, width = weight.shape
-    shapes: dict[str, tuple[Any, ...]] = {"tensor": (), "row": (rows, 1)}
-    shapes["block"] = (-(-rows // BLOCK), -(-width // BLOCK))
-    shapes["mx"] = (rows, -(-width // MX_BLOCK))
     data, scale = quantized.data, quantized.scale
-    found = data.shape == weight.shape and scale.shape == shapes[recipe.scaling]
-    if (
-        not found
-        or data.dtype != recipe.dtype
-        or isinstance(quantized, Mx) != (recipe.scaling == "mx")
-    ):
+    shape = scale_shape("tile" if recipe.scaling == "block" else recipe.scaling, *weight.shape)
+    fits = data.shape == weight.shape and scale.shape == shape and data.dtype == recipe.dtype
+    if not fits or isinstance(quantized, Mx) != (recipe.scaling == "mx"):
         raise ValueError(
             f"fp8_linear: quantized must be fp8_weight(weight, recipe) of weight {[*weight.shape]} "
             f"with scaling {recipe.scaling!r} in {recipe.dtype}, got {[*data.shape]} with scales "
@@ -265,19 +255,22 @@ def _check_weight(
             )
         none = data.new_empty(0, dtype=torch.uint8)
         return _bytes(data), _bytes(scale), none, scale.new_empty(0, dtype=torch.float32)
-    return tuple(map(_bytes, (data, scale, *_copy(quantized))))  # type: ignore[return-value]
+    copied, copied_scale = _copy(quantized)
+    return _bytes(data), _bytes(scale), _bytes(copied), _bytes(copied_scale)
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
-    need_tensors("fp8_linear", x=x, weight=weight)
-    if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+def _check(name: str, x: Tensor, weight: Tensor) -> None:
+    """Refuse a tensor, x `[..., D]` or dy `[..., F]`, that does not fit the weight `[F, D]`."""
+    need_tensors("fp8_linear", **{name: x, "weight": weight})
+    if not x.dim() or weight.dim() != 2 or x.shape[-1] != weight.shape[name == "x"]:
+        width = "D" if name == "x" else "F"
         raise ValueError(
-            f"fp8_linear: x must be [..., D] and weight [F, D], got {[*x.shape]} and "
+            f"fp8_linear: {name} must be [..., {width}] and weight [F, D], got {[*x.shape]} and "
             f"{[*weight.shape]}"
         )
     if x.dtype not in _DTYPES or weight.dtype not in _DTYPES:
         raise ValueError(
-            f"fp8_linear: x and weight must be float16, bfloat16, float32 or float64, got "
+            f"fp8_linear: {name} and weight must be float16, bfloat16, float32 or float64, got "
             f"{x.dtype} and {weight.dtype}"
         )
 
@@ -313,10 +306,9 @@ def fp8_linear(
             scales are missing or not wanted.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check(x, weight)
-    _check_scales(recipe, scales=None if scales is None else scales.x)
-    scale, gradient_scale = (None, None) if scales is None else scales
-    _check_scales(recipe, scales=gradient_scale)
+    _check("x", x, weight)
+    both = _check_scales(recipe, *((None, None) if scales is None else scales))
+    choose("fp8_linear", x.device, x.dtype, backend)
     x, cast = autocast(x, weight if quantized is None else weight.new_empty(0))
     graph = torch.is_grad_enabled()
     if quantized is None:
@@ -326,8 +318,7 @@ def fp8_linear(
         quantized = fp8_weight(weight, recipe, transpose=needed, backend=own)
     parts = _check_weight(weight, recipe, quantized, graph and x.requires_grad)
     keep = graph and weight.requires_grad
-    rounding = _rounding(recipe)
-    y: Tensor = _FORWARD(x, weight, *parts, scale, gradient_scale, *rounding, keep, backend)[0]
+    y: Tensor = _FORWARD(x, weight, *parts, *both, *_rounding(recipe), keep, backend)[0]
     return y
 
 
@@ -357,8 +348,9 @@ def fp8_linear_input_gradient(
         ValueError: If shapes or dtypes do not fit.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    _check(dy, weight.t())
-    _check_scales(recipe, scale=scale)
+    _check("dy", dy, weight)
+    _check_scales(recipe, scale)
+    choose("fp8_linear", dy.device, dy.dtype, backend)
     if quantized is None:
         quantized = fp8_weight(weight, recipe, backend=None if backend == "torch" else backend)
     *_, copy, copy_scale = _check_weight(weight, recipe, quantized, True)
@@ -401,8 +393,8 @@ def fp8_linear_weight_gradient(
             f"fp8_linear: dy must be [..., F] and x [..., D] of the same tokens and of floating "
             f"point, got {[*dy.shape]} and {[*x.shape]} in {x.dtype}"
         )
-    scale, gradient_scale = (None, None) if scales is None else scales
-    _check_scales(recipe, x=scale, gradient=gradient_scale)
+    scale, gradient_scale = _check_scales(recipe, *((None, None) if scales is None else scales))
+    choose("fp8_linear", x.device, x.dtype, backend)
     x_TD = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     rounding = recipe.dtype, scale, recipe.power_of_two, True, backend
     copy = map(_bytes, _copy(quantize(x_TD, recipe.scaling, *rounding)))
