@@ -2,6 +2,7 @@
 
 from .flash import flash_attention, flash_attention_backward, flash_attention_varlen
 from .merging import merge
+from .paged import paged_attention
 from .scores import Scores
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     "flash_attention_backward",
     "flash_attention_varlen",
     "merge",
+    "paged_attention",
 ]

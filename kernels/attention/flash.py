@@ -23,68 +23,43 @@ from torch import Tensor
 
 from .. import peers
 from ..backends import choose
-from ..library import need_tensors
 from . import sdpa
+from .arguments import (
+    Dense,
+    Window,
+    check_documents,
+    check_sinks,
+    check_tensors,
+    scores_of,
+    with_sinks,
+)
 from .operator import BACKWARD, FORWARD
 from .scores import Packed, Scores
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
-Window = tuple[int, int]
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
-    need_tensors(op, q=q, k=k, v=v)
-    if not q.dim() == k.dim() == v.dim() == len(shape):
-        raise ValueError(
-            f"{op}: q, k and v must be [{', '.join(shape)}], "
-            f"got {[*q.shape]}, {[*k.shape]} and {[*v.shape]}"
-        )
-    if k.shape[:-1] != v.shape[:-1] or q.shape[-1] != k.shape[-1] or not k.shape[-1] * v.shape[-1]:
-        raise ValueError(
-            f"{op}: k and v must have one shape but for the head dimension, and q that of k, "
-            f"got q {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}"
-        )
-    if not k.shape[-2] or q.shape[-2] % k.shape[-2] or not q.shape[-2]:
-        raise ValueError(
-            f"{op}: the query heads ({q.shape[-2]}) must be a multiple of the key/value heads "
-            f"({k.shape[-2]})"
-        )
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
-        raise ValueError(
-            f"{op}: q, k and v must all be float16, bfloat16, float32 or float64, "
-            f"got {q.dtype}, {k.dtype} and {v.dtype}"
-        )
+    wanted = f"q must be [{', '.join(shape)}], k and v"
+    check_tensors(op, q, k, v, wanted, (len(shape), len(shape)))
     if len(shape) == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(
             f"{op}: q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}"
         )
 
 
-def _check_documents(op: str, name: str, cu: Tensor, q: Tensor) -> None:
-    need_tensors(op, **{name: cu})
-    if cu.dtype != torch.int32 or cu.dim() != 1 or not cu.numel():
-        raise ValueError(
-            f"{op}: {name} must be int32 [documents + 1], got {cu.dtype} {[*cu.shape]}"
-        )
-    if cu.device != q.device:
-        raise ValueError(f"{op}: {name} must be on the device of q ({q.device}), got {cu.device}")
-
-
 def _packed(
     op: str, q: Tensor, k: Tensor, cu: Tensor, cu_k: Tensor | None, longest: tuple[Any, Any]
 ) -> Packed:
     """Check the boundaries of documents; their values are looked at on the CPU alone."""
-    _check_documents(op, "cu_seqlens", cu, q)
+    check_documents(op, "cu_seqlens", cu, q)
     if cu_k is None and len(q) != len(k):
         raise ValueError(
             f"{op}: q and k must have the same tokens, or give cu_seqlens_k, got {[*q.shape]} and "
             f"{[*k.shape]}"
         )
     if cu_k is not None:
-        _check_documents(op, "cu_seqlens_k", cu_k, q)
+        check_documents(op, "cu_seqlens_k", cu_k, q)
         if cu_k.shape != cu.shape:
             raise ValueError(
                 f"{op}: cu_seqlens and cu_seqlens_k must be of as many documents, "
@@ -92,30 +67,6 @@ def _packed(
             )
     max_q, max_k = longest
     return Packed(cu, cu, max_q, max_q) if cu_k is None else Packed(cu, cu_k, max_q, max_k)
-
-
-def _scores(
-    op: str,
-    q: Tensor,
-    causal: bool,
-    window: Window,
-    scale: float | None,
-    softcap: float | None,
-    offset: int | None,
-) -> Scores:
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):  # masks are -inf before it multiplies them
-        raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
-    if not isinstance(window, tuple) or len(window) != 2 or min(window) < -1:
-        raise ValueError(
-            f"{op}: window must be (keys before, keys after), -1 for all of them, got {window!r}"
-        )
-    left, right = window
-    right = 0 if causal else right
-    cap = 0.0 if softcap is None else float(softcap)
-    return Scores(scale=scale, left=left, right=right, offset=offset, softcap=cap)
 
 
 def _choose(
@@ -132,26 +83,6 @@ def _choose(
     if lack and backend:
         raise RuntimeError(f"{op}: backend {chosen!r} {lack}")
     return "torch" if lack else chosen
-
-
-def _check_sinks(op: str, sinks: Tensor, q: Tensor) -> None:
-    need_tensors(op, sinks=sinks)
-    if sinks.shape != q.shape[-2:-1] or not sinks.is_floating_point():
-        raise ValueError(
-            f"{op}: sinks must be floating-point numbers [{q.shape[-2]}], one a query head, "
-            f"got {sinks.dtype} {[*sinks.shape]}"
-        )
-    if sinks.device != q.device:
-        raise ValueError(
-            f"{op}: all tensors must be on one device, got {q.device} and {sinks.device}"
-        )
-
-
-def _with_sinks(part: Dense, sinks: Tensor) -> Dense:
-    out, lse = part
-    sink_H1 = sinks.to(lse.dtype)[:, None]
-    kept = torch.sigmoid(lse - sink_H1).mT[..., None]
-    return (out * kept).to(out.dtype), torch.logaddexp(lse, sink_H1)
 
 
 def _repeatable(deterministic: bool | None) -> bool:
@@ -171,7 +102,7 @@ def _attend(
     backend: str | None,
 ) -> Tensor | Dense:
     if sinks is not None:
-        _check_sinks(op, sinks, q)
+        check_sinks(op, sinks, q)
     repeatable = _repeatable(deterministic)
     if backend in peers.PEERS:
         wanted: dict[str, Any] = {"packed": packed, "scores": scores, "deterministic": repeatable}
@@ -180,7 +111,7 @@ def _attend(
     else:
         options = _options(op, q, k, v, packed, scores, repeatable, backend)
         found = FORWARD(q, k, v, *options)
-    out, lse = found if sinks is None else _with_sinks(found, sinks)
+    out, lse = found if sinks is None else with_sinks(found, sinks)
     return (out, lse) if return_lse else out
 
 
@@ -251,7 +182,7 @@ def flash_attention(
     """
     op = "flash_attention"
     _check(op, q_BSHK, k_BUGK, v_BUGL, "BSHK")
-    scores = _scores(op, q_BSHK, causal, window, scale, softcap, offset)
+    scores = scores_of(op, q_BSHK, causal, window, scale, softcap, offset)
     return _attend(
         op, q_BSHK, k_BUGK, v_BUGL, None, scores, sinks, return_lse, deterministic, backend
     )
@@ -311,7 +242,7 @@ def flash_attention_varlen(
     _check(op, q_THK, k_UGK, v_UGL, "THK")
     longest = max_seqlen, max_seqlen_k
     packed = _packed(op, q_THK, k_UGK, cu_seqlens, cu_seqlens_k, longest)
-    scores = _scores(op, q_THK, causal, window, scale, softcap, None)
+    scores = scores_of(op, q_THK, causal, window, scale, softcap, None)
     return _attend(
         op, q_THK, k_UGK, v_UGL, packed, scores, sinks, return_lse, deterministic, backend
     )
@@ -374,7 +305,7 @@ def flash_attention_backward(
     packed = None
     if cu_seqlens is not None:
         packed = _packed(op, q, k, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
-    scores = _scores(op, q, causal, window, scale, softcap, None if packed else offset)
+    scores = scores_of(op, q, causal, window, scale, softcap, None if packed else offset)
     options = _options(op, q, k, v, packed, scores, _repeatable(deterministic), backend)
     gradients: Gradients = BACKWARD(dout, None, q, k, v, out, lse.contiguous(), *options)
     return gradients
