@@ -233,16 +233,24 @@ def weight_kernel(
     f = inner // across * HEIGHT + tl.arange(0, HEIGHT)
     d = inner % across * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([HEIGHT, WIDTH], tl.float32)
+    depth = tl.arange(0, DEPTH)
+    left = dy + f[:, None] + (start + depth)[None, :] * dy_stride
+    right = x + d[None, :] + (start + depth)[:, None] * x_stride
+    dy_step = tl.full((), DEPTH, tl.int64) * dy_stride
+    x_step = tl.full((), DEPTH, tl.int64) * x_stride
     for at in range(start, stop, DEPTH):
-        row = at + tl.arange(0, DEPTH)
-        known = row < stop
-        from_dy = _taken(row, known, dy_order, DY_TOP_K)
-        from_x = _taken(row, known, x_order, X_TOP_K)
-        left = dy + from_dy[None, :] * dy_stride + f[:, None]
-        right = x + from_x[:, None] * x_stride + d[None, :]
+        known = at + depth < stop
+        if DY_TOP_K:
+            source = _taken(at + depth, known, dy_order, DY_TOP_K)
+            left = dy + f[:, None] + source[None, :] * dy_stride
+        if X_TOP_K:
+            source = _taken(at + depth, known, x_order, X_TOP_K)
+            right = x + d[None, :] + source[:, None] * x_stride
         a = tl.load(left, known[None, :] & (f < height)[:, None], other=0.0)
         b = tl.load(right, known[:, None] & (d < width)[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
+        left += dy_step
+        right += x_step
     to = out + (expert.to(tl.int64) * height + f)[:, None] * width + d[None, :]
     inside = (f < height)[:, None] & (d < width)[None, :]
     if ACCUMULATE:

@@ -45,6 +45,7 @@ class Specimen:
         exact: Outputs that must equal the specification bit for bit (indices, codes).
         backends: Device backends that serve this way; some serve only the plain one.
         huge: Whether it may be called on more than 2^31 elements that nobody touches (see `Ghost`).
+        waits: Whether its reference asks the device for a value, so that no graph can hold it.
         gradient: Whether it has one.
         second: What the error of a second derivative says; None where that is right.
     """
@@ -62,6 +63,7 @@ class Specimen:
     exact: tuple[int, ...] = ()
     backends: tuple[str, ...] = ("triton",)
     huge: bool = True
+    waits: bool = False
     gradient: bool = True
     second: str | None = field(default="there is no second derivative")
 

@@ -37,7 +37,7 @@ ITEMS = {
     "bad input": "one sentence with what was found",
     "import": "without a GPU, a driver or Triton",
 }
-SECOND = ("flash_attention", "flash_attention_varlen", "grouped_gemm")  # not memory-bound
+SECOND = ("flash_attention", "flash_attention_varlen")  # not memory-bound
 
 
 @dataclass
@@ -96,6 +96,10 @@ REASONS = {
         ("batch invariance",),
     ),
     "what it spoils is its whole matrix": (("newton_schulz",), ("NaN and inf",)),
+    "a row's bits are those of a product as large as its expert's load": (
+        ("grouped_gemm",),
+        ("batch invariance",),
+    ),
     "its second derivative is right": (("rotary",), ("second derivative",)),
     "a matrix so large has no place in a product": (
         ("newton_schulz",),
@@ -103,7 +107,7 @@ REASONS = {
     ),
 }
 ONLY = {
-    "empty experts": ("route", "permute", "unpermute"),
+    "empty experts": ("route", "permute", "unpermute", "grouped_gemm"),
     "optimizer edge cases": ("adamw", "global_norm"),
 }
 

@@ -30,6 +30,7 @@ def _ends(line):
 
 # Files of which the tests over (device, backend) run again, and how these are found.
 FILES = {"test_moe": "cpu-triton", "test_optim": "cpu-triton", "test_clip": "cpu-triton"}
+FILES |= {"test_grouped": "cpu-triton"}
 FILES |= {"test_loss_triton": "interpreted"}
 
 

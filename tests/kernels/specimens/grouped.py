@@ -34,7 +34,7 @@ def _product(x, weight, *, counts):
     return torch.cat((y, y.new_zeros(len(x) - len(experts), weight.shape[1])))
 
 
-def _specimen(name, rest):
+def _specimen(name, rest, shapes):
     return Specimen(
         name=name,
         op="grouped_gemm",
@@ -44,9 +44,14 @@ def _specimen(name, rest):
         ),
         truth=_product,
         plain=_product,
+        shapes=shapes,
         training=((8192, 4096), (8192, 2048)),
+        waits=True,
         rows=(),  # a row's bits are those of a product of the size of its expert's load
     )
 
 
-SPECIMENS = (_specimen("grouped_gemm", 0), _specimen("grouped_gemm_rest", 2))
+SPECIMENS = (
+    _specimen("grouped_gemm", 0, ((0, 6), (1, 1), (5, 3), (33, 129), (2, 300))),
+    _specimen("grouped_gemm_rest", 2, ((1, 1), (7, 65))),
+)
