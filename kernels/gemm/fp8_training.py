@@ -80,7 +80,8 @@ def _forward(
     q = quantize(x_TD, scaling, dtype, scale, power_of_two, keep, backend)
     second = _numbers(codes, codes_scale, dtype)
     pair: Product = "tile" if scaling == "block" else scaling
-    y = product(q.data, q.scale, *second, pair, x.dtype, backend).view(*x.shape[:-1], -1)
+    y = product(q.data, q.scale, *second, pair, x.dtype, backend)
+    y = y.view(*x.shape[:-1], codes.shape[0])
     amax = x.new_empty(0, dtype=torch.float32) if isinstance(q, Mx) or q.amax is None else q.amax
     if not keep:
         return y, x.new_empty(0, dtype=torch.uint8), amax.new_empty(0), amax
@@ -139,7 +140,8 @@ def _backward(
     if input_wanted:
         pair: Product = "tile" if scaling == "block" else scaling
         second = _numbers(copy, copy_scale, dtype)
-        dx = product(q.data, q.scale, *second, pair, dy.dtype, backend).view(*dy.shape[:-1], -1)
+        dx = product(q.data, q.scale, *second, pair, dy.dtype, backend)
+        dx = dx.view(*dy.shape[:-1], copy.shape[0])
     if keep:
         second = _numbers(x_copy, x_scale, dtype)
         dweight = product(*_copy(q), *second, scaling, weight_dtype, backend)
