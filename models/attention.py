@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
+from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.rope import rotary
 from warploom.parallel import context as context_parallel
 from warploom.parallel.collectives import Group, place
@@ -43,10 +44,11 @@ class Attention(nn.Module):
         context: How keys and values travel, `ring` or `all_gather`.
         qk_norm: Whether each query and key head is normalised before its rotation.
         norm_eps: Epsilon of these norms.
+        fp8: How both projections are rounded to FP8; `None` multiplies in the model's dtype.
 
     Raises:
         ValueError: If the group's size does not divide `heads`, or neither divides `kv_heads` nor
-            is a multiple of it.
+            is a multiple of it, or a rank's widths do not fit `fp8`.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Attention(nn.Module):
         context: str = "ring",
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         _, size = place(group)
@@ -79,11 +82,12 @@ class Attention(nn.Module):
             group=group,
             parts=parts,
             heads={"q": heads, "k": kv_heads, "v": kv_heads},
+            fp8=fp8,
         )
         self.widths = self.qkv.split
         self.q_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
         self.k_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
-        self.out = RowLinear(heads * head_dim, width, group=group)
+        self.out = RowLinear(heads * head_dim, width, group=group, fp8=fp8)
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Map `[T/R, D]` to `[T/R, D]`."""

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from warploom.kernels.gemm import Fp8Recipe
 from warploom.parallel.expert import MoE
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Mesh
@@ -28,6 +29,8 @@ class Block(nn.Module):
         mesh: Groups of ranks; `None` for one rank.
         context: How attention crosses context-parallel ranks, `ring` or `all_gather`.
         recompute: Which operators run again in the backward pass.
+        fp8: How the projections of attention and of a dense feed-forward are rounded to FP8; norms,
+            the router and all experts stay in the model's dtype.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Block(nn.Module):
         mesh: Mesh | None,
         context: str = "ring",
         recompute: Recompute = NOTHING,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         a = architecture
@@ -55,12 +59,13 @@ class Block(nn.Module):
             context=context,
             qk_norm=a.qk_norm,
             norm_eps=a.norm_eps,
+            fp8=fp8,
         )
         self.feed_forward_norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
         experts = a.routed(layer)
         self.feed_forward: FeedForward | MoE
         if experts is None:
-            self.feed_forward = FeedForward(a.width, a.hidden, group=group)
+            self.feed_forward = FeedForward(a.width, a.hidden, group=group, fp8=fp8)
         else:
             self.feed_forward = routed_feed_forward(a.width, experts, mesh=mesh)
 

@@ -27,6 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from warploom.kernels.gemm import Fp8Recipe
 from warploom.parallel import sharding
 from warploom.parallel.checkpoint import Entry
 from warploom.parallel.context import unshard
@@ -35,7 +36,7 @@ from warploom.parallel.initialise import normal_
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.step import Term
-from warploom.parallel.tensor import VocabEmbedding, VocabHead
+from warploom.parallel.tensor import VocabEmbedding, VocabHead, scale_entries, update_scales
 
 from .architecture import Architecture, Experts
 from .batch import Batch
@@ -62,6 +63,8 @@ class Decoder(nn.Module):
             `layouts` gives; by default the same.
         recompute: What runs again in the backward pass: `none`, `full` (whole blocks, of which only
             the input is kept), `selective`, or operators; see `parallel/memory`.
+        fp8: How the projections of attention and of dense feed-forwards are rounded to FP8; `None`
+            multiplies in `dtype`, as embedding, head, norms, routers and experts always do.
         z_loss: Weight of the term sum(lse^2); 0 leaves the term out.
         context: How attention crosses context-parallel ranks, `ring` or `all_gather`.
         balance: How tokens are dealt to context-parallel ranks: `zigzag`, `document` or
@@ -72,7 +75,7 @@ class Decoder(nn.Module):
 
     Raises:
         ValueError: If a degree of the mesh does not divide what it splits, `recompute` is unknown,
-            or `z_loss` is negative.
+            `z_loss` is negative, or a rank's widths do not fit `fp8`.
     """
 
     embedding: VocabEmbedding
@@ -86,6 +89,7 @@ class Decoder(nn.Module):
         mesh: Mesh | None = None,
         names: Callable[[str], str] | None = None,
         recompute: str = "none",
+        fp8: Fp8Recipe | None = None,
         z_loss: float = 0.0,
         context: str = "ring",
         balance: str = "zigzag",
@@ -106,12 +110,12 @@ class Decoder(nn.Module):
         self.size = 1 if mesh is None else mesh.degree("tp")
         self._made: WeakKeyDictionary[Batch, Sequences] = WeakKeyDictionary()
         with torch.device("meta"):
-            self._build(context)
+            self._build(context, fp8)
         self.to(dtype=dtype).to_empty(device=device)
         if a.tied and hasattr(self, "embedding") and hasattr(self, "head"):
             self.head.weight = self.embedding.weight  # a new device makes two parameters of one
 
-    def _build(self, context: str) -> None:
+    def _build(self, context: str, fp8: Fp8Recipe | None) -> None:
         """Make the modules of this rank's stages; a rank lacks what is on other stages."""
         a, mesh = self.architecture, self.mesh
         group = None if mesh is None else mesh.tp
@@ -126,7 +130,7 @@ class Decoder(nn.Module):
         numbers = [n for stage in self.held for n in self.stages.blocks(stage)]
         self.blocks = nn.ModuleDict(
             {
-                str(n): Block(a, n, mesh=mesh, context=context, recompute=self.recompute)
+                str(n): Block(a, n, mesh=mesh, context=context, recompute=self.recompute, fp8=fp8)
                 for n in sorted(numbers)
             }
         )
@@ -309,14 +313,18 @@ class Decoder(nn.Module):
         return {name: found[name] for name in self._weights()}
 
     def after_step(self, mesh: Mesh) -> None:
-        """Move the routers' balancing biases by what the step's tokens chose; a collective call."""
+        """Move the routers' balancing biases and FP8's delayed scales by what the step has seen.
+
+        A collective call.
+        """
+        update_scales(self, mesh.tp, mesh.tokens)
         experts = self.architecture.experts
         if experts is not None and experts.bias_rate > 0:
             update_biases(self, experts.bias_rate, mesh.tp, mesh.tokens)
 
     def buffer_entries(self) -> list[Entry]:
-        """List what a checkpoint keeps of a model beside its parameters: the routers' biases."""
-        return bias_entries(self)
+        """List what a checkpoint keeps beside parameters: routers' biases, FP8's delayed scales."""
+        return bias_entries(self) + scale_entries(self)
 
     def _stage(
         self, stage: int, x: Tensor | None, tokens: Tensor, where: Sequences

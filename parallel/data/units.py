@@ -10,7 +10,8 @@ what is in none is the *root* unit (embedding, final norm, head), gathered for a
 Bytes over R ranks, P a parameter's size: own rows P / R always, and P for the root and at most two
 units. Each unit is gathered twice a micro-batch. A parameter that is away has its shape and NaN for
 values, at the cost of one element. What autograd has saved stays valid: it refers to the parameter,
-or to storage that is emptied and filled again.
+or to storage that is emptied and filled again. A module that keeps something made of its parameters
+(codes in FP8) has `forget()`, which is called when they go.
 
 Units must be entered through `__call__`. Under recomputation a unit that runs again in its backward
 stays until that ends.
@@ -74,8 +75,13 @@ def _outside(model: nn.Module) -> Iterator[nn.Parameter]:
 class _Unit:
     """The sharded parameters of a unit, there or away."""
 
-    def __init__(self, buckets: list[Bucket], parameters: Mapping[str, nn.Parameter]) -> None:
-        self.buckets = buckets
+    def __init__(
+        self,
+        buckets: list[Bucket],
+        parameters: Mapping[str, nn.Parameter],
+        forget: list[Callable[[], None]],
+    ) -> None:
+        self.buckets, self.forget = buckets, forget
         self.parameters = {p: parameters[p] for bucket in buckets for p in bucket.paths}
         self.full = {path: p.data for path, p in self.parameters.items()}
         self.away = {p: x.new_full((), nan).expand(x.shape) for p, x in self.full.items()}
@@ -114,6 +120,8 @@ class _Unit:
             for path, parameter in self.parameters.items():
                 parameter.data = self.away[path]
                 self.full[path].untyped_storage().resize_(0)
+            for forget in self.forget:
+                forget()
         self.there = False
 
 
@@ -144,8 +152,17 @@ class Units:
                 )
         buckets = make_buckets(parameters, group, unit.__getitem__)
         modules = unit_modules(model)
+        inner = {id(part): n for n, module in enumerate(modules) for part in module.modules()}
+        forget: dict[int, list[Callable[[], None]]] = {}
+        for part in model.modules():
+            if (drop := getattr(part, "forget", None)) is not None:
+                forget.setdefault(inner.get(id(part), -1), []).append(drop)
         made = [
-            _Unit([b for b in buckets if unit[b.paths[0]] == number], parameters)
+            _Unit(
+                [b for b in buckets if unit[b.paths[0]] == number],
+                parameters,
+                forget.get(number, []),
+            )
             for number in range(-1, len(modules))
         ]
         self.root, self.units = made[0], made[1:]

@@ -11,6 +11,9 @@ R ranks, T tokens, D input width, F output width; `/R` marks the dimension a ran
 A bias of ColumnLinear is `[F/R]`; that of RowLinear is `[F]` on every rank and is added after the
 sum, so that under sequence parallelism its gradient is partial over the group.
 
+With `fp8` the product is that of `fp8.py`, between the same collectives, which carry the layer's
+dtype; gathers and scatters then do not overlap with products.
+
 Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; Korthikanti et al. 2022,
 https://arxiv.org/abs/2205.05198, section 4.2.2 (the sequence-parallel form).
 """
@@ -21,9 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..collectives import Group, copy, place, reduce, scatter
+from warploom.kernels.gemm import Fp8Recipe
+
+from ..collectives import Group, copy, gather, place, reduce, scatter
 from ..initialise import draw_seed, normal_
 from ..sharding import Layout, Piece, rows, whole
+from .fp8 import Fp8Product, check_widths
 from .overlap import Plan, gather_linear, linear_scatter
 from .product import linear
 
@@ -71,6 +77,19 @@ def _plan(
     return Plan(group, chunks, regather, symmetric) if group and sequence_parallel else None
 
 
+def _fp8(recipe: Fp8Recipe | None, plan: Plan | None, **widths: int) -> Fp8Product | None:
+    """Return the product in FP8, or `None` without a recipe; refuse what it cannot serve."""
+    if recipe is None:
+        return None
+    if plan is not None and (plan.chunks > 1 or plan.regather or plan.symmetric):
+        raise ValueError(
+            f"chunks ({plan.chunks}), regather ({plan.regather}) and symmetric ({plan.symmetric}) "
+            f"overlap products in high precision: leave them out with fp8, or leave fp8 out"
+        )
+    check_widths(recipe, **widths)
+    return Fp8Product(recipe)
+
+
 def _start(layer: nn.Module, layouts: Mapping[str, Layout]) -> None:
     """Give a new layer N(0, 0.02) weights and zero biases, the same under every topology."""
     for name, parameter in layer.named_parameters(recurse=False):
@@ -102,10 +121,12 @@ class ColumnLinear(nn.Module):
             another.
         regather: Whether the backward gathers the input again instead of keeping it whole.
         symmetric: Whether fused operators over symmetric memory run (CUDA; unproven).
+        fp8: How the product is rounded to FP8; `None` multiplies in the layer's dtype.
 
     Raises:
         ValueError: If the group's size does not fit `features`, a part or its heads, the parts do
-            not sum to `features`, or options contradict each other.
+            not sum to `features`, options contradict each other, or a rank's widths do not fit
+            `fp8`.
     """
 
     def __init__(
@@ -121,6 +142,7 @@ class ColumnLinear(nn.Module):
         chunks: int = 1,
         regather: bool = False,
         symmetric: bool = False,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         self.group = group
@@ -139,6 +161,7 @@ class ColumnLinear(nn.Module):
             for name, n in self.parts.items()
         }
         self.split = [share.size for share in self.shares.values()]
+        self.fp8 = _fp8(fp8, self.plan, width=width, features=sum(self.split))
         self.weight = nn.Parameter(torch.empty(sum(self.split), width))
         self.bias = nn.Parameter(torch.empty(sum(self.split))) if bias else None
         _start(self, self.declare_layouts())
@@ -168,6 +191,10 @@ class ColumnLinear(nn.Module):
         """
         if x.shape[-1] != self.width:
             raise _wrong_width(self, self.width, x)
+        if self.fp8 is not None:
+            enter = copy if self.plan is None else gather
+            y: Tensor = self.fp8(enter(x, self.group), self.weight)
+            return y if self.bias is None else y + self.bias
         if self.plan is not None:
             return gather_linear(x, self.weight, self.bias, self.plan)
         return linear(copy(x, self.group), self.weight, self.bias)
@@ -185,9 +212,11 @@ class RowLinear(nn.Module):
         chunks: Into how many the rows are cut, so that scattering one overlaps with multiplying
             another.
         symmetric: Whether fused operators over symmetric memory run (CUDA; unproven).
+        fp8: How the product is rounded to FP8; `None` multiplies in the layer's dtype.
 
     Raises:
-        ValueError: If the group's size does not divide `width`, or options contradict each other.
+        ValueError: If the group's size does not divide `width`, options contradict each other, or
+            a rank's widths do not fit `fp8`.
     """
 
     def __init__(
@@ -200,6 +229,7 @@ class RowLinear(nn.Module):
         sequence_parallel: bool = True,
         chunks: int = 1,
         symmetric: bool = False,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         self.group = group
@@ -208,7 +238,9 @@ class RowLinear(nn.Module):
         self.plan = _plan(group, sequence_parallel, chunks, False, symmetric)
         self.overlaps = self.plan is not None and (chunks > 1 or symmetric)
         self.width = width
-        self.weight = nn.Parameter(torch.empty(features, _share(width, group, "width").size))
+        own = _share(width, group, "width").size
+        self.fp8 = _fp8(fp8, self.plan, width=own, features=features)
+        self.weight = nn.Parameter(torch.empty(features, own))
         self.bias = nn.Parameter(torch.empty(features)) if bias else None
         _start(self, self.declare_layouts())
 
@@ -236,11 +268,18 @@ class RowLinear(nn.Module):
 
         Raises:
             ValueError: If `x` has another width, the rows do not divide over ranks and chunks, or
-                a fused product comes to a layer that overlaps in chunks.
+                a fused product comes to a layer that overlaps in chunks or multiplies in FP8.
         """
         if product is linear and x.shape[-1] != self.weight.shape[1]:
             raise _wrong_width(self, self.weight.shape[1], x)
-        if self.group is None and product is linear:
+        if self.fp8 is not None:
+            if product is not linear:
+                raise ValueError(
+                    f"a RowLinear with fp8 ({self.fp8.recipe.scaling}) multiplies by itself: apply "
+                    f"what the product fuses before the layer, or leave fp8 out"
+                )
+            product = self.fp8
+        elif self.group is None and product is linear:
             return linear(x, self.weight, self.bias)
         if self.plan is None or not self.overlaps:
             y = self.leave(product(x, self.weight), self.group)
