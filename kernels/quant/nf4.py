@@ -33,7 +33,7 @@ from .formats import middles
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_SECOND = 256  # blocks whose scales share one
+SECOND = 256  # blocks whose scales share one
 _LEAST = 1e-38  # below it, and for a block of zeros, 1 / a is not finite
 _STEPS = 65535
 _STATE = "quant_state.bitsandbytes__nf4"
@@ -78,7 +78,7 @@ class Nf4(NamedTuple):
         parts = {"absmax": self.absmax, "quant_map": torch.tensor(VALUES)}
         if self.code is not None and self.absmax2 is not None and self.offset is not None:
             parts |= {"nested_absmax": self.absmax2, "nested_quant_map": self.code}
-            facts |= {"nested_blocksize": _SECOND, "nested_dtype": "float32"}
+            facts |= {"nested_blocksize": SECOND, "nested_dtype": "float32"}
             facts |= {"nested_offset": float(self.offset)}
         parts[_STATE] = torch.tensor(list(json.dumps(facts).encode()), dtype=torch.uint8)
         return parts
@@ -101,10 +101,10 @@ class Nf4(NamedTuple):
         if _STATE not in state:
             raise ValueError(f"nf4: the state must have {_STATE}, got {', '.join(sorted(state))}")
         facts = json.loads(bytes(state[_STATE].tolist()))
-        second = facts.get("nested_blocksize", _SECOND)
-        if second != _SECOND or not torch.equal(state["quant_map"].cpu(), torch.tensor(VALUES)):
+        second = facts.get("nested_blocksize", SECOND)
+        if second != SECOND or not torch.equal(state["quant_map"].cpu(), torch.tensor(VALUES)):
             raise ValueError(
-                f"nf4: the state must have the values of NF4 and scales in blocks of {_SECOND}, "
+                f"nf4: the state must have the values of NF4 and scales in blocks of {SECOND}, "
                 f"got {state['quant_map'].tolist()} and {second}"
             )
         shape, dtype = tuple(facts["shape"]), getattr(torch, facts["dtype"])
@@ -175,8 +175,48 @@ def _scales(
 ) -> Tensor:
     if code is None or absmax2 is None or offset is None:
         return absmax
-    index = torch.arange(absmax.numel(), device=absmax.device) // _SECOND
+    index = torch.arange(absmax.numel(), device=absmax.device) // SECOND
     return code[absmax.int()] * absmax2[index] + offset
+
+
+def fill(
+    y_N: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor | None,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    block: int,
+    backend: str,
+) -> None:
+    """Write the values of N codes, by the backend that was chosen.
+
+    Args:
+        y_N: `[N]` contiguous, to fill.
+        packed: `[ceil(N / 2)]` uint8, contiguous.
+        absmax: `[ceil(N / block)]`, float32 or uint8.
+        code: `[256]` float32 or None.
+        absmax2: Scales of the scales, of which the first 256 share the first, or None.
+        offset: `[]` float32 or None.
+        block: Elements that share a scale.
+        backend: `reference` or `triton`.
+    """
+    if backend == "triton":
+        from .nf4_triton import dequantize
+
+        return dequantize(packed, absmax, code, absmax2, offset, block, y_N)
+    scales = _scales(absmax, code, absmax2, offset)
+    pairs = torch.tensor(VALUES, device=packed.device)
+    pairs = torch.stack([pairs.repeat_interleave(16), pairs.repeat(16)], 1)  # of each byte
+    for rows in row_blocks(scales.numel(), block):
+        part = packed[rows.start * block // 2 : rows.stop * block // 2]
+        size = min(rows.stop * block, y_N.numel()) - rows.start * block
+        values = pairs.index_select(0, part.int()).view(-1)
+        if missing := (rows.stop - rows.start) * block - values.numel():
+            values = torch.nn.functional.pad(values, (0, missing))
+        values.view(-1, block).mul_(scales[rows].unsqueeze(1))
+        y_N[rows.start * block :][:size] = values[:size]
+    return None
 
 
 def _dequantize(
@@ -191,23 +231,8 @@ def _dequantize(
     backend: str | None,
 ) -> Tensor:
     y = packed.new_empty(tuple(shape), dtype=dtype)
-    y_N, packed = y.view(-1), packed.reshape(-1)
-    if choose("nf4_dequantize", packed.device, dtype, backend) == "triton":
-        from .nf4_triton import dequantize
-
-        dequantize(packed, absmax, code, absmax2, offset, block, y_N)
-        return y
-    scales = _scales(absmax, code, absmax2, offset)
-    pairs = torch.tensor(VALUES, device=packed.device)
-    pairs = torch.stack([pairs.repeat_interleave(16), pairs.repeat(16)], 1)  # of each byte
-    for rows in row_blocks(scales.numel(), block):
-        part = packed[rows.start * block // 2 : rows.stop * block // 2]
-        size = min(rows.stop * block, y_N.numel()) - rows.start * block
-        values = pairs.index_select(0, part.int()).view(-1)
-        if missing := (rows.stop - rows.start) * block - values.numel():
-            values = torch.nn.functional.pad(values, (0, missing))
-        values.view(-1, block).mul_(scales[rows].unsqueeze(1))
-        y_N[rows.start * block :][:size] = values[:size]
+    chosen = choose("nf4_dequantize", packed.device, dtype, backend)
+    fill(y.view(-1), packed.reshape(-1), absmax, code, absmax2, offset, block, chosen)
     return y
 
 
@@ -245,7 +270,7 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     code = second_values().to(absmax.device)
     offset = absmax.mean()
     size = absmax.numel()
-    rest = torch.nn.functional.pad(absmax - offset, (0, -size % _SECOND)).view(-1, _SECOND)
+    rest = torch.nn.functional.pad(absmax - offset, (0, -size % SECOND)).view(-1, SECOND)
     absmax2 = rest.abs().amax(1) if size else rest.new_empty(0)
     value = rest * (1.0 / absmax2).unsqueeze(1)
     step = ((value.clamp_(-1, 1) + 1) * 0.5 * _STEPS + 0.5).int()
@@ -257,7 +282,7 @@ def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _quantize_scales_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     new, size = absmax.new_empty, absmax.numel()
     codes = new(size, dtype=torch.uint8)
-    return new(_SECOND), new((size + _SECOND - 1) // _SECOND), new(()), codes
+    return new(SECOND), new((size + SECOND - 1) // SECOND), new(()), codes
 
 
 _QUANTIZE_SCALES = register(
@@ -297,16 +322,33 @@ def nf4_quantize(
     return Nf4(packed, codes, tuple(x.shape), x.dtype, block, code, absmax2, offset)
 
 
-def _check_second(q: Nf4) -> None:
-    """Hold the second level of scales to the first: all of it, or none."""
+def check(op: str, q: Nf4) -> None:
+    """Hold the parts to the shape and to each other.
+
+    Args:
+        op: Operator, for the message.
+        q: A tensor in NF4.
+
+    Raises:
+        ValueError: If the block is none of NF4's, or a part has another size than `q` needs.
+    """
+    if q.block not in _BLOCKS:
+        raise ValueError(f"{op}: block must be one of {[*_BLOCKS]}, got {q.block}")
+    size = torch.Size(q.shape).numel()
+    need = (size + 1) // 2, -(-size // q.block)
+    if (q.packed.numel(), q.absmax.numel()) != need:
+        raise ValueError(
+            f"{op}: shape {[*q.shape]} in blocks of {q.block} needs {need[0]} bytes and "
+            f"{need[1]} scales, got {q.packed.numel()} and {q.absmax.numel()}"
+        )
     parts = q.code, q.absmax2, q.offset
     sizes = [None if part is None else part.numel() for part in parts]
-    need = [_SECOND, -(-q.absmax.numel() // _SECOND), 1]
+    whole = [SECOND, -(-q.absmax.numel() // SECOND), 1]
     double = q.absmax.dtype == torch.uint8
-    if sizes != (need if double else [None] * 3):
+    if sizes != (whole if double else [None] * 3):
         raise ValueError(
-            f"nf4_dequantize: {q.absmax.numel()} scales of {q.absmax.dtype} need "
-            f"{f'code, absmax2 and offset of {need} numbers' if double else 'no second level'}, "
+            f"{op}: {q.absmax.numel()} scales of {q.absmax.dtype} need "
+            f"{f'code, absmax2 and offset of {whole} numbers' if double else 'no second level'}, "
             f"got {sizes}"
         )
 
@@ -334,14 +376,7 @@ def nf4_dequantize(
             "nf4_dequantize: dtype must be float16, bfloat16 or float32 and the block one of "
             f"{[*_BLOCKS]}, got {dtype} and {q.block}"
         )
-    size = torch.Size(q.shape).numel()
-    need = (size + 1) // 2, -(-size // q.block)
-    if (q.packed.numel(), q.absmax.numel()) != need:
-        raise ValueError(
-            f"nf4_dequantize: shape {[*q.shape]} in blocks of {q.block} needs {need[0]} bytes and "
-            f"{need[1]} scales, got {q.packed.numel()} and {q.absmax.numel()}"
-        )
-    _check_second(q)
+    check("nf4_dequantize", q)
     parts = q.packed, q.absmax, q.code, q.absmax2, q.offset
     y: Tensor = _DEQUANTIZE(*parts, q.shape, q.block, dtype, backend)
     return y

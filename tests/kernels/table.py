@@ -100,6 +100,11 @@ REASONS = {
         ("grouped_gemm",),
         ("batch invariance",),
     ),
+    "a row's bits are those of a product of so many rows": (
+        ("nf4_linear",),
+        ("batch invariance",),
+    ),
+    "its kernel is that of `nf4_dequantize`": (("nf4_linear",), ("more than 2^31 elements",)),
     "its second derivative is right": (("rotary",), ("second derivative",)),
     "a matrix so large has no place in a product": (
         ("newton_schulz",),
