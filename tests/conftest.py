@@ -19,7 +19,12 @@ from tests.pool import poison as _poison
 from warploom.recipes.verification.pool import PRELOADED
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_PRELOADED = (*PRELOADED, "pytest", "hypothesis", "warploom.parallel.mesh")
+_PRELOADED = (
+    *(*PRELOADED, "pytest", "hypothesis", "warploom.parallel.mesh"),
+    # What a run imports when it comes to it: a second of every rank, else.
+    *("warploom.recipes.runner.train", "warploom.recipes.runner.launch", "tokenizers"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "torch.utils.tensorboard"),
+)
 _CONTEXT.set_forkserver_preload(list(_PRELOADED))
 
 

@@ -1,6 +1,7 @@
 """The common tests again, with the Triton kernels in the interpreter: meaning, without a GPU.
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so each folder has a process of its own.
+Triton reads TRITON_INTERPRET when a kernel is decorated, so these have processes of their own: few,
+because each imports and collects for some seconds.
 """
 
 import os
@@ -28,32 +29,34 @@ def _ends(line):
     return [s for s in line if s in (ways[s.op][0], ways[s.op][-1])]
 
 
+# Each part has as much to do, about: the families are dealt out, the largest first.
+LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_ends(SERVED[f])))
+PARTS = [LARGEST[n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found.
-FILES = {"test_moe": "cpu-triton", "test_optim": "cpu-triton", "test_clip": "cpu-triton"}
-FILES |= {"test_grouped": "cpu-triton"}
-FILES |= {"test_loss_triton": "interpreted"}
+FILES = ("test_moe", "test_optim", "test_clip", "test_loss_triton")
 
 
-@pytest.mark.parametrize("family", [family for family, line in SERVED.items() if line])
+@pytest.mark.parametrize("families", PARTS, ids="-".join)
 @pytest.mark.parametrize("ways", [_ends, pytest.param(list, marks=pytest.mark.slow)])
-def test_interpreted(family, ways):
-    chosen = " or ".join(f"{s}-cpu-triton" for s in ways(SERVED[family]))
-    _interpret("test_must", chosen)
+def test_interpreted(families, ways):
+    chosen = [f"{s}-cpu-triton" for family in families for s in ways(SERVED[family])]
+    _interpret(["test_must"], " or ".join(chosen), least=10 * len(families))
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_a_file_interpreted(file):
-    _interpret(file, FILES[file])
+def test_files_interpreted():
+    _interpret(FILES, "cpu-triton or interpreted", least=10 * len(FILES))
 
 
-def _interpret(file, chosen):
+def _interpret(files, chosen, least):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-x"]
-        + [f"tests/kernels/{file}.py", "-k", chosen],
+        + ["-p", "tests.kernels.interpreter", "--durations=10"]
+        + [*(f"tests/kernels/{file}.py" for file in files), "-k", chosen],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
+    print(done.stdout[-2000:])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 10, done.stdout[-500:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= least, done.stdout[-500:]

@@ -40,7 +40,7 @@ def _kill_at(ranks, moment, timeout=60.0):
             return True
         if not any(p.is_alive() for p in ranks.processes):
             return False
-        time.sleep(0.0005)
+        time.sleep(0.001)
     ranks.kill()
     pytest.fail(f"the run neither reached the moment nor ended in {timeout} s:\n{ranks.text}")
 
@@ -61,7 +61,7 @@ def test_killed_again_and_again_it_writes_the_same_trace(tiny_run, tmp_path):
     rng = random.Random(0)
     moments = [
         lambda: reached(1),
-        lambda: reached(4) and bool(_saving(run.folder)),
+        lambda: bool(_saving(run.folder)) and reached(4),
         lambda: reached(10 + rng.randrange(4)),
         lambda: reached(STEPS),
     ]
