@@ -6,7 +6,7 @@ parts of ring attention needs.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,15 +20,24 @@ Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def _packed(q: Tensor, cu: Tensor | None, cu_k: Tensor | None, longest: Any) -> Packed | None:
-    if cu is None:
-        return None
-    max_q, max_k = longest
-    return Packed(cu, cu if cu_k is None else cu_k, max_q, max_q if cu_k is None else max_k)
+class _Call(NamedTuple):
+    """What the operators take behind their tensors."""
+
+    packed: Packed | None
+    scores: Scores
+    deterministic: bool
+    backend: str
 
 
-def _name(packed: Packed | None) -> str:
-    return "flash_attention" if packed is None else "flash_attention_varlen"
+def _call(
+    cu: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None, scale: float,
+    left: int, right: int, offset: int | None, softcap: float, deterministic: bool, backend: str,
+) -> _Call:  # fmt: skip
+    packed = None
+    if cu is not None:
+        packed = Packed(cu, cu, max_q, max_q) if cu_k is None else Packed(cu, cu_k, max_q, max_k)
+    scores = Scores(scale=scale, left=left, right=right, offset=offset, softcap=softcap)
+    return _Call(packed, scores, deterministic, backend)
 
 
 def _measured(packed: Packed) -> Packed:
@@ -40,34 +49,23 @@ def _measured(packed: Packed) -> Packed:
     return Packed(packed.q, packed.k, *longest)
 
 
-def _fused_packed(packed: Packed | None, q: Tensor, v: Tensor, scores: Scores) -> bool:
-    """Tell whether FlashAttention 2 takes the documents as they are."""
-    return packed is not None and q.is_cuda and sdpa.lacks(q, v, scores) is None and bool(len(q))
+def _fused_packed(q: Tensor, v: Tensor, scores: Scores) -> bool:
+    """Tell whether FlashAttention 2 takes documents as they are."""
+    return q.is_cuda and sdpa.lacks(q, v, scores) is None and bool(len(q))
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen: int | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    left: int,
-    right: int,
-    offset: int | None,
-    softcap: float,
-    deterministic: bool,
-    backend: str,
-) -> Dense:
-    scores = Scores(scale=scale, left=left, right=right, offset=offset, softcap=softcap)
-    packed = _packed(q, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
+def _batches(packed: Packed, q: Tensor, k: Tensor) -> list[documents.Batch]:
+    bounds = documents.bounds_of("flash_attention_varlen", packed, len(q), len(k))
+    return documents.plan(*bounds)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Dense:
+    packed, scores, _, backend = _call(*rest)
     if backend == "triton":
         from .flash_triton import forward
 
         return forward(q, k, v, packed, scores)
-    if backend == "torch" and packed is not None and _fused_packed(packed, q, v, scores):
+    if backend == "torch" and packed is not None and _fused_packed(q, v, scores):
         return sdpa.forward_cuda(q, k, v, _measured(packed), scores)
     runs: dict[str, Callable[..., Dense]] = {
         "reference": attention_reference,
@@ -77,8 +75,7 @@ def _forward(
     dense = partial(runs[backend], scores=scores)
     if packed is None:
         return dense(q, k, v)
-    batches = documents.plan(*documents.bounds_of(_name(packed), packed, len(q), len(k)))
-    return documents.forward(dense, q, k, v, batches, wide(q.dtype))
+    return documents.forward(dense, q, k, v, _batches(packed, q, k), wide(q.dtype))
 
 
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *_: Any) -> Dense:
@@ -88,33 +85,16 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, *_
 
 
 def _backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen: int | None,
-    max_seqlen_k: int | None,
-    scale: float,
-    left: int,
-    right: int,
-    offset: int | None,
-    softcap: float,
-    deterministic: bool,
-    backend: str,
-) -> Gradients:
-    scores = Scores(scale=scale, left=left, right=right, offset=offset, softcap=softcap)
-    packed = _packed(q, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    *rest: Any,
+) -> Gradients:  # fmt: skip
+    packed, scores, deterministic, backend = _call(*rest)
     saved = dout, dlse, q, k, v, out, lse
     if backend == "triton":
         from .flash_backward_triton import backward
 
         return backward(*saved, packed, scores)
-    if backend == "torch" and packed is not None and _fused_packed(packed, q, v, scores):
+    if backend == "torch" and packed is not None and _fused_packed(q, v, scores):
         return sdpa.backward_cuda(*saved, _measured(packed), scores, deterministic)
     runs: dict[str, Callable[..., Gradients]] = {
         "reference": attention_backward_reference,
@@ -124,8 +104,7 @@ def _backward(
     dense = partial(runs[backend], scores=scores)
     if packed is None:
         return dense(*saved)
-    batches = documents.plan(*documents.bounds_of(_name(packed), packed, len(q), len(k)))
-    return documents.backward(dense, *saved, batches)
+    return documents.backward(dense, *saved, _batches(packed, q, k))
 
 
 def _backward_fake(
@@ -135,20 +114,14 @@ def _backward_fake(
 
 
 class _Attention(torch.autograd.Function):
+    """The arguments are q, k, v, two boundaries or None, and what follows."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        *options: Any,
-    ) -> Dense:
-        out, lse = below_autograd(FORWARD, q, k, v, cu_seqlens, cu_seqlens_k, *options)
-        where = [cu for cu in (cu_seqlens, cu_seqlens_k) if cu is not None]
-        ctx.save_for_backward(q, k, v, out, lse, *where)
-        ctx.options = options
+    def forward(ctx: Any, *args: Any) -> Dense:
+        out, lse = below_autograd(FORWARD, *args)
+        where = [cu for cu in args[3:5] if cu is not None]
+        ctx.save_for_backward(*args[:3], out, lse, *where)
+        ctx.options = args[5:]
         ctx.set_materialize_grads(False)
         return out, lse
 
