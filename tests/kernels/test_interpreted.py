@@ -29,16 +29,23 @@ def _ends(line):
     return [s for s in line if s in (ways[s.op][0], ways[s.op][-1])]
 
 
+# A minute by itself; its own tests show the kernels at sizes that matter to them.
+SLOW = ("attention",)
 # Each part has as much to do, about: the families are dealt out, the largest first.
 LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_ends(SERVED[f])))
-PARTS = [LARGEST[n::3] for n in range(3)]
+PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found.
 FILES = ("test_moe", "test_optim", "test_clip", "test_loss_triton")
 
 
-@pytest.mark.parametrize("families", PARTS, ids="-".join)
-@pytest.mark.parametrize("ways", [_ends, pytest.param(list, marks=pytest.mark.slow)])
-def test_interpreted(families, ways):
+@pytest.mark.parametrize(
+    ("ways", "families"),
+    [
+        *((_ends, part) for part in PARTS),
+        *(pytest.param(list, part, marks=pytest.mark.slow) for part in (*PARTS, SLOW)),
+    ],
+)
+def test_interpreted(ways, families):
     chosen = [f"{s}-cpu-triton" for family in families for s in ways(SERVED[family])]
     _interpret(["test_must"], " or ".join(chosen), least=10 * len(families))
 
