@@ -35,7 +35,7 @@ SLOW = ("attention",)
 LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_ends(SERVED[f])))
 PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found.
-FILES = ("test_moe", "test_optim", "test_clip", "test_loss_triton")
+FILES = ("test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton")
 
 
 @pytest.mark.parametrize(
