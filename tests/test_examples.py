@@ -91,5 +91,6 @@ def test_the_code_of_the_guide_to_the_kernels_runs(capsys):
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     for block in blocks:
         exec(compile(block, "kernels.md", "exec"), {})
-        assert "float8_e4m3fn" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "float8_e4m3fn" in said or said == "True\n"
     assert len(blocks) == 2
