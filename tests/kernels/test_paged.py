@@ -113,3 +113,37 @@ def test_bad_pages_are_refused_in_words():
         arguments = {"q_THK": q, "k_pages": k, "v_pages": v, "tables": tables, "lengths": lengths}
         with pytest.raises(ValueError, match=message):
             paged_attention(**{**arguments, "cu_seqlens": cu, **wrong})
+
+
+@item("determinism", "batch invariance", ops=OPS)
+@each_backend
+def test_a_sequence_does_not_depend_on_its_company(backend):
+    q, k, v, tables, lengths, cu = _case([1, 5, 2], [9, 40, 2], dtype=torch.float32)
+    together = paged_attention(q, k, v, tables, lengths, cu, return_lse=True, backend=backend)
+    for n in range(3):
+        rows = slice(int(cu[n]), int(cu[n + 1]))
+        where = tables[n : n + 1], lengths[n : n + 1], cu[n : n + 2] - cu[n]
+        out, lse = paged_attention(q[rows], k, v, *where, return_lse=True, backend=backend)
+        assert torch.equal(out, together[0][rows])
+        assert torch.equal(lse, together[1][:, rows])
+
+
+@item("streams and graphs", "determinism", ops=OPS)
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_on_a_gpu_and_in_a_captured_graph(backend):
+    """The Triton backend reads tables and lengths on the device: replayed, the graph sees others."""
+    case = _case([1, 3, 1], [900, 300, 64], page=16, width=64, values=64)
+    expected = _oracle(*case)[0]
+    case = [x.to("cuda", torch.bfloat16 if x.is_floating_point() else None) for x in case]
+    first = paged_attention(*case, backend=backend)
+    torch.testing.assert_close(first.double().cpu(), expected, rtol=0.02, atol=0.02)
+    for _ in range(100):
+        assert torch.equal(paged_attention(*case, backend=backend), first)
+    if backend == "triton":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = paged_attention(*case, backend=backend)
+        case[4] -= torch.tensor([40, 0, 3], device="cuda", dtype=torch.int32)
+        graph.replay()
+        assert torch.equal(captured, paged_attention(*case, backend=backend))
