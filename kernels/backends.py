@@ -27,11 +27,12 @@ from typing import Any
 import torch
 
 from . import peers
-from .launch import has_triton
+from .launch import has_triton, next_power_of_two
 from .launch import interpreted as interpreted
 
 _HERE = Path(__file__).resolve().parent
 _PROVEN = _HERE / "proven.json"
+_FASTEST = _HERE / "fastest.json"
 _DEVICE = ("triton", "cuda")  # backends with device code of ours, which a GPU must prove
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -85,6 +86,9 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
         "route": _Operator(stem="moe/router"),
         "permute": _Operator(stem="moe/permutation", shared=_FP8),
         "unpermute": _Operator(stem="moe/permutation", shared=_FP8),
+        "moe_block": _Operator(
+            stem="moe/block", shared=("gemm/grouped", "moe/permutation", "activation/glu", *_FP8)
+        ),
         "adamw": _Operator(stem="optim/adam"),
         "global_norm": _Operator(stem="optim/norm"),
         "newton_schulz": _Operator(stem="optim/orthogonal"),
@@ -223,6 +227,7 @@ def record_proof(
     os.chmod(name, 0o644)
     os.replace(name, file)
     proof.cache_clear()
+    fastest.cache_clear()
     _default.cache_clear()
 
 
@@ -266,7 +271,61 @@ def _default(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return min(times, key=times.__getitem__, default=operator.default)
 
 
-def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> str:
+def case_key(**sizes: int | str) -> str:
+    """Name a case of an operator, as the table of the fastest backends has it.
+
+    Args:
+        **sizes: What the choice depends on; `tokens` and `rows` are rounded up to powers of two, a
+            flag is named where it is set.
+
+    Returns:
+        Such as "causal,head=128,tokens=8192".
+    """
+    parts = []
+    for name, size in sorted(sizes.items()):
+        if isinstance(size, bool):
+            parts += [name] * size
+        else:
+            near = isinstance(size, int) and name in ("tokens", "rows")
+            parts.append(f"{name}={next_power_of_two(int(size)) if near else size}")
+    return ",".join(parts)
+
+
+def table_hash(op: str) -> str:
+    """Hash all device code of `op`: a measured choice holds for the kernels that were compared."""
+    own = [source_hash(op, b) for b in _operator(op).backends if b in _DEVICE]
+    return hashlib.sha256("".join(own).encode()).hexdigest()
+
+
+@functools.cache
+def fastest(op: str, capability: str, key: str, file: Path = _FASTEST) -> str | None:
+    """Look up the backend that was measured to be the fastest; read once per process.
+
+    Args:
+        op: Operator.
+        capability: Compute capability of the device, such as "9.0".
+        key: Dtype and case, such as "bfloat16,causal,head=128,tokens=8192".
+        file: The table, which `benchmarks/fastest.py` writes.
+
+    Returns:
+        The backend; None where nothing was measured, the device code has changed since, or the
+        backend is neither a library's nor proven.
+    """
+    entry = _read(file).get(op, {}).get(capability, {}).get(key)
+    if not entry or entry["backend"] not in _operator(op).backends:
+        return None
+    backend: str = entry["backend"]
+    proven = backend not in _DEVICE or proof(op, capability, backend)
+    return backend if proven and entry["source"] == table_hash(op) else None
+
+
+def choose(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backend: str | None = None,
+    case: str | None = None,
+) -> str:
     """Choose the backend that serves `op`.
 
     Args:
@@ -274,6 +333,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         device: Where its tensors are.
         dtype: Their dtype.
         backend: An explicit choice, which is obeyed or refused; None takes the fastest proven one.
+        case: What `case_key` says of the call: the fastest in this case, where it was measured.
 
     Returns:
         The backend's name: `reference`, `torch`, `triton` or `cuda`.
@@ -283,7 +343,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, backend: str | Non
         RuntimeError: If the explicit choice cannot be served here.
     """
     if backend is None:
-        return _default(op, device, dtype)
+        measured = None
+        if case is not None and device.type == "cuda":
+            key = f"{str(dtype).removeprefix('torch.')},{case}"
+            measured = fastest(op, _capability(device), key)
+        return measured or _default(op, device, dtype)
     if missing := _missing(op, backend, device, dtype):
         raise RuntimeError(f"{op}: backend {backend!r} {missing}")
     return backend

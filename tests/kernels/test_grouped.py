@@ -28,7 +28,7 @@ LOADS = {  # rows of each expert, and how many belong to nobody
     "last": ([17, 3, 20, 0], 5),
     "all": ([0, 0, 0, 0], 7),
     "all but one": ([0, 0, 131, 0], 1),
-    "none": ([1, 64, 65, 2], 2),
+    "none": ([1, 128, 65, 2], 2),
 }
 
 
