@@ -154,6 +154,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     found: dict[Any, Callable[..., int]] = {
         ops.flash_attention_forward: partial(_attention, first=0, products=(1, 1)),
         ops.flash_attention_backward: partial(_attention, first=2, products=(3, 2)),
+        ops.fp8_gemm: _fp8_gemm,
         ops.swiglu_linear_forward: _gated_forward,
         ops.swiglu_linear_backward: _gated_backward,
         ops.linear_cross_entropy_forward: _cross_entropy,
@@ -163,6 +164,11 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     for formula in found.values():
         vars(formula)["_get_raw"] = True  # pass tensors, not their shapes: lengths are values
     return found
+
+
+def _fp8_gemm(*args: Any, out_val: Any = None) -> int:
+    a_MK, _, b_NK = args[:3]
+    return 2 * int(a_MK.numel()) * int(b_NK.shape[0])
 
 
 def _gated_forward(*args: Any, out_val: Any = None) -> int:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+from warploom.kernels.gemm import Fp8Recipe
 from warploom.parallel.mesh import Degrees
+from warploom.parallel.tensor import check_widths
 
 from .architecture import Architecture
 from .stages import Stages
@@ -45,6 +47,29 @@ def check(architecture: Architecture, degrees: Degrees, *, stages: int | None = 
         _need(d.ep, "ep", f"experts.count ({count})", lambda ep: count % ep == 0)
         _need(d.etp, "etp", f"experts.hidden ({width})", lambda etp: width % etp == 0)
     Stages.deal(a.layers, range(stages or d.pp))
+
+
+def check_fp8(architecture: Architecture, degrees: Degrees, recipe: Fp8Recipe) -> None:
+    """Refuse widths of a rank that FP8 products cannot serve.
+
+    Args:
+        architecture: Sizes.
+        degrees: Degrees of parallelism that fit it; dp may be open.
+        recipe: How the products are rounded.
+
+    Raises:
+        ValueError: In one sentence, for the first that does not fit.
+    """
+    a, tp = architecture, degrees.tp
+    heads, keys = a.heads // tp, max(a.kv_heads // tp, 1)
+    widths = {
+        "width": a.width,
+        "heads x head_dim": heads * a.head_dim,
+        "(heads + 2 kv_heads) x head_dim": (heads + 2 * keys) * a.head_dim,
+    }
+    if any(a.routed(layer) is None for layer in range(a.layers)):
+        widths["hidden"] = a.hidden // tp
+    check_widths(recipe, widths)
 
 
 def _need(degree: int, axis: str, what: str, fits: Callable[[int], bool]) -> None:

@@ -13,6 +13,10 @@ the blocks:
     moe               rows by expert, gate and up, their product, results, order and weights
     ends              ids; the sum and statistic of the last norm, gradients of hidden and head
 
+With FP8 a projection keeps a byte an element of its input, and the scales, instead of the input;
+attention keeps its result for itself, and the feed-forward gate and up. Of each weight there are
+two copies in FP8 beside the parameter.
+
 A rank of a pipeline holds as many micro-batches of its stages as its schedule has in flight. What
 lives for a moment (results of operators, buckets under way) is not counted, nor what recomputation
 remembers of a choice.
@@ -33,6 +37,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from warploom.kernels.gemm import Fp8Recipe
+from warploom.kernels.quant.formats import BLOCK, MX_BLOCK
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule, simulate
@@ -58,6 +64,7 @@ class _Rank:
     operators: frozenset[str]
     narrow: int
     wide: int
+    fp8: Fp8Recipe | None
 
     @property
     def own(self) -> int:
@@ -79,6 +86,20 @@ class _Rank:
         """Query and key/value heads of a tensor-parallel rank."""
         return self.a.heads // self.d.tp, max(self.a.kv_heads // self.d.tp, 1)
 
+    def projected(self, width: int) -> int:
+        """Bytes that a projection keeps of its input `[T, width]`."""
+        if self.fp8 is None:
+            return self.tokens * width * self.narrow
+        return width * self.tokens + _scales(self.fp8, width, self.tokens)
+
+
+def _scales(recipe: Fp8Recipe, rows: int, columns: int) -> int:
+    """Return the bytes of the scales of codes `[rows, columns]`, a weight's apart."""
+    if recipe.scaling == "mx":
+        return rows * -(-columns // MX_BLOCK)
+    groups = {"tensor": 1, "row": rows, "block": rows * -(-columns // BLOCK)}
+    return 4 * groups[recipe.scaling]
+
 
 def activations(
     architecture: Architecture,
@@ -87,6 +108,7 @@ def activations(
     dtype: torch.dtype = torch.float32,
     degrees: Degrees = ONE,
     recompute: str = "none",
+    fp8: Fp8Recipe | None = None,
     z_loss: bool = False,
     context: str = "ring",
     stages: Stages | None = None,
@@ -106,6 +128,7 @@ def activations(
         dtype: Of the activations.
         degrees: Of the mesh.
         recompute: As in `Decoder`.
+        fp8: As in `Decoder`.
         z_loss: Whether `Decoder` has the z-loss.
         context: How keys and values cross the ring, `ring` or `all_gather`.
         stages: As in `Decoder`; by default one stage a pipeline rank.
@@ -132,6 +155,7 @@ def activations(
         operators=Recompute.parse(recompute).operators,
         narrow=dtype.itemsize,
         wide=torch.promote_types(dtype, torch.float32).itemsize,
+        fp8=fp8,
     )
     return sum(_kept(rank, stages, held, z_loss, rows).values())
 
@@ -172,16 +196,19 @@ def _block(r: _Rank, layer: int, first: bool, rows: Rows) -> Kept:
     if "block" in r.operators:
         return {entry: r.stream}
     middle = entry if first else f"{layer}.middle"  # the stream before the second norm
-    own: Kept = {"mixed": r.tokens * r.heads[0] * r.a.head_dim * r.narrow}
+    features = r.heads[0] * r.a.head_dim
+    own: Kept = {"mixed": r.projected(features)}
     if "norm" in r.operators:
         kept = {entry: r.stream} if first else {entry: r.stream, f"{layer}.stream": r.stream}
     else:
         kept = {middle: r.stream}
-        own |= {"first statistic": r.own * r.wide, "first result": r.gathered}
+        own |= {"first statistic": r.own * r.wide, "first result": r.projected(r.a.width)}
     if "attention" in r.operators:
         own["qkv"] = _qkv(r)
     else:
         own |= _attention(r)
+        if r.fp8 is not None and r.d.uly == 1:  # else the projection kept it for both
+            own["result"] = r.tokens * features * r.narrow
         kept["tables"] = r.tokens * r.a.head_dim * 4
         if r.documents and r.d.uly == r.d.cp:  # no ring
             kept["boundaries"] = 4 * (r.documents + 1)
@@ -192,11 +219,12 @@ def _block(r: _Rank, layer: int, first: bool, rows: Rows) -> Kept:
     else:
         kept[f"{layer + 1}.stream"] = r.stream
         own["second statistic"] = r.own * r.wide
-        own["second result"] = r.gathered if experts is None else r.stream
+        own["second result"] = r.projected(r.a.width) if experts is None else r.stream
     if experts is not None and "moe" not in r.operators:
         own |= _experts(r, experts, *rows)
     if experts is None and "feed_forward" not in r.operators:
         own["gate and up"] = r.tokens * 2 * r.a.hidden // r.d.tp * r.narrow
+        own["product"] = 0 if r.fp8 is None else r.projected(r.a.hidden // r.d.tp)
     return kept | {f"{layer} {name}": size for name, size in own.items()}
 
 
@@ -274,8 +302,8 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        parameters: In the model's dtype, with the routers' biases; of ZeRO-3 own rows, the root
-            unit, and the two neighbouring blocks that are largest.
+        parameters: In the model's dtype and in FP8, with the routers' biases; of ZeRO-3 own rows,
+            the root unit, and the two neighbouring blocks that are largest.
         gradients: In float32 at least, where they are accumulated and summed.
         optimizer: Moments, and float32 masters where the model's dtype is narrower.
         activations: Saved for the backward by the micro-batches in flight.
@@ -304,6 +332,7 @@ def memory(
     optimizer: str = "adamw",
     offload: bool = False,
     recompute: str = "none",
+    fp8: Fp8Recipe | None = None,
     z_loss: bool = False,
     context: str = "ring",
     stages: Stages | None = None,
@@ -321,6 +350,7 @@ def memory(
         optimizer: `adamw`, or `muon` with one moment for the matrices of the blocks.
         offload: Whether the optimizer's state is in host memory.
         recompute: As in `Decoder`.
+        fp8: As in `Decoder`.
         z_loss: As in `activations`.
         context: As in `activations`.
         stages: As in `activations`.
@@ -340,7 +370,7 @@ def memory(
         )
 
     options: dict[str, Any] = {"dtype": dtype, "degrees": degrees, "stages": stages}
-    options |= {"recompute": recompute, "z_loss": z_loss, "context": context}
+    options |= {"recompute": recompute, "fp8": fp8, "z_loss": z_loss, "context": context}
     count = len(stages.placement)
     sizes = [activations(architecture, tokens, held=(s,), **options) for s in range(count)]
     flying = None if schedule is None else simulate(schedule).peak(sizes.__getitem__)
@@ -350,7 +380,7 @@ def memory(
         saved = sum(sizes[s] for s in held) if flying is None else int(flying[at])
         made = list(_parameters(architecture, degrees, stages, held))
         muon = optimizer == "muon"
-        states = _states(made, degrees, dtype, zero=zero, muon=muon, offload=offload)
+        states = _states(made, degrees, dtype, fp8=fp8, zero=zero, muon=muon, offload=offload)
         biases = _biases(architecture, stages, held)
         found.append(replace(states, parameters=states.parameters + biases, activations=saved))
     return max(found, key=lambda one: one.total)
@@ -363,6 +393,17 @@ class _Parameter(NamedTuple):
     rows: int
     columns: int
     expert: bool = False
+    projects: bool = False
+
+    def coded(self, recipe: Fp8Recipe | None) -> int:
+        """Bytes of both copies in FP8 of a projection's weight; of tiles without their scales."""
+        if recipe is None or not self.projects:
+            return 0
+        size = 2 * self.rows * self.columns
+        if recipe.scaling in ("tensor", "block"):
+            return size
+        both = (self.rows, self.columns), (self.columns, self.rows)
+        return size + sum(_scales(recipe, *shape) for shape in both)
 
     def shared(self, ranks: int) -> int:
         """Elements of the rows that the first of so many ranks owns."""
@@ -382,15 +423,16 @@ def _parameters(
             yield _Parameter(-1, vocabulary, a.width)
     queries, keys = a.heads // d.tp * a.head_dim, max(a.kv_heads // d.tp, 1) * a.head_dim
     for n in sorted(n for stage in held for n in stages.blocks(stage)):
-        yield _Parameter(n, queries + 2 * keys, a.width)
-        yield _Parameter(n, a.width, queries)
+        yield _Parameter(n, queries + 2 * keys, a.width, projects=True)
+        yield _Parameter(n, a.width, queries, projects=True)
         norms = [a.width, a.width, *[a.head_dim] * (2 * a.qk_norm)]
         yield from (_Parameter(n, width, 1) for width in norms)
         experts = a.routed(n)
         dense = a.hidden if experts is None else experts.shared
         if dense:
-            yield _Parameter(n, 2 * dense // d.tp, a.width)
-            yield _Parameter(n, a.width, dense // d.tp)
+            projects = experts is None
+            yield _Parameter(n, 2 * dense // d.tp, a.width, projects=projects)
+            yield _Parameter(n, a.width, dense // d.tp, projects=projects)
         if experts is not None:
             yield _Parameter(n, experts.count, a.width)
             mine, part = experts.count // d.ep, experts.hidden // d.etp
@@ -409,6 +451,7 @@ def _states(
     d: Degrees,
     dtype: torch.dtype,
     *,
+    fp8: Fp8Recipe | None,
     zero: int,
     muon: bool,
     offload: bool,
@@ -424,9 +467,9 @@ def _states(
         whole, rows = p.shared(1), p.shared(ranks)
         if zero == 3 and ranks > 1:
             values += rows * dtype.itemsize
-            units[p.unit] = units.get(p.unit, 0) + whole * dtype.itemsize
+            units[p.unit] = units.get(p.unit, 0) + whole * dtype.itemsize + p.coded(fp8)
         else:
-            values += whole * dtype.itemsize
+            values += whole * dtype.itemsize + p.coded(fp8)
         if zero >= 2 and ranks > 1:
             gradients += rows * wide
         else:  # narrow gradients are summed elsewhere than where they are accumulated

@@ -27,8 +27,8 @@ Source: Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433, section 3; D
 https://arxiv.org/abs/2412.19437, section 3.3 (what stays in high precision).
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -49,12 +49,12 @@ _X, _WEIGHT, _GRADIENT = range(3)  # rows of the buffers
 _ALIGNED = 16  # bytes of a row that the matrix units read at a time
 
 
-def check_widths(recipe: Fp8Recipe, **widths: int) -> None:
+def check_widths(recipe: Fp8Recipe, widths: Mapping[str, int]) -> None:
     """Refuse widths of a rank that FP8 products cannot serve.
 
     Args:
         recipe: How the products are rounded.
-        widths: What a product contracts or gives, by name.
+        widths: What a rank's products contract or give, by name.
 
     Raises:
         ValueError: If one is no multiple of 16, or of the 32 of an MX block.
@@ -63,9 +63,8 @@ def check_widths(recipe: Fp8Recipe, **widths: int) -> None:
     for name, width in widths.items():
         if width % unit:
             raise ValueError(
-                f"{name} of a rank must be a multiple of {unit} for FP8 products with scaling "
-                f"{recipe.scaling!r}, got {width}: choose another width or another tp, or leave "
-                f"fp8 out"
+                f"fp8 with scaling {recipe.scaling!r} needs {name} to be a multiple of {unit} on a "
+                f"rank, got {width}: choose another size or another tp, or leave fp8 out"
             )
 
 
@@ -243,15 +242,26 @@ class _Product(torch.autograd.Function):
         return dx, dweight, *(None,) * 5
 
 
-def _delayed(model: nn.Module) -> list[tuple[str, Fp8Product, Tensor, Tensor, Tensor]]:
-    return [
-        (path, module, module.history, module.scale, module.seen)
-        for path, module in model.named_modules()
-        if isinstance(module, Fp8Product)
-        and module.history is not None
-        and module.scale is not None
-        and module.seen is not None
-    ]
+class _Delayed(NamedTuple):
+    """A product with delayed scaling, its path, and its buffers."""
+
+    path: str
+    product: Fp8Product
+    history: Tensor
+    scale: Tensor
+    seen: Tensor
+
+
+def _delayed(model: nn.Module) -> list[_Delayed]:
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, Fp8Product) and module.recipe.delayed:
+            buffers = module.history, module.scale, module.seen
+            assert buffers[0] is not None
+            assert buffers[1] is not None
+            assert buffers[2] is not None
+            found.append(_Delayed(path, module, *buffers))
+    return found
 
 
 @torch.no_grad()
@@ -266,27 +276,26 @@ def update_scales(model: nn.Module, *groups: Group) -> None:
             `mesh.tokens`.
     """
     found = _delayed(model)
-    for recipe in dict.fromkeys(module.recipe for _, module, *_ in found):
-        layers = [line for line in found if line[1].recipe == recipe]
-        history, scale, seen = (torch.stack([line[n] for line in layers]) for n in (2, 3, 4))
+    for recipe in dict.fromkeys(one.product.recipe for one in found):
+        layers = [one for one in found if one.product.recipe == recipe]
+        seen = torch.stack([one.seen for one in layers])
         seen = torch.where(seen.isfinite(), seen, 0.0)
         for group in groups:
             all_reduce_(seen, group, op="max")
-        parts = [
-            amax_history_update(history[:, row], seen[:, row], scale[:, row], recipe, dtype)
-            for row, dtype in (
-                (_X, recipe.dtype),
-                (_WEIGHT, recipe.dtype),
-                (_GRADIENT, recipe.gradient_dtype),
-            )
+        history = torch.stack([one.history for one in layers])
+        scale = torch.stack([one.scale for one in layers])
+        forward, backward = slice(_X, _WEIGHT + 1), slice(_GRADIENT, None)
+        made = [
+            amax_history_update(history[:, rows], seen[:, rows], scale[:, rows], recipe, dtype)
+            for rows, dtype in ((forward, recipe.dtype), (backward, recipe.gradient_dtype))
         ]
-        history, scale = (torch.stack([part[n] for part in parts], 1) for n in (0, 1))
+        history, scale = (torch.cat(parts, 1) for parts in zip(*made, strict=True))
         measured = (history > 0).any(2).tolist()
-        for n, (_, module, own_history, own_scale, own_seen) in enumerate(layers):
-            own_history.copy_(history[n])
-            own_scale.copy_(scale[n])
-            own_seen.zero_()
-            module._measured = own_history._version, measured[n]
+        for n, one in enumerate(layers):
+            one.history.copy_(history[n])
+            one.scale.copy_(scale[n])
+            one.seen.zero_()
+            one.product._measured = one.history._version, measured[n]
 
 
 def scale_entries(model: nn.Module, rename: Callable[[str], str] | None = None) -> list[Entry]:
@@ -298,7 +307,7 @@ def scale_entries(model: nn.Module, rename: Callable[[str], str] | None = None) 
     """
     rename = rename or (lambda name: name)
     return [
-        Entry("buffer", buffer, whole(rename(f"{path}.{name}"), buffer.shape))
-        for path, _, history, scale, _ in _delayed(model)
-        for name, buffer in (("history", history), ("scale", scale))
+        Entry("buffer", buffer, whole(rename(f"{one.path}.{name}"), buffer.shape))
+        for one in _delayed(model)
+        for name, buffer in (("history", one.history), ("scale", one.scale))
     ]

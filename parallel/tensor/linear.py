@@ -77,7 +77,9 @@ def _plan(
     return Plan(group, chunks, regather, symmetric) if group and sequence_parallel else None
 
 
-def _fp8(recipe: Fp8Recipe | None, plan: Plan | None, **widths: int) -> Fp8Product | None:
+def _fp8(
+    recipe: Fp8Recipe | None, plan: Plan | None, width: int, features: int
+) -> Fp8Product | None:
     """Return the product in FP8, or `None` without a recipe; refuse what it cannot serve."""
     if recipe is None:
         return None
@@ -86,7 +88,7 @@ def _fp8(recipe: Fp8Recipe | None, plan: Plan | None, **widths: int) -> Fp8Produ
             f"chunks ({plan.chunks}), regather ({plan.regather}) and symmetric ({plan.symmetric}) "
             f"overlap products in high precision: leave them out with fp8, or leave fp8 out"
         )
-    check_widths(recipe, **widths)
+    check_widths(recipe, {"width": width, "features": features})
     return Fp8Product(recipe)
 
 
@@ -161,7 +163,7 @@ class ColumnLinear(nn.Module):
             for name, n in self.parts.items()
         }
         self.split = [share.size for share in self.shares.values()]
-        self.fp8 = _fp8(fp8, self.plan, width=width, features=sum(self.split))
+        self.fp8 = _fp8(fp8, self.plan, width, sum(self.split))
         self.weight = nn.Parameter(torch.empty(sum(self.split), width))
         self.bias = nn.Parameter(torch.empty(sum(self.split))) if bias else None
         _start(self, self.declare_layouts())
@@ -239,7 +241,7 @@ class RowLinear(nn.Module):
         self.overlaps = self.plan is not None and (chunks > 1 or symmetric)
         self.width = width
         own = _share(width, group, "width").size
-        self.fp8 = _fp8(fp8, self.plan, width=own, features=features)
+        self.fp8 = _fp8(fp8, self.plan, own, features)
         self.weight = nn.Parameter(torch.empty(features, own))
         self.bias = nn.Parameter(torch.empty(features)) if bias else None
         _start(self, self.declare_layouts())

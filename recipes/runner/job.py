@@ -22,6 +22,7 @@ from ..tokens.store import TokenStore
 from .data import Data
 from .environment import environment
 from .folder import RunFolder, write_json
+from .fp8 import recipe
 from .parallel import schedule, stages
 from .peak import Peak, peak
 from .run import DTYPES, AdamW, Run
@@ -61,6 +62,7 @@ def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
         seed=run.seed,
         mesh=mesh,
         recompute=run.recompute,
+        fp8=recipe(run.fp8),
         z_loss=run.z_loss,
         context=run.parallel.context,
         balance=run.parallel.balance,

@@ -37,7 +37,7 @@ The model saw {facts["tokens"]:,} tokens, {corpus["epochs"]:.2f} times the train
 ## Training
 
 {facts["steps"]:,} steps of {run["batch_tokens"]:,} tokens in sequences of {run["sequence"]:,};
-{run["optimizer"]["kind"]} at a peak learning rate of {run["learning_rate"]:g}; {run["precision"]};
+{run["optimizer"]["kind"]} at a peak learning rate of {run["learning_rate"]:g}; {_precision(run)};
 seed {run["seed"]}. {facts["flops"]["run"]:.3g} FLOPs, {facts["flops"]["formula"]}.
 
 ## Evaluation
@@ -54,6 +54,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 ```
 """
+
+
+def _precision(run: Mapping[str, Any]) -> str:
+    fp8 = run.get("fp8")
+    return str(run["precision"]) + (f" with FP8 projections ({fp8} scales)" if fp8 else "")
 
 
 def _split(split: Mapping[str, int]) -> str:

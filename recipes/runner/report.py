@@ -61,9 +61,13 @@ def rows(facts: Facts) -> list[tuple[str, str, str]]:
             "trained",
             f"{facts['tokens']:,} tokens",
             f"{facts['steps']:,} steps in {duration(facts['training_s'])}; data waits "
-            f"{100 * speed['data_wait_share']:.2f} % of the time",
+            f"{100 * speed['data_wait_share']:.2f} % of the time{_fp8(facts['run'])}",
         ),
     ]
+
+
+def _fp8(run: Facts) -> str:
+    return f"; projections in FP8 ({run['fp8']} scales)" if run.get("fp8") else ""
 
 
 def _nats(baseline: Facts) -> str:

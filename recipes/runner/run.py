@@ -23,6 +23,7 @@ from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import NAMED, Degrees
 
 from ..errors import UserError
+from .fp8 import Fp8, check_device, check_sizes, recipe
 from .learning_rate import WSD, Schedule
 from .parallel import Parallel, check_mesh, schedule, stages
 from .watch import Watch
@@ -164,6 +165,11 @@ class Run:
     """Optimizer steps."""
     precision: Literal["float32", "bf16"] = "float32"
     """bf16: weights and activations in bf16, master weights and gradient sums in float32."""
+    fp8: Fp8 | None = None
+    """Multiply the projections of attention and of dense feed-forwards in FP8, with scales of the
+    tensor (its own, or delayed: of the last 16 steps), of a row, of a block of 128 elements or of
+    32 (mx). Embedding, head, norms, routers, experts and masters stay as `precision` says; a CPU
+    emulates it, slowly."""
     recompute: str = "none"
     """What runs again in the backward pass: `none`, `full` (whole blocks), `selective` (norms with
     the gather behind them), or a list of norm, attention, feed_forward, moe."""
@@ -194,6 +200,7 @@ class Run:
     def __post_init__(self) -> None:
         _check_numbers(self)
         check_mesh(self.architecture, self.mesh, self.parallel)
+        check_sizes(self.fp8, self.architecture, Degrees.parse(self.mesh))
         try:
             Recompute.parse(self.recompute)
             of_architecture(self.architecture)  # the weights are exported at the end
@@ -263,9 +270,10 @@ def check(run: Run, world: int, device: torch.device, *, local_ranks: int = 1) -
 
     Raises:
         UserError: If the mesh does not multiply to `world`, the batch does not divide over data
-            ranks and micro-batches, the pipeline schedule cannot run, or the memory is less than
-            the run needs.
+            ranks and micro-batches, the pipeline schedule cannot run, the device has no FP8 that
+            the run asks for, or the memory is less than the run needs.
     """
+    check_device(run.fp8, device)
     try:
         degrees = Degrees.parse(run.mesh).resolve(world)
     except ValueError as error:
@@ -308,6 +316,7 @@ def needed_bytes(run: Run, degrees: Degrees, *, host: bool = False) -> int:
         optimizer="muon" if isinstance(run.optimizer, Muon) else "adamw",
         offload=options.offload,
         recompute=run.recompute,
+        fp8=recipe(run.fp8),
         z_loss=run.z_loss > 0,
         context=options.context,
         stages=stages(options, run.architecture.layers, table),
