@@ -37,7 +37,6 @@ ITEMS = {
     "bad input": "one sentence with what was found",
     "import": "without a GPU, a driver or Triton",
 }
-SECOND = ("flash_attention", "flash_attention_varlen")  # not memory-bound
 
 
 @dataclass
@@ -87,7 +86,8 @@ def collect() -> dict[tuple[str, str], Found]:
 # Operators and items that mean nothing together, and why.
 REASONS = {
     "no gradient": (
-        ("adamw", "global_norm", "newton_schulz", "nf4_quantize", "nf4_dequantize"),
+        ("adamw", "global_norm", "newton_schulz", "nf4_quantize", "nf4_dequantize", "fp8_gemm")
+        + ("paged_attention",),
         ("upstream gradients", "second derivative"),
     ),
     "rows are summed, sorted, or no rows at all": (
@@ -97,14 +97,18 @@ REASONS = {
     ),
     "what it spoils is its whole matrix": (("newton_schulz",), ("NaN and inf",)),
     "a row's bits are those of a product as large as its expert's load": (
-        ("grouped_gemm",),
+        ("grouped_gemm", "moe_block"),
         ("batch invariance",),
     ),
     "a row's bits are those of a product of so many rows": (
-        ("nf4_linear",),
+        ("nf4_linear", "fp8_gemm", "fp8_linear"),
         ("batch invariance",),
     ),
     "its kernel is that of `nf4_dequantize`": (("nf4_linear",), ("more than 2^31 elements",)),
+    "its kernels are those of `fp8_quantize` and `fp8_gemm`": (
+        ("fp8_linear",),
+        ("more than 2^31 elements",),
+    ),
     "its second derivative is right": (("rotary",), ("second derivative",)),
     "a matrix so large has no place in a product": (
         ("newton_schulz",),
@@ -112,7 +116,7 @@ REASONS = {
     ),
 }
 ONLY = {
-    "empty experts": ("route", "permute", "unpermute", "grouped_gemm"),
+    "empty experts": ("route", "permute", "unpermute", "grouped_gemm", "moe_block"),
     "optimizer edge cases": ("adamw", "global_norm"),
 }
 
@@ -131,7 +135,7 @@ def empty(cells: dict[tuple[str, str], Found]) -> list[str]:
 
 
 def operators() -> list[str]:
-    return [op for op in backends.available() if op not in SECOND]
+    return [*backends.available()]
 
 
 def table(cells: dict[tuple[str, str], Found]) -> str:

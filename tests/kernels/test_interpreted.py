@@ -30,12 +30,12 @@ def _ends(line):
 
 
 # A minute by itself; its own tests show the kernels at sizes that matter to them.
-SLOW = ("attention",)
+SLOW = ("attention", "fp8")
 # Each part has as much to do, about: the families are dealt out, the largest first.
 LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_ends(SERVED[f])))
 PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found.
-FILES = ("test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton")
+FILES = ("test_moe", "test_optim", "test_clip", "test_grouped", "test_fp8", "test_loss_triton")
 
 
 @pytest.mark.parametrize(
