@@ -49,9 +49,9 @@ def _measured(packed: Packed) -> Packed:
     return Packed(packed.q, packed.k, *longest)
 
 
-def _fused_packed(q: Tensor, v: Tensor, scores: Scores) -> bool:
+def _fused_packed(q: Tensor, v: Tensor, scores: Scores, dlse: Tensor | None = None) -> bool:
     """Tell whether FlashAttention 2 takes documents as they are."""
-    return q.is_cuda and sdpa.lacks(q, v, scores) is None and bool(len(q))
+    return q.is_cuda and sdpa.lacks(q, v, scores, dlse) is None and bool(len(q))
 
 
 def _batches(packed: Packed, q: Tensor, k: Tensor) -> list[documents.Batch]:
@@ -94,7 +94,7 @@ def _backward(
         from .flash_backward_triton import backward
 
         return backward(*saved, packed, scores)
-    if backend == "torch" and packed is not None and _fused_packed(q, v, scores):
+    if backend == "torch" and packed is not None and _fused_packed(q, v, scores, dlse):
         return sdpa.backward_cuda(*saved, _measured(packed), scores, deterministic)
     runs: dict[str, Callable[..., Gradients]] = {
         "reference": attention_backward_reference,

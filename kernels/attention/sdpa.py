@@ -37,13 +37,14 @@ Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-def lacks(q: Tensor, v: Tensor, scores: Scores) -> str | None:
+def lacks(q: Tensor, v: Tensor, scores: Scores, dlse: Tensor | None = None) -> str | None:
     """Say what keeps PyTorch's flash operators from serving these tensors, or None.
 
     Args:
         q: Queries, head dimension last.
         v: Values.
         scores: Scale, window, soft cap.
+        dlse: Gradient of the log-sum-exp, in a backward.
 
     Returns:
         The end of a sentence that begins with the backend's name.
@@ -56,10 +57,8 @@ def lacks(q: Tensor, v: Tensor, scores: Scores) -> str | None:
         return f"needs the CPU or a CUDA device, the tensors are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"needs float16 or bfloat16 on CUDA, the tensors are {q.dtype}"
-    width = max(q.shape[-1], v.shape[-1])
-    if width > _WIDEST - _EXTRA and width != _WIDEST:
-        return f"needs head dimensions on CUDA of at most {_WIDEST - _EXTRA}, or 256, got {width}"
-    return None
+    width, most = max(q.shape[-1], v.shape[-1]), _WIDEST - (0 if dlse is None else _EXTRA)
+    return None if width <= most else f"needs head dimensions of at most {most}, got {width}"
 
 
 def cudnn_lacks(q: Tensor, k: Tensor, v: Tensor, scores: Scores, deterministic: bool) -> str | None:
@@ -300,11 +299,6 @@ def backward_cuda(
     if dlse is not None:
         tensors = _with_lse(dlse.mT, *tensors)
     wide_to = -(-max(x.shape[-1] for x in tensors) // 8) * 8
-    if wide_to > _WIDEST:
-        raise RuntimeError(
-            f"flash_attention: backend 'torch' needs head dimensions of at most "
-            f"{_WIDEST - _EXTRA} for a gradient of the log-sum-exp, got {max(widths)}"
-        )
     dout, q, k, v, out = (_rows(x) for x in _widened(wide_to, *tensors))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, of which there is none

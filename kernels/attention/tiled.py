@@ -68,9 +68,11 @@ def on_cuda(q: Tensor) -> bool:
     return q.is_cuda
 
 
-def _tiles(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[bool, Iterator[Tile]]:
+def _tiles(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, dlse: Tensor | None = None
+) -> tuple[bool, Iterator[Tile]]:
     """Say whether a fused operator serves, and which tiles it wants."""
-    fused = sdpa.lacks(q, v, scores) is None
+    fused = sdpa.lacks(q, v, scores, dlse) is None
     if not (q.numel() and k.numel() and v.numel()):
         return fused, iter(())
     sizes = q.shape[1], k.shape[1]
@@ -132,7 +134,7 @@ def backward(
         The gradients of q, k and v.
     """
     saved = q_BSHK, k_BUGK, v_BUGL
-    fused, plan = _tiles(*saved, scores)
+    fused, plan = _tiles(*saved, scores, dlse_BHS)
     narrow = fused and on_cuda(q_BSHK)
     run: Callable[..., Gradients] = attention_backward_reference
     if fused:

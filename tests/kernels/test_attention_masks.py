@@ -402,7 +402,7 @@ def stand_ins(monkeypatch):
 
 def _on_cuda(monkeypatch):
     """Have the plan and the runs of `tiled` be those of a CUDA device, on CPU tensors."""
-    monkeypatch.setattr(sdpa, "lacks", lambda q, v, scores: None)
+    monkeypatch.setattr(sdpa, "lacks", lambda q, v, scores, dlse=None: None)
     monkeypatch.setattr(tiled, "on_cuda", lambda q: True)
 
 
@@ -455,6 +455,19 @@ def test_flash_attention_2_takes_documents_as_they_are(stand_ins):
     kept = lse != -torch.inf
     want = torch.autograd.grad((want[0], want[1][kept]), leaves, (dout, dlse[kept]))
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_flash_attention_2_serves_what_it_has():
+    """A head of 256 has no room for the columns that carry a gradient of the log-sum-exp."""
+    q = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float16, shape=(1, 256))
+    scores = Scores(scale=1.0)
+    assert sdpa.lacks(q, q, scores) is None
+    assert (
+        sdpa.lacks(q, q, scores, torch.empty(1)) == "needs head dimensions of at most 248, got 256"
+    )
+    assert "soft cap" in sdpa.lacks(q, q, Scores(scale=1.0, softcap=2.0))
+    q.dtype = torch.float32
+    assert "needs float16 or bfloat16" in sdpa.lacks(q, q, scores)
 
 
 @item("bad input", ops=BOTH[:1])

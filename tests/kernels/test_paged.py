@@ -132,7 +132,7 @@ def test_a_sequence_does_not_depend_on_its_company(backend):
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_on_a_gpu_and_in_a_captured_graph(backend):
-    """The Triton backend reads tables and lengths on the device: replayed, the graph sees others."""
+    """Triton reads tables and lengths on the device: a replayed graph sees other ones."""
     case = _case([1, 3, 1], [900, 300, 64], page=16, width=64, values=64)
     expected = _oracle(*case)[0]
     case = [x.to("cuda", torch.bfloat16 if x.is_floating_point() else None) for x in case]
