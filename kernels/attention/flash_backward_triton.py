@@ -15,6 +15,9 @@ Roof: arithmetic, 14 S U H K FLOPs. Not run on a GPU yet.
 Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
@@ -23,11 +26,13 @@ from torch import Tensor
 from .. import tuning
 from ..launch import next_power_of_two
 from .flash_triton import (
+    EXACT,
     Configuration,
     candidates,
     factors,
     find_tile,
     is_seen,
+    largest,
     last_dense,
     load_rows,
     mask_of,
@@ -94,14 +99,14 @@ def _walk_keys(
         seen = EDGE
         if EDGE:
             rows = start + offset + tl.arange(0, M)
-            seen = is_seen(rows[None, :], columns[:, None], keys, left, right, LEFT, RIGHT)
-        r = products(k, k_rest, q, q_rest, KB)
-        p, slope = _weights(r, lse[None, :], inner, c, seen, CAPPED, EDGE)
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        ds = _dscores(p, slope, dp, delta[None, :], seen, CAPPED, EDGE).to(k.dtype)
-        dq = tl.dot(tl.trans(k), ds, dq, input_precision="ieee")
+            seen = is_seen(rows[:, None], columns[None, :], keys, left, right, LEFT, RIGHT)
+        r = products(q, q_rest, k, k_rest, KB)
+        p, slope = _weights(r, lse[:, None], inner, c, seen, CAPPED, EDGE)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = _dscores(p, slope, dp, delta[:, None], seen, CAPPED, EDGE).to(k.dtype)
+        dq = tl.dot(tl.trans(k), tl.trans(ds), dq, input_precision="ieee")
         if KB:
-            dq_rest = tl.dot(tl.trans(k_rest), ds, dq_rest, input_precision="ieee")
+            dq_rest = tl.dot(tl.trans(k_rest), tl.trans(ds), dq_rest, input_precision="ieee")
     return dq, dq_rest
 
 
@@ -166,36 +171,42 @@ def queries_kernel(
 
 @triton.jit
 def _walk_queries(
-    dk, dk_rest, dv, k, k_rest, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_s, do_s,
+    dk, dk_rest, dv, k, k_rest, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_s, q_h, do_s, do_h, lse_h,
     begin, end, skip, gap, start, queries, keys, offset, left, right, inner, c,
-    CAPPED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, EDGE: tl.constexpr,
-    K: tl.constexpr, L: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, LB: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr,
+    GROUP: tl.constexpr, CAPPED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    EDGE: tl.constexpr, K: tl.constexpr, L: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr,
+    LB: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Walk over queries of one head, as `_walk_keys`; those past the end have weights of 0."""
-    for at in tl.range(begin, end, M):
+    """Walk over queries of one head after the other, as `_walk_keys`; past the end they weigh 0."""
+    tiles = (end - begin + M - 1) // M
+    for step in tl.range(0, tiles * GROUP):
+        head = (step // tiles).to(tl.int64)
+        at = begin + step % tiles * M
         if EDGE:
             at += tl.where(at >= skip, gap, 0)
         rows = at + tl.arange(0, M)
-        q = load_rows(q_ptr, rows, queries, q_s, 0, K, KA, EDGE)
+        q = load_rows(q_ptr + head * q_h, rows, queries, q_s, 0, K, KA, EDGE)
         q_rest = q
         if KB:
-            q_rest = load_rows(q_ptr, rows, queries, q_s, KA, K, KB, EDGE)
-        do = load_rows(do_ptr, rows, queries, do_s, 0, L, LB, EDGE)
-        lse = _base_2(tl.load(lse_ptr + rows, mask=rows < queries, other=float("inf")))
-        delta = tl.load(delta_ptr + rows, mask=rows < queries, other=0.0)
+            q_rest = load_rows(q_ptr + head * q_h, rows, queries, q_s, KA, K, KB, EDGE)
+        do = load_rows(do_ptr + head * do_h, rows, queries, do_s, 0, L, LB, EDGE)
+        row = head * lse_h + rows
+        lse = _base_2(tl.load(lse_ptr + row, mask=rows < queries, other=float("inf")))
+        delta = tl.load(delta_ptr + row, mask=rows < queries, other=0.0)
         seen = EDGE
         if EDGE:
             columns = start + tl.arange(0, N)
-            seen = is_seen(rows[:, None] + offset, columns[None, :], keys, left, right, LEFT, RIGHT)
-        r = products(q, q_rest, k, k_rest, KB)
-        p, slope = _weights(r, lse[:, None], inner, c, seen, CAPPED, EDGE)
-        dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision="ieee")
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = _dscores(p, slope, dp, delta[:, None], seen, CAPPED, EDGE).to(q.dtype)
-        dk = tl.dot(tl.trans(q), ds, dk, input_precision="ieee")
-        if KB:
-            dk_rest = tl.dot(tl.trans(q_rest), ds, dk_rest, input_precision="ieee")
+            seen = is_seen(rows[None, :] + offset, columns[:, None], keys, left, right, LEFT, RIGHT)
+        r = products(k, k_rest, q, q_rest, KB)
+        p, slope = _weights(r, lse[None, :], inner, c, seen, CAPPED, EDGE)
+        if DV:
+            dv = tl.dot(tl.trans(do), tl.trans(p.to(do.dtype)), dv, input_precision="ieee")
+        if DK:
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = _dscores(p, slope, dp, delta[None, :], seen, CAPPED, EDGE).to(q.dtype)
+            dk = tl.dot(tl.trans(q), tl.trans(ds), dk, input_precision="ieee")
+            if KB:
+                dk_rest = tl.dot(tl.trans(q_rest), tl.trans(ds), dk_rest, input_precision="ieee")
     return dk, dk_rest, dv
 
 
@@ -208,8 +219,9 @@ def keys_kernel(
     GROUP: tl.constexpr, PACKED: tl.constexpr, CAPPED: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, OFFSET: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
     KA: tl.constexpr, KB: tl.constexpr, LB: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Compute dk and dv of N keys of one head."""
+    """Compute dk or dv or both of N keys of one head."""
     group, batch, tile, queries, keys, at_q, at_k, offset = find_tile(
         cu_q, cu_k, doc_ptr, tile_ptr, Q, U, G, tiles, documents, offset, PACKED, OFFSET, False
     )
@@ -230,52 +242,55 @@ def keys_kernel(
         low, full, clear, high = seen_range(
             start, keys, queries, -offset, right, left, RIGHT, LEFT, N, M
         )
-        for head in range(group * GROUP, group * GROUP + GROUP):
-            row = (batch * G * GROUP + head) * Q + at_q
-            q_at = q_ptr + batch * q_b + at_q * q_s + head * q_h
-            do_at = do_ptr + batch * do_b + at_q * do_s + head * do_h
-            dk, dk_rest, dv = _walk_queries(
-                dk, dk_rest, dv, k, k_rest, v, q_at, do_at, lse_ptr + row, delta_ptr + row,
-                q_s, do_s, low, high - clear + full, full, clear - full, start, queries, keys,
-                offset, left, right, inner, c, CAPPED, LEFT, RIGHT, True,
-                K, L, KA, KB, LB, M, N,
-            )  # fmt: skip
-            dk, dk_rest, dv = _walk_queries(
-                dk, dk_rest, dv, k, k_rest, v, q_at, do_at, lse_ptr + row, delta_ptr + row,
-                q_s, do_s, full, clear, clear, 0, start, queries, keys,
-                offset, left, right, inner, c, CAPPED, LEFT, RIGHT, False,
-                K, L, KA, KB, LB, M, N,
-            )  # fmt: skip
+        head = group * GROUP
+        q_ptr += batch * q_b + at_q * q_s + head * q_h
+        do_ptr += batch * do_b + at_q * do_s + head * do_h
+        row = (batch * G * GROUP + head) * Q + at_q
+        dk, dk_rest, dv = _walk_queries(
+            dk, dk_rest, dv, k, k_rest, v, q_ptr, do_ptr, lse_ptr + row, delta_ptr + row,
+            q_s, q_h, do_s, do_h, Q, low, high - clear + full, full, clear - full, start,
+            queries, keys, offset, left, right, inner, c, GROUP, CAPPED, LEFT, RIGHT, True,
+            K, L, KA, KB, LB, M, N, DK, DV,
+        )  # fmt: skip
+        dk, dk_rest, dv = _walk_queries(
+            dk, dk_rest, dv, k, k_rest, v, q_ptr, do_ptr, lse_ptr + row, delta_ptr + row,
+            q_s, q_h, do_s, do_h, Q, full, clear, clear, 0, start,
+            queries, keys, offset, left, right, inner, c, GROUP, CAPPED, LEFT, RIGHT, False,
+            K, L, KA, KB, LB, M, N, DK, DV,
+        )  # fmt: skip
         inside = columns < keys
         rows = batch * U + at_k + columns
-        store_columns(dk_ptr, dk * scale, rows, G, group, inside, 0, K, KA)
-        if KB:
-            store_columns(dk_ptr, dk_rest * scale, rows, G, group, inside, KA, K, KB)
-        store_columns(dv_ptr, dv, rows, G, group, inside, 0, L, LB)
+        if DK:
+            store_columns(dk_ptr, dk * scale, rows, G, group, inside, 0, K, KA)
+            if KB:
+                store_columns(dk_ptr, dk_rest * scale, rows, G, group, inside, KA, K, KB)
+        if DV:
+            store_columns(dv_ptr, dv, rows, G, group, inside, 0, L, LB)
 
 
 def queries_configuration(head: int, value: int, itemsize: int) -> Configuration:
     """Choose the tiles of the kernel of dq, as `flash_triton.configuration` does."""
-    size = max(sum(tiles_of(head)), next_power_of_two(value))
+    size = largest(head, value)
     if itemsize == 4:
-        return {"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}
-    if size <= 64:
-        return {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}
-    if size <= 128:
-        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 3}
-    return {"M": 64, "N": 64, "num_warps": 8, "num_stages": 2}
+        return EXACT
+    stages = 3 if size <= 192 else 2
+    return {"M": 128, "N": 64 if size <= 128 else 32, "num_warps": 8, "num_stages": stages}
 
 
-def keys_configuration(head: int, value: int, itemsize: int) -> Configuration:
-    """Choose the tiles of the kernel of dk and dv."""
-    size = max(sum(tiles_of(head)), next_power_of_two(value))
+def keys_configuration(head: int, value: int, itemsize: int, plain: bool) -> Configuration:
+    """Choose the tiles of the kernel of dk and dv; `plain`: neither mask nor cap take registers."""
+    size = largest(head, value)
     if itemsize == 4:
-        return {"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}
-    if size <= 64:
-        return {"M": 64, "N": 128, "num_warps": 8, "num_stages": 3}
-    if size <= 128:
-        return {"M": 64, "N": 128, "num_warps": 8, "num_stages": 2}
-    return {"M": 64, "N": 64, "num_warps": 8, "num_stages": 2}
+        return EXACT
+    most = 64 if size <= 64 or (size == 128 and plain) else 32
+    return {"M": most, "N": 128, "num_warps": 8, "num_stages": 3 if size <= 192 else 2}
+
+
+def keys_parts(head: int, value: int) -> list[tuple[str, bool, bool]]:
+    """Say what one launch makes: name, dk, dv. Both of over 128 exceed a thread's registers."""
+    if largest(head, value) <= 128:
+        return [("dk dv", True, True)]
+    return [("dv", False, True), ("dk", True, False)]
 
 
 def backward(
@@ -327,17 +342,24 @@ def backward(
             **flags, DLSE=dlse is not None, **chosen,
         )  # fmt: skip
 
-    def start_keys(chosen: Configuration) -> None:
+    def start_keys(chosen: Configuration, dk_too: bool, dv_too: bool) -> None:
         maps, tiles, documents = place_tiles(packed, True, columns, chosen["N"], lse)
         keys_kernel[(tiles * groups * batch,)](
             do, q, k, v, lse, delta, dk, dv, *maps,
             *inputs, rows, columns, groups, tiles, documents, *numbers, **flags, **chosen,
+            DK=dk_too, DV=dv_too,
         )  # fmt: skip
 
-    for name, choose, start in (
-        ("queries", queries_configuration, start_queries),
-        ("keys", keys_configuration, start_keys),
-    ):
-        choices = candidates(choose(size, value, q.element_size()))
+    def launch(
+        name: str, choices: list[Configuration], start: Callable[[Configuration], None]
+    ) -> None:
         tuning.launch("flash_attention", (name, size, value), choices, start, q)
+
+    item = q.element_size()
+    launch("dq", candidates(queries_configuration(size, value, item), "N"), start_queries)
+    for name, dk_too, dv_too in keys_parts(size, value):
+        start = functools.partial(start_keys, dk_too=dk_too, dv_too=dv_too)
+        plain = not (scores.masked or scores.softcap)
+        choices = candidates(keys_configuration(size, value, item, plain), "M")
+        launch(name, choices, start)
     return dq, dk, dv

@@ -40,6 +40,8 @@ LOG2E = math.log2(math.e)
 _FAR = 1 << 30  # a window as wide as any sequence, whose sums with positions fit 32 bits
 
 Configuration = dict[str, int]
+# Of float32 as IEEE 754 has it, which the matrix units cannot do: what registers hold.
+EXACT: Configuration = {"M": 16, "N": 16, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -246,8 +248,16 @@ def tiles_of(size: int) -> tuple[int, int]:
     return max(16, next_power_of_two(size)), 0
 
 
+def largest(head: int, value: int) -> int:
+    """Return the padded size of the wider of two heads."""
+    return max(sum(tiles_of(head)), next_power_of_two(value))
+
+
 def configuration(head: int, value: int, itemsize: int) -> Configuration:
     """Choose the tiles of the forward; lengths must not count, so that a document keeps its bits.
+
+    On Hopper the first side of a product is shared among 8 warps at 16 rows each, so that M is
+    128; the loads of a tile of keys run two tiles ahead, which takes 3 stages.
 
     Args:
         head: K, of queries and keys.
@@ -257,19 +267,25 @@ def configuration(head: int, value: int, itemsize: int) -> Configuration:
     Returns:
         M, N, num_warps and num_stages.
     """
-    size = max(sum(tiles_of(head)), next_power_of_two(value))
+    size = largest(head, value)
     if itemsize == 4:
-        return {"M": 32, "N": 32, "num_warps": 4, "num_stages": 1}
-    if size <= 64:
-        return {"M": 128, "N": 128, "num_warps": 8, "num_stages": 3}
-    if size <= 128:
-        return {"M": 128, "N": 128, "num_warps": 8, "num_stages": 2}
-    return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}
+        return EXACT
+    keys = 128 if size <= 64 else 64 if size <= 192 else 32
+    return {"M": 128, "N": keys, "num_warps": 8, "num_stages": 3 if size <= 192 else 2}
 
 
-def candidates(first: Configuration) -> list[Configuration]:
-    """Return what a search may choose from, the default first."""
-    return tuning.by_warps(first)
+def candidates(first: Configuration, walked: str) -> list[Configuration]:
+    """Return what a search may choose from: no larger tile, which would not fit the registers.
+
+    Args:
+        first: The default.
+        walked: M or N, of the tile that a program walks over.
+    """
+    half = first | {walked: max(32, first[walked] // 2)}
+    if first["num_stages"] == 1:
+        return [first]
+    more = [half, first | {"num_stages": 2}, half | {"num_stages": 2}, half | {"num_stages": 4}]
+    return [first, *(c for c in more if c["num_stages"] == 2 or c[walked] < first[walked])]
 
 
 def place(
@@ -359,6 +375,6 @@ def forward(
             KA=ka, KB=kb, LB=max(16, next_power_of_two(value)), **chosen,
         )  # fmt: skip
 
-    choices = candidates(configuration(size, value, q.element_size()))
+    choices = candidates(configuration(size, value, q.element_size()), "N")
     tuning.launch("flash_attention", ("forward", size, value), choices, start, q)
     return out, lse
