@@ -13,6 +13,7 @@ ones. Writes at most eight files, a part's as soon as it is over.
              what passed, for the dispatcher (kernels/proven.json, a copy)     proven.json
     train    8 layers of Llama-3-8B, embedding and head, 8,192 tokens          training.json
     bench    every operator beside its peers and the roof                      kernels.json
+             and the suites, whose fastest backends the dispatcher takes (kernels/fastest.json)
              the same as a picture, where matplotlib is there                  roofline.png
     tests    pytest -m gpu                                                     tests.json
     all      one page                                                          summary.md
@@ -36,10 +37,12 @@ from typing import Any
 
 import torch
 
-from warploom.benchmarks import proofs, rows
+from warploom.benchmarks import fastest, proofs, rows
 from warploom.benchmarks.kernels import command as bench
 from warploom.benchmarks.kernels import measure, report
+from warploom.benchmarks.kernels.cases import Case
 from warploom.benchmarks.kernels.operators import OPERATORS
+from warploom.benchmarks.kernels.products import SUITES
 from warploom.kernels import backends
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -215,7 +218,8 @@ class Session:
         jobs = max(min((os.cpu_count() or 2) - 4, 12), 1)
         begin = time.monotonic()
         self.do("warm", names, begin + 0.4 * (until - begin), row_s=60, jobs=jobs)
-        done = self.do("bench", [*names, "host"], until, row_s=45)
+        host = ["host"] if any("@" in name for name in names) else []
+        done = self.do("bench", [*names, *host], until, row_s=45)
         result = report.about(self.device) | {"ceilings": {}, "rows": [], "overhead": []}
         for name, row in done.items():
             if "failed" in row:
@@ -225,6 +229,10 @@ class Session:
             result["ceilings"] = result["ceilings"] or row["ceilings"]
             result["rows"] += row["rows"]
             result["overhead"] += row["overhead"]
+        if self.device.type == "cuda":
+            capability = ".".join(map(str, torch.cuda.get_device_capability(self.device)))
+            result["fastest"] = fastest.table(result["rows"], capability, torch.bfloat16)
+            fastest.merge(result["fastest"])
         report.write(self.results / "kernels.json", result)
         if importlib.util.find_spec("matplotlib") and result["ceilings"]:
             report.plot(self.results / "roofline.png", result)
@@ -295,23 +303,43 @@ def _bench_rows(asked: argparse.Namespace) -> list[str]:
     """Name the rows: each operator in one model first, then in the others."""
     ops = [op for op in OPERATORS if not asked.only or op in asked.only]
     first = [f"{op}@{'qwen3-30b-a3b' if op in _MOE else 'llama3-8b'}" for op in ops]
-    return first if asked.small else [*first, *(f"{op}@deepseek-v3" for op in ops)]
+    suites = [name for name, _ in _suite_rows(asked)]
+    return (
+        [*first, *suites]
+        if asked.small
+        else [*first, *suites, *(f"{op}@deepseek-v3" for op in ops)]
+    )
+
+
+def _suite_rows(asked: argparse.Namespace) -> list[tuple[str, Case]]:
+    """Name a row for each case of the suites: the first of each suite first, and so on."""
+    small = asked.device == "cpu"
+    ranked = [
+        (number, f"suite/{suite}/{number}", case)
+        for suite in SUITES
+        for number, case in enumerate(SUITES[suite](small, 4 if small else 2))
+        if not asked.only or case.op in asked.only
+    ]
+    return [(name, case) for _, name, case in sorted(ranked, key=lambda row: row[0])]
 
 
 def _bench_row(name: str, asked: argparse.Namespace, *, warm: bool) -> dict[str, Any]:
     if name == "host":
-        words = _bench_words(asked, ",".join(asked.only))
+        words = _bench_words(asked, ",".join(op for op in asked.only if op in OPERATORS))
         plan = bench.plan_of(words)
         return {
             "ceilings": {},
             "rows": [],
             "overhead": bench.overhead(bench.cases_of(words, plan), plan),
         }
-    words = _bench_words(asked, *name.split("@"))
+    suite = name.startswith("suite/")
+    words = _bench_words(asked, *([] if suite else name.split("@")))
+    words.suite = name.split("/")[1] if suite else None
     plan = bench.plan_of(words)
     if warm:
         plan = replace(plan, rounds=1, repeats=1)
-    result = bench.run(bench.cases_of(words, plan), plan, overhead_too=False)
+    cases = [dict(_suite_rows(asked))[name]] if suite else bench.cases_of(words, plan)
+    result = bench.run(cases, plan, overhead_too=False)
     return {key: result[key] for key in ("ceilings", "rows", "overhead")}
 
 

@@ -91,15 +91,17 @@ class Work:
         bytes: Read and written, each tensor once.
         flops: Of its formula, two to a multiply-add.
         products: Whether they are matrix products, held to the ceiling of those.
+        ceiling: Which of the measured ones, where it is there; else `matmul_flops_per_s`.
     """
 
     bytes: float
     flops: float
     products: bool = False
+    ceiling: str = "matmul_flops_per_s"
 
     def __add__(self, other: "Work") -> "Work":
         products = self.products or other.products
-        return Work(self.bytes + other.bytes, self.flops + other.flops, products)
+        return Work(self.bytes + other.bytes, self.flops + other.flops, products, self.ceiling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +124,8 @@ class Case:
         peers: Whether further backends (liger, te, apex) serve this way of calling it.
         inplace: Whether a call overwrites its inputs, so that each gets fresh ones.
         compiles: Whether `eager` can be compiled.
+        key: What the dispatcher calls the case (`backends.case_key`); empty where it asks for none.
+        memory: Whether to measure the most memory of a step, beyond its inputs.
         others: Peers of this operator alone, by the package that must be installed; called as
             `eager` is.
     """
@@ -137,6 +141,8 @@ class Case:
     peers: bool = True
     inplace: bool = False
     compiles: bool = True
+    key: str = ""
+    memory: bool = False
     others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property

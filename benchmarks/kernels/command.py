@@ -1,6 +1,7 @@
 """`warploom bench kernels`: every operator beside its peers, at the sizes of real models.
 
     warploom bench kernels --op rms_norm,swiglu --shapes llama3-8b --json kernels.json
+    warploom bench kernels --suite attention,fp8    what the matrix units carry, in its own sizes
     warploom bench kernels --quick                  the least that shows something
 
 On a CUDA device, where there is one, our device kernels against eager PyTorch, torch.compile and
@@ -26,6 +27,7 @@ from warploom.recipes.errors import UserError
 from . import measure, report
 from .cases import MODELS, Case
 from .operators import OPERATORS
+from .products import SUITES
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _TOKENS = {"cuda": 8192, "cpu": 2048}
@@ -78,10 +80,9 @@ def plan_of(asked: argparse.Namespace) -> measure.Plan:
     """
     device = _device(asked.device)
     cuda = device.type == "cuda"
-    ours = _chosen(
-        "backends", asked.backends, measure.OURS, ("triton", "cuda") if cuda else ("reference",)
-    )
-    if not cuda and not backends.interpreted() and ours != ["reference"]:
+    usual = ("triton", "cuda", "torch", "cudnn") if cuda else ("reference", "torch")
+    ours = _chosen("backends", asked.backends, measure.OURS, usual)
+    if not cuda and not backends.interpreted() and not {*ours} <= {"reference", "torch"}:
         raise UserError(f"--backends {asked.backends} needs a CUDA device: here is reference")
     if asked.tune and (not cuda or "triton" not in ours):
         here = f"here is {device.type}" if not cuda else f"--backends is {','.join(ours)}"
@@ -99,8 +100,8 @@ def plan_of(asked: argparse.Namespace) -> measure.Plan:
         dtype=DTYPES[dtype[0]],
         ours=ours,
         peers=_peers(asked.peers, device),
-        rounds=asked.rounds or (3 if asked.quick else 5),
-        repeats=3 if asked.quick else 20,
+        rounds=asked.rounds or (3 if asked.quick or asked.suite else 5),
+        repeats=3 if asked.quick else 5 if asked.suite else 20,
         clock=time.thread_time if torch.get_num_threads() == 1 else time.perf_counter,
     )
 
@@ -116,6 +117,8 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
         UserError: If a name is unknown, no operator asked for runs in a model asked for, or a peer
             asked for has none of them.
     """
+    if asked.suite:
+        return _of_suites(asked, plan)
     usual = ("llama3-8b", "deepseek-v3", "qwen3-30b-a3b")
     cuda = plan.device.type == "cuda"
     models = _chosen("shapes", asked.shapes, list(MODELS), usual if cuda else ("smollm2-135m",))
@@ -134,6 +137,16 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
     return list(found.values())
 
 
+def _of_suites(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
+    """Return the cases of the suites asked for, of the operators asked for."""
+    names = _chosen("suite", asked.suite, list(SUITES), ())
+    small = plan.device.type == "cpu"
+    cases = [case for name in names for case in SUITES[name](small, plan.dtype.itemsize)]
+    known = list(dict.fromkeys(case.op for case in cases))
+    ops = _chosen("op", asked.op, known, known)
+    return [case for case in cases if case.op in ops]
+
+
 def overhead(cases: Sequence[Case], plan: measure.Plan) -> list[dict[str, Any]]:
     """Measure the host's time a call of the operators of some cases, at a tiny size.
 
@@ -145,6 +158,7 @@ def overhead(cases: Sequence[Case], plan: measure.Plan) -> list[dict[str, Any]]:
     tiny = [
         case
         for op in dict.fromkeys(case.op for case in cases)
+        if op in OPERATORS
         for case in OPERATORS[op](MODELS["tiny"], 4, plan.dtype.itemsize)
     ]
     return [row for case in tiny for row in measure.overhead(case, eager)]
@@ -211,6 +225,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     comma = "names with commas between them"
     parser.add_argument("--op", help=f"operators, {comma}; all of them without")
+    parser.add_argument("--suite", help=f"of {', '.join(SUITES)}, {comma}: in sizes of their own")
     parser.add_argument("--shapes", help=f"of {', '.join(MODELS)}, {comma}")
     parser.add_argument("--tokens", type=int, help="8192 on a GPU, 2048 on the CPU")
     known = ", ".join([*measure.PEERS, *peers.PEERS, *measure.PACKAGES])
@@ -255,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.ceilings_line(result["ceilings"]))
     print("\n".join(["columns:", *report.LEGEND]))
     report.tables(result["rows"])
-    report.overhead_table(result["overhead"])
+    if result["overhead"]:
+        report.overhead_table(result["overhead"])
     if asked.json:
         report.write(asked.json, result)
     if asked.plot:
@@ -270,6 +286,7 @@ def judge(rows: Sequence[Mapping[str, Any]]) -> int:
         + row.get("failed", f"differs from eager PyTorch by {row.get('difference')}")
         for row in rows
         if row["contender"] in measure.OURS
+        and not row.get("refused")
         and ("failed" in row or (row["difference"] is not None and not row["difference"] < 0.05))
     ]
     for line in dict.fromkeys(wrong):

@@ -8,6 +8,7 @@ backward in the forward. Inputs and upstream gradients are random; on a GPU the 
 """
 
 import importlib.util
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,9 @@ from warploom.kernels import backends, peers, timing
 from .cases import Case, Draw, Inputs, Work
 
 PASSES = ("forward", "backward", "both")
-OURS = ("reference", "triton", "cuda")
+OWN = ("reference", "triton", "cuda")
+OURS = (*OWN, "torch", "cudnn")
+"""Backends of our operators; the last two are PyTorch's code behind them, and so peers as well."""
 PEERS = ("eager", "compile")
 PACKAGES: Mapping[str, str] = MappingProxyType(
     {"bitsandbytes": "bitsandbytes: pip install warploom[quant]"}
@@ -73,11 +76,16 @@ def ceilings(plan: Plan) -> dict[str, float]:
     return found
 
 
+def ceiling(work: Work, found: Mapping[str, float]) -> float:
+    """Return the FLOP/s that a product is held to: of its own kind where that was measured."""
+    return found.get(work.ceiling, found["matmul_flops_per_s"])
+
+
 def roof_ms(work: Work, found: Mapping[str, float]) -> float:
     """Return the least time of a pass at the measured ceilings."""
     seconds = work.bytes / found["copy_bytes_per_s"]
     if work.products:
-        seconds = max(seconds, work.flops / found["matmul_flops_per_s"])
+        seconds = max(seconds, work.flops / ceiling(work, found))
     return seconds * 1e3
 
 
@@ -195,18 +203,20 @@ def measure(case: Case, plan: Plan, found: Mapping[str, float]) -> list[dict[str
     Returns:
         A row a contender and pass, for JSON: quantiles in milliseconds, bytes and flops a second,
         the share of the roof, how many times as fast as each peer, and the difference of its
-        output from eager PyTorch's. A contender that raises has a row `failed` instead.
+        output from eager PyTorch's. A contender that raises has a row `failed` instead, with
+        `refused` where it said that it does not serve this. Where the case asks for it, a row of
+        the longest span has `peak_mib`, the most memory beyond what was there before.
     """
     torch._dynamo.reset()  # the peers of all cases share their code, and so a limit of recompiles
     draw = Draw(plan.dtype, plan.device)
     drawn = case.draw(draw)
     runners: dict[str, Runner] = {}
-    failed: dict[str, str] = {}
+    failed: dict[str, dict[str, Any]] = {}
     for name, run in contenders(case, plan).items():
         try:
             runners[name] = Runner(case, run, drawn, Draw(plan.dtype, plan.device))
         except Exception as error:  # one contender's failure is that contender's row
-            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            failed[name] = _failed(name, error)
     spans = PASSES if case.backward is not None else PASSES[:1]
     samples: dict[tuple[str, str], list[float]] = {}
     for span in spans:
@@ -218,16 +228,47 @@ def measure(case: Case, plan: Plan, found: Mapping[str, float]) -> list[dict[str
                     block = _block(runners[name], span, plan, first=number == 0)
                     samples.setdefault((span, name), []).extend(block)
                 except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                    failed[name] = _failed(name, error)
     wanted = runners["eager"].first if "eager" in runners else None
-    shared = {"op": case.op, "variant": case.variant, "size": case.size}
+    shared = {"op": case.op, "variant": case.variant, "size": case.size, "key": case.key}
     rows = []
     for (span, name), times in samples.items():
         if name not in failed:
             row = _row(case, span, times, samples, found)
             row["difference"] = _difference(runners[name].first, wanted)
+            if case.memory and span == spans[-1]:
+                row["peak_mib"] = peak_bytes(runners[name].prepare(span), plan.device) / 2**20
             rows.append({**shared, "pass": span, "contender": name, **row})
-    return rows + [{**shared, "contender": n, "failed": why} for n, why in failed.items()]
+    return rows + [{**shared, "contender": n, **why} for n, why in failed.items()]
+
+
+def _failed(name: str, error: Exception) -> dict[str, Any]:
+    """Say in a row why a contender has no times: it failed, or refused what it does not serve."""
+    words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    refused = isinstance(error, RuntimeError) and f"backend {name!r}" in words
+    return {"failed": words, **({"refused": True} if refused else {})}
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory that a call holds beyond what is there before.
+
+    Args:
+        call: Runs once.
+        device: Where its tensors are.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(profile_memory=True) as trace:
+        call()
+    assert trace.profiler is not None
+    events = trace.profiler.kineto_results.events()
+    moved = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in moved), initial=0))
 
 
 def _block(runner: Runner, span: str, plan: Plan, *, first: bool) -> list[float]:
@@ -272,7 +313,7 @@ def _row(
         "times_as_fast_as": {
             name: statistics.median(block) / median
             for name, block in peers.items()
-            if name not in OURS
+            if name not in OWN
         },
     }
 

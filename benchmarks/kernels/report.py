@@ -27,6 +27,7 @@ LEGEND = (
     "  of roof: share of what the ceilings of this run allow; above 100 % the cache held the data",
     "  x eager: how many times as fast as eager PyTorch; above 1 the row is the faster one",
     "  pass both: forward and backward in one span",
+    "  peak MiB: the most memory that this pass held, beyond its inputs",
 )
 HOST_LEGEND = (
     "  forward us: microseconds of a forward without gradient",
@@ -137,7 +138,8 @@ def show(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> No
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lay rows of words out in columns, the first three to the left."""
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    whole = len(rows[0])
+    widths = [max(len(r[i]) for r in rows if len(r) == whole or i < 3) for i in range(whole)]
     lay = [
         [word.ljust(w) if i < 3 else word.rjust(w) for i, (word, w) in enumerate(zip(row, widths))]  # noqa: B905 - a failed contender's row is short
         for row in rows
@@ -152,7 +154,13 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> None:
         peers = list(dict.fromkeys(p for row in mine for p in row.get("times_as_fast_as", ())))
         header = ["size", "pass", "contender", "ms", "quartiles", "GB/s", "of roof"]
         header += [f"x {peer}" for peer in peers]
-        show(name, header, [_cells(row, peers) for row in mine])
+        cells = [_cells(row, peers) for row in mine]
+        if any("peak_mib" in row for row in mine):
+            header.append("peak MiB")
+            for row, line in zip(mine, cells, strict=True):
+                if "failed" not in row:
+                    line.append(f"{row['peak_mib']:.1f}" if "peak_mib" in row else "-")
+        show(name, header, cells)
 
 
 def _cells(row: Mapping[str, Any], peers: Sequence[str]) -> list[str]:

@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import case_key, choose
 from ..library import need_tensors, register, row_blocks, wide
 from ..quant.formats import BLOCK, MAXIMA, MX_BLOCK
 from ..quant.fp8 import Fp8
@@ -117,7 +117,10 @@ def _choose(
 ) -> str:
     """Choose a backend; on CUDA by default PyTorch's, and on a device without FP8 none."""
     device = a.device
-    chosen = choose("fp8_gemm", device, dtype, backend)
+    case = None
+    if a.is_cuda:
+        case = case_key(scaling=scaling, rows=a.shape[0], n=b.shape[0], k=a.shape[1])
+    chosen = choose("fp8_gemm", device, dtype, backend, case)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     if lack := fp8_torch.device_lack(capability, scaling, backend):
         raise RuntimeError(f"fp8_gemm: {lack}")

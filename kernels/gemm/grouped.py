@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import choose
+from ..backends import case_key, choose
 from ..library import below_autograd, first_derivative_only, need_tensors, register, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -86,7 +86,10 @@ def _torch_lacks(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
 
 def _serve(x: Tensor, counts_E: Tensor, sizes: tuple[int, int, int], backend: str | None) -> str:
     """Choose the backend, and check by value what can be had without waiting."""
-    chosen = choose("grouped_gemm", x.device, x.dtype, backend)
+    experts, *widths = sizes
+    narrow, broad = sorted(widths)
+    case = case_key(experts=experts, narrow=narrow, broad=broad, rows=len(x)) if x.is_cuda else None
+    chosen = choose("grouped_gemm", x.device, x.dtype, backend, case)
     lack = _torch_lacks(x.device, x.dtype, sizes)
     if chosen == "torch" and lack:
         raise RuntimeError(f"grouped_gemm: backend 'torch' {lack}: take 'triton' or 'reference'")

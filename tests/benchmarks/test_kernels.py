@@ -12,6 +12,7 @@ from warploom import cli
 from warploom.benchmarks.kernels import command, measure, report
 from warploom.benchmarks.kernels.cases import MODELS, Case, Draw, Work
 from warploom.benchmarks.kernels.operators import OPERATORS
+from warploom.benchmarks.kernels.products import SUITES
 from warploom.kernels import backends, tuning
 
 CPU = torch.device("cpu")
@@ -65,7 +66,10 @@ def test_a_compiled_peer_is_measured(tmp_path):
         (["--peers", "eager,apex2"], "--peers must be among eager, compile.*got 'apex2'"),
         (["--device", "tpu"], "--device must be cpu or cuda, got 'tpu'"),
         (["--dtype", "int8"], "--dtype must be among bf16, fp16, fp32, got 'int8'"),
-        (["--backends", "hip"], "--backends must be among reference, triton, cuda, got 'hip'"),
+        (
+            ["--backends", "hip"],
+            "--backends must be among reference, triton, cuda, torch, cudnn, got 'hip'",
+        ),
         (["--rounds", "2"], "--rounds must be at least 3 for a spread, got 2"),
         (["--tokens", "0"], "--tokens must be at least 1, got 0"),
         (["--op", "route", "--shapes", "llama3-8b"], "route needs a model with experts"),
@@ -183,8 +187,9 @@ def test_ours_and_eager_compute_the_same(case):
 
 
 def test_every_operator_has_cases():
-    """Attention and the grouped product have benchmarks of their own, with their kernels."""
-    rest = {"grouped_gemm", "flash_attention", "flash_attention_varlen"}
+    """Those of the matrix units in their suites; paged attention is for generation."""
+    suites = {case.op for build in SUITES.values() for case in build(True, 4)}
+    rest = suites | {"paged_attention"}
     there = {op for op, row in backends.available().items() if {"triton", "cuda"} & set(row)}
     assert sorted(there - rest - set(OPERATORS)) == []
 
