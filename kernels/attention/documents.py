@@ -35,7 +35,7 @@ class Rows:
     def view(self, x_T: Tensor) -> Tensor:
         """View the documents' part of a packed tensor, `[T, ...]`, as `[count, length, ...]`."""
         part = x_T[self.start : self.start + self.count * self.length]
-        return part.unflatten(0, (self.count, self.length))  # type: ignore[no-any-return]
+        return part.view(self.count, self.length, *x_T.shape[1:])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,14 +70,14 @@ def _packed(
 
 
 def _choose(
-    op: str, q: Tensor, k: Tensor, v: Tensor, scores: Scores, deterministic: bool,
-    backend: str | None,
+    op: str, q: Tensor, k: Tensor, v: Tensor, scores: Scores, backend: str | None,
+    *, deterministic: bool, with_lse: bool,
 ) -> str:  # fmt: skip
     """Choose a backend, one that serves this call; an explicit choice that cannot is refused."""
-    chosen = choose(op, q.device, q.dtype, backend)
-    lack = None
+    chosen, lack = choose(op, q.device, q.dtype, backend), None
     if chosen == "cudnn":
-        lack = sdpa.cudnn_lacks(q, k, v, scores, deterministic)
+        wanted = {"deterministic": deterministic, "with_lse": with_lse}
+        lack = sdpa.cudnn_lacks(q, k, v, scores, **wanted)
     elif chosen == "triton" and max(q.shape[-1], v.shape[-1]) > 256:
         lack = f"needs head dimensions of at most 256, got {q.shape[-1]} and {v.shape[-1]}"
     if lack and backend:
@@ -103,30 +103,22 @@ def _attend(
 ) -> Tensor | Dense:
     if sinks is not None:
         check_sinks(op, sinks, q)
-    repeatable = _repeatable(deterministic)
+    repeatable, with_lse = _repeatable(deterministic), return_lse or sinks is not None
     if backend in peers.PEERS:
         wanted: dict[str, Any] = {"packed": packed, "scores": scores, "deterministic": repeatable}
-        wanted |= {"return_lse": return_lse or sinks is not None}
-        found: Dense = peers.serve(op, backend, q, k, v, **wanted)
+        found: Dense = peers.serve(op, backend, q, k, v, return_lse=with_lse, **wanted)
     else:
-        options = _options(op, q, k, v, packed, scores, repeatable, backend)
-        found = FORWARD(q, k, v, *options)
+        asked = {"deterministic": repeatable, "with_lse": with_lse}
+        chosen = _choose(op, q, k, v, scores, backend, **asked)
+        found = FORWARD(q, k, v, *_options(packed, scores, repeatable, chosen))
     out, lse = found if sinks is None else with_sinks(found, sinks)
     return (out, lse) if return_lse else out
 
 
 def _options(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Packed | None,
-    scores: Scores,
-    deterministic: bool,
-    backend: str | None,
+    packed: Packed | None, scores: Scores, deterministic: bool, chosen: str
 ) -> tuple[Any, ...]:
     """Return what the operators take behind their tensors."""
-    chosen = _choose(op, q, k, v, scores, deterministic, backend)
     where: tuple[Any, ...] = (None,) * 4
     if packed is not None:
         other = packed.k is not packed.q
@@ -306,6 +298,9 @@ def flash_attention_backward(
     if cu_seqlens is not None:
         packed = _packed(op, q, k, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
     scores = scores_of(op, q, causal, window, scale, softcap, None if packed else offset)
-    options = _options(op, q, k, v, packed, scores, _repeatable(deterministic), backend)
+    repeatable = _repeatable(deterministic)
+    asked = {"deterministic": repeatable, "with_lse": False}
+    chosen = _choose(op, q, k, v, scores, backend, **asked)
+    options = _options(packed, scores, repeatable, chosen)
     gradients: Gradients = BACKWARD(dout, None, q, k, v, out, lse.contiguous(), *options)
     return gradients

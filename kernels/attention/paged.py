@@ -77,7 +77,7 @@ def _forward(
         from .paged_triton import forward
 
         return forward(q, k, v, tables, lengths, cu_seqlens, scores)
-    dense = attention_reference if backend == "reference" else tiled.forward
+    dense: Any = attention_reference if backend == "reference" else tiled.forward
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[1], len(q), dtype=wide(q.dtype))
     sequences = _sequences(tables, lengths, cu_seqlens, len(q), len(k), k.shape[1])

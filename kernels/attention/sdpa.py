@@ -61,7 +61,9 @@ def lacks(q: Tensor, v: Tensor, scores: Scores, dlse: Tensor | None = None) -> s
     return None if width <= most else f"needs head dimensions of at most {most}, got {width}"
 
 
-def cudnn_lacks(q: Tensor, k: Tensor, v: Tensor, scores: Scores, deterministic: bool) -> str | None:
+def cudnn_lacks(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, *, deterministic: bool, with_lse: bool
+) -> str | None:
     """Say what keeps cuDNN from serving these tensors, or None.
 
     Args:
@@ -70,6 +72,7 @@ def cudnn_lacks(q: Tensor, k: Tensor, v: Tensor, scores: Scores, deterministic: 
         v: `[B, U, G, L]`.
         scores: Scale, window, soft cap.
         deterministic: Whether gradients must be the same bits each time.
+        with_lse: Whether the log-sum-exp may have a gradient.
 
     Returns:
         The end of a sentence that begins with the backend's name.
@@ -83,10 +86,11 @@ def cudnn_lacks(q: Tensor, k: Tensor, v: Tensor, scores: Scores, deterministic: 
         return "does not promise the same bits each time"
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
         return f"needs CUDA and float16 or bfloat16, the tensors are {q.dtype} on {q.device.type}"
-    if max(q.shape[-1], v.shape[-1]) > _CUDNN_WIDEST or q.shape[-1] % 8 or v.shape[-1] % 8:
+    widths, most = (q.shape[-1], v.shape[-1]), _CUDNN_WIDEST - _EXTRA * with_lse
+    if max(widths) > most or any(width % 8 for width in widths):
         return (
-            f"needs head dimensions that are multiples of 8 and at most {_CUDNN_WIDEST}, "
-            f"got {q.shape[-1]} and {v.shape[-1]}"
+            f"needs head dimensions that are multiples of 8 and at most {most} "
+            f"({_CUDNN_WIDEST} without the log-sum-exp), got {widths[0]} and {widths[1]}"
         )
     lengths = q.shape[1], k.shape[1]
     if not all(lengths) or any(length % _CUDNN_TILE for length in lengths):
@@ -358,12 +362,6 @@ def backward_cudnn(
     widths = q_BSHK.shape[-1], k_BUGK.shape[-1], v_BUGL.shape[-1]
     tensors: tuple[Tensor, ...] = dout_BSHL, q_BSHK, k_BUGK, v_BUGL, out_BSHL
     if dlse_BHS is not None:
-        if max(widths) > _CUDNN_WIDEST - _EXTRA:
-            raise RuntimeError(
-                f"flash_attention: backend 'cudnn' needs head dimensions of at most "
-                f"{_CUDNN_WIDEST - _EXTRA} for a gradient of the log-sum-exp, got {max(widths)}: "
-                f"take backend 'torch'"
-            )
         tensors = _with_lse(dlse_BHS.mT, *tensors)
     none = q_BSHK.new_zeros((), dtype=torch.int64)
     gradients = _aten._scaled_dot_product_cudnn_attention_backward(

@@ -3,6 +3,7 @@
 import itertools
 import sys
 import types
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -473,6 +474,7 @@ def test_flash_attention_2_serves_what_it_has():
 @item("bad input", ops=BOTH[:1])
 def test_cudnn_gets_no_mask_and_whole_tiles_only(stand_ins):
     """pytorch #196678, cudnn-frontend #1072: NaN gradients where a tile of 128 is filled up."""
+    lacks = partial(sdpa.cudnn_lacks, deterministic=False, with_lse=False)
     fake = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
     q = SimpleNamespace(dim=lambda: 4, device=SimpleNamespace(type="cuda"), dtype=torch.bfloat16)
     for queries, keys, served in (
@@ -481,7 +483,7 @@ def test_cudnn_gets_no_mask_and_whole_tiles_only(stand_ins):
     ):  # fmt: skip
         q.shape = (1, queries, 8, 64)
         k = fake(1, keys, 8, 64)
-        lack = sdpa.cudnn_lacks(q, k, k, Scores(scale=1.0), False)
+        lack = lacks(q, k, k, Scores(scale=1.0))
         assert (lack is None) == served, (queries, keys, lack)
         assert served or "196678" in lack
     q.shape = (1, 256, 8, 64)
@@ -490,9 +492,14 @@ def test_cudnn_gets_no_mask_and_whole_tiles_only(stand_ins):
         Scores(scale=1.0, left=5, right=0), Scores(scale=1.0, right=3),
         Scores(scale=1.0, right=0, offset=4), Scores(scale=1.0, softcap=1.0),
     ):  # fmt: skip
-        assert "no window" in sdpa.cudnn_lacks(q, k, k, scores, False)
-    assert sdpa.cudnn_lacks(q, k, k, Scores(scale=1.0, right=0), False) is None
-    assert "same bits" in sdpa.cudnn_lacks(q, k, k, Scores(scale=1.0, right=0), True)
+        assert "no window" in lacks(q, k, k, scores)
+    assert lacks(q, k, k, Scores(scale=1.0, right=0)) is None
+    options = {"deterministic": True, "with_lse": False}
+    assert "same bits" in sdpa.cudnn_lacks(q, k, k, Scores(scale=1.0), **options)
+    q.shape, k = (1, 256, 8, 128), fake(1, 256, 8, 128)
+    assert lacks(q, k, k, Scores(scale=1.0)) is None
+    options = {"deterministic": False, "with_lse": True}
+    assert "at most 120" in sdpa.cudnn_lacks(q, k, k, Scores(scale=1.0), **options)
     q, k, v = (x.detach() for x in _draw(128, 128))
     with pytest.raises(RuntimeError, match="'cudnn' needs CUDA and float16 or bfloat16"):
         flash_attention(q, k, v, deterministic=False, backend="cudnn")
