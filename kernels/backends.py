@@ -101,12 +101,23 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
         "fp8_gemm": _Operator(stem="gemm/fp8", library=("torch",)),
         "fp8_linear": _Operator(stem="gemm/fp8", library=("torch",), shared=_FP8),
         "flash_attention": _Operator(
-            stem="attention/flash", default="torch", library=("torch", "cudnn")
+            stem="attention/flash",
+            default="torch",
+            library=("torch", "cudnn"),
+            shared=("attention/flash_backward",),
         ),
         "flash_attention_varlen": _Operator(
-            stem="attention/flash", default="torch", library=("torch",)
+            stem="attention/flash",
+            default="torch",
+            library=("torch",),
+            shared=("attention/flash_backward",),
         ),
-        "paged_attention": _Operator(stem="attention/paged", default="torch", library=("torch",)),
+        "paged_attention": _Operator(
+            stem="attention/paged",
+            default="torch",
+            library=("torch",),
+            shared=("attention/flash",),
+        ),
     }
 )
 
