@@ -255,12 +255,11 @@ class _Delayed(NamedTuple):
 def _delayed(model: nn.Module) -> list[_Delayed]:
     found = []
     for path, module in model.named_modules():
-        if isinstance(module, Fp8Product) and module.recipe.delayed:
-            buffers = module.history, module.scale, module.seen
-            assert buffers[0] is not None
-            assert buffers[1] is not None
-            assert buffers[2] is not None
-            found.append(_Delayed(path, module, *buffers))
+        if not isinstance(module, Fp8Product):
+            continue
+        history, scale, seen = module.history, module.scale, module.seen
+        if history is not None and scale is not None and seen is not None:
+            found.append(_Delayed(path, module, history, scale, seen))
     return found
 
 
