@@ -7,9 +7,10 @@ multiplies by the whole weight, dequantised. Eager of experts is PyTorch's group
 sort and an indexed sum.
 """
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ from .cases import Case, Work
 
 _FP8 = "fp8_matmul_flops_per_s"
 _DEEPSEEK = ((7168, 16_384), (4096, 7168), (24_576, 1536), (7168, 2048), (2112, 7168))
-_LLAMA = ((6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336))  # 8B
-_LLAMA += ((10_240, 8192), (8192, 8192), (57_344, 8192), (8192, 28_672))  # 70B
+_LLAMA = (
+    *((6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)),  # 8B
+    *((10_240, 8192), (8192, 8192), (57_344, 8192), (8192, 28_672)),  # 70B
+)
 _LARGE = (*((4096, *nk) for nk in (*_DEEPSEEK, (32_768, 512))), *((8192, *nk) for nk in _LLAMA))
 _SMALL = ((64, 256, 128), (48, 136, 264))
 _EXPERTS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
@@ -47,13 +50,13 @@ _EXPERTS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
 """Tokens, width, hidden width of an expert, experts, experts a token."""
 
 
-def _linear_sizes(small: bool) -> tuple[tuple[int, int, int], ...]:
-    return _SMALL if small else _LARGE
+Scaling = Literal["tensor", "block"]
 
 
-def _gemm(m: int, n: int, k: int, scaling: str, which: str, item: int) -> Case:
+def _gemm(m: int, n: int, k: int, scaling: Scaling, which: str, item: int) -> Case:
     """Make the case of operands that are quantised before: y `[m, n]`, summed over k."""
-    other = "tile" if scaling == "block" and which != "wgrad" else scaling
+    tiles = scaling == "block" and which != "wgrad"
+    other: Literal["tensor", "block", "tile"] = "tile" if tiles else scaling
 
     def draw(d: Any) -> Any:
         a, b = d(m, k), d(n, k)
@@ -77,7 +80,7 @@ def _gemm(m: int, n: int, k: int, scaling: str, which: str, item: int) -> Case:
     )
 
 
-def _linear(m: int, n: int, k: int, scaling: Any, item: int) -> Case:
+def _linear(m: int, n: int, k: int, scaling: Scaling, item: int) -> Case:
     recipe = Fp8Recipe(scaling=scaling)
 
     def ours(x: Tensor, weight: Tensor, *, backend: str | None) -> Tensor:
@@ -104,11 +107,13 @@ def fp8(small: bool, item: int) -> Iterator[Case]:
         small: Whether for a CPU.
         item: Bytes of an element.
     """
-    for sizes in _linear_sizes(small):
-        for scaling in ("block", "tensor"):
-            yield _linear(*sizes, scaling, item)
-    for m, n, k in _linear_sizes(small):
-        for scaling in ("block", "tensor"):
+    kinds: tuple[Scaling, ...] = ("block", "tensor")
+    sizes = _SMALL if small else _LARGE
+    for m, n, k in sizes:
+        for scaling in kinds:
+            yield _linear(m, n, k, scaling, item)
+    for m, n, k in sizes:
+        for scaling in kinds:
             yield _gemm(m, n, k, scaling, "forward", item)
             yield _gemm(m, k, n, scaling, "dgrad", item)
             yield _gemm(n, k, m, scaling, "wgrad", item)
@@ -143,10 +148,9 @@ def nf4(small: bool, item: int) -> Iterator[Case]:
 
 
 def _bitsandbytes(x: Tensor, *, weight: Nf4) -> Any:
-    from bitsandbytes import functional, matmul_4bit  # type: ignore[import-not-found]
-
-    state = functional.QuantState.from_dict(dict(weight.state()), x.device)
-    return matmul_4bit(x, weight.packed.t(), quant_state=state)
+    bnb: Any = importlib.import_module("bitsandbytes")
+    state = bnb.functional.QuantState.from_dict(dict(weight.state()), x.device)
+    return bnb.matmul_4bit(x, weight.packed.t(), quant_state=state)
 
 
 def _assigned(d: Any, tokens: int, experts: int, top_k: int) -> Tensor:
