@@ -197,8 +197,10 @@ class _MoeBlock(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         first_derivative_only("moe_block")
+        if dy is None:
+            return (None,) * 7
         wanted = list(ctx.needs_input_grad[:3])
         found = _BACKWARD(dy, *ctx.saved_tensors, ctx.kept, wanted, ctx.backend)
         dx, dgate_up, ddown = (d if w else None for d, w in zip(found[:3], wanted, strict=True))

@@ -1,4 +1,4 @@
-"""Specimens of `kernels/moe/block.py`: with what it keeps, and with nothing kept."""
+"""The specimen of `kernels/moe/block.py`."""
 
 import torch
 from tests.kernels.specimen import Specimen
@@ -31,26 +31,21 @@ def _plain(x, gate_up, down, weights, *, indices):
     return y
 
 
-def _specimen(name, shapes, **options):
-    return Specimen(
-        name=name,
+SPECIMENS = (
+    Specimen(
+        name="moe_block",
         op="moe_block",
         draw=_draw,
         run=lambda x, gate_up, down, weights, *, indices, backend: moe_block(
-            x, gate_up, down, indices, weights, backend=backend, **options
+            x, gate_up, down, indices, weights, backend=backend
         ),
         truth=lambda x, gate_up, down, weights, *, indices: moe_block_reference(
             x, gate_up, down, indices, weights
         ),
         plain=_plain,
-        shapes=shapes,
+        shapes=((0, 6), (1, 1), (5, 3), (33, 129)),
         training=((8192, 2048),),
         waits=True,
         rows=(),  # as of `grouped_gemm`
-    )
-
-
-SPECIMENS = (
-    _specimen("moe_block", ((0, 6), (1, 1), (5, 3), (33, 129))),
-    _specimen("moe_block_recompute", ((1, 1), (7, 65)), recompute=True),
+    ),
 )
