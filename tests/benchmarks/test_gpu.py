@@ -66,6 +66,25 @@ def test_a_spent_budget_leaves_parts_out_and_says_so(tmp_path):
     assert "train: left out, the budget of 0.0 s is used up" in done.stdout
 
 
+def test_the_cases_of_the_suites_are_rows_the_first_of_each_first():
+    asked = gpu.arguments(["--device", "cpu", "--small"])
+    names = [name for name in gpu._bench_rows(asked) if name.startswith("suite/")]
+    assert names[:5] == [f"suite/{suite}/0" for suite in gpu.SUITES]
+    assert len(names) == len({*names})
+    asked = gpu.arguments(["--device", "cpu", "--small", "--only", "moe_block"])
+    assert gpu._bench_rows(asked) == ["suite/moe_layer/0"]
+    words = ["--only", "flash_attention_varlen"]
+    assert gpu._bench_rows(gpu.arguments(words)) == [f"suite/attention/{n}" for n in range(3)]
+
+
+@pytest.mark.slow
+def test_a_case_of_a_suite_is_measured():
+    asked = gpu.arguments(["--device", "cpu", "--small", "--only", "moe_block"])
+    found = gpu._bench_row("suite/moe_layer/0", asked, warm=True)
+    assert {row["op"] for row in found["rows"]} == {"moe_block"}
+    assert found["overhead"] == []
+
+
 def test_a_backend_is_proven_by_all_rows_of_all_specimens(monkeypatch):
     monkeypatch.setattr(proofs, "operator", lambda row: ("norm", row.rpartition(":")[2]))
     good, time = {"error": 0.5}, {"error": 0.7, "ms": [1.0, 2.0]}
