@@ -87,7 +87,9 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
         "permute": _Operator(stem="moe/permutation", shared=_FP8),
         "unpermute": _Operator(stem="moe/permutation", shared=_FP8),
         "moe_block": _Operator(
-            stem="moe/block", shared=("gemm/grouped", "moe/permutation", "activation/glu", *_FP8)
+            stem="moe/block",
+            library=("torch",),
+            shared=("gemm/grouped", "moe/permutation", "activation/glu", *_FP8),
         ),
         "adamw": _Operator(stem="optim/adam"),
         "global_norm": _Operator(stem="optim/norm"),

@@ -11,12 +11,12 @@ has many rows (2 M D F FLOPs), by the memory of the weights (E F D elements) whe
 Saved for the backward: x, weight, counts.
 
 Backend `torch` is PyTorch's own grouped product, in bfloat16. What it is known for, and what is
-done: an expert without rows hangs or gives garbage in the weight gradient (pytorch #152668,
-#172439), so the factors go in the one layout that its kernel takes empty groups in, and the
-gradient of such an expert is overwritten by zeros; rows beyond the counts are left as the memory
-was (#154557, #193633), so they are overwritten where they must be zero; rows, and where they begin,
-must be multiples of 16 bytes, so others are copied; what it would serve by a loop that waits for
-the device (another dtype or device) is refused.
+done: an expert without rows hangs in the weight gradient (pytorch #152668), so the factors go in
+the one layout that its kernel takes empty groups in; on Blackwell it gets garbage there (#172439),
+which zeros overwrite; rows beyond the counts are left as the memory was (#154557, #193633), so
+zeros overwrite them where that is asked for; rows, and where they begin, must be multiples of 16
+bytes, so others are copied; what it would serve by a loop that waits for the device (another dtype
+or device) is refused.
 
 Source: Gale et al. 2022, https://arxiv.org/abs/2211.15841, section 3 (experts of unequal load).
 """
@@ -71,6 +71,11 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
+def _major(device: torch.device) -> int:
+    """Return the first number of a device's compute capability; 0 for the CPU."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+
+
 def _torch_lacks(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> str:
     """Say what keeps PyTorch's kernel from E products of widths F and D; empty if nothing."""
     experts, *widths = sizes
@@ -80,8 +85,9 @@ def _torch_lacks(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int
         return f"needs widths divisible by {_UNIT}, got {widths[1]} to {widths[0]}"
     if experts > _MOST:
         return f"takes at most {_MOST} experts, got {experts}"
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-    return "" if major in (9, 10) else f"needs compute capability 9 or 10, the device has {major}"
+    if _major(device) not in (0, 9, 10):
+        return f"needs compute capability 9 or 10, the device has {_major(device)}"
+    return ""
 
 
 def _serve(x: Tensor, counts_E: Tensor, sizes: tuple[int, int, int], backend: str | None) -> str:
@@ -123,7 +129,9 @@ def _torch_forward(x: Tensor, weight_EFD: Tensor, counts_E: Tensor, zero_rest: b
 def _torch_weight_gradient(dy: Tensor, x: Tensor, counts_E: Tensor) -> Tensor:
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     dweight_EFD: Tensor = F.grouped_mm(_aligned(dy).t(), _aligned(x), offs=ends_E)
-    return dweight_EFD.masked_fill_((counts_E == 0).view(-1, 1, 1), 0.0)
+    if _major(x.device) != 9:  # on Hopper they are zero, and this is a pass over all weights
+        dweight_EFD.masked_fill_((counts_E == 0).view(-1, 1, 1), 0.0)
+    return dweight_EFD
 
 
 def _forward(

@@ -54,7 +54,7 @@ class Rows(NamedTuple):
         return Rows(matrix, order, self.top_k if order is not None else 0)
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """Return M."""
         return len(self.matrix if self.order is None else self.order)
 
@@ -270,7 +270,7 @@ def forward(x: Rows, weight_EFD: Tensor, counts_E: Tensor, zero_rest: bool) -> T
     Returns:
         `[M, F]`.
     """
-    x, rows = x.ready(), x.count
+    x, rows = x.ready(), x.total
     experts, columns, width = weight_EFD.shape
     y_MF = x.matrix.new_empty(rows, columns)
     if not y_MF.numel():
@@ -310,7 +310,7 @@ def weight_gradient(dy: Rows, x: Rows, counts_E: Tensor, into_EFD: Tensor | None
     Returns:
         `[E, F, D]`; `into_EFD` where that is given.
     """
-    rows, dy, x, counts_E = dy.count, dy.ready(), x.ready(), counts_E.contiguous()
+    rows, dy, x, counts_E = dy.total, dy.ready(), x.ready(), counts_E.contiguous()
     experts, height, width = len(counts_E), dy.matrix.shape[1], x.matrix.shape[1]
     out_EFD = x.matrix.new_empty(experts, height, width) if into_EFD is None else into_EFD
     if not out_EFD.numel():

@@ -292,6 +292,25 @@ def test_pytorchs_kernel_waits_on_other_devices(monkeypatch, capability, served)
     )
 
 
+class OnCuda:
+    """What the choice asks of a tensor."""
+
+    is_cuda, device, dtype = True, torch.device("cuda"), torch.bfloat16
+
+    def __len__(self):
+        return 7
+
+
+@pytest.mark.parametrize(("width", "chosen"), [(8, "torch"), (12, "reference")])
+def test_on_cuda_pytorchs_kernel_is_the_default_where_it_can_serve(monkeypatch, width, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(grouped, "choose", lambda *_: "reference")
+    x = OnCuda()
+    counts = torch.empty(2, dtype=torch.int64, device="meta")
+    assert grouped._serve(x, counts, (2, 8, width), None) == chosen
+    assert grouped._serve(x, counts, (2, 8, width), "reference") == "reference"
+
+
 def test_without_rows_widths_or_experts_pytorchs_kernel_is_not_called(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", None)
     for rows, experts, columns, width in ((0, 2, 8, 8), (3, 0, 8, 8), (3, 2, 0, 8), (3, 2, 8, 0)):

@@ -133,6 +133,24 @@ def test_mixtrals_block_agrees():
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)  # its softmax is in float32
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_pytorchs_grouped_product_serves_the_products(monkeypatch, recompute):
+    indices = torch.tensor(ROUTES["first, middle, last empty"])
+    drawn = [t.bfloat16() for t in _draw(indices, width=16, hidden=8)]
+    drawn[3] = drawn[3].float()
+    dy, asked, real = _randn(4, 16, seed=9).bfloat16(), [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *a, **b: asked.append(a) or real(*a, **b)
+    )
+    options = {"recompute": recompute}
+    got, want = (
+        _compute(lambda x, g, d, w: moe_block(x, g, d, indices, w, backend=b, **options), drawn, dy)  # noqa: B023
+        for b in ("torch", "reference")
+    )
+    assert len(asked) == 6 + recompute
+    torch.testing.assert_close(got, want, rtol=0.03, atol=0.03)
+
+
 @item("NaN and inf", ops=("moe_block",))
 @backends
 def test_a_poisoned_token_poisons_itself_and_its_experts_gradients_alone(device, backend):
@@ -217,5 +235,7 @@ def test_dtypes_and_experts_that_cannot_be():
         moe_block(x, gate_up, down, indices.int(), weights)
     with pytest.raises(TypeError, match="moe_block: down must be a tensor, got NoneType"):
         moe_block(x, gate_up, None, indices, weights)
-    with pytest.raises(RuntimeError, match="moe_block: backend 'torch' is not one of reference, t"):
+    with pytest.raises(RuntimeError, match="moe_block: backend 'cuda' is not one of reference, to"):
+        moe_block(x, gate_up, down, indices - 1, weights, backend="cuda")
+    with pytest.raises(RuntimeError, match="backend 'torch' needs bfloat16, .* are torch.float32"):
         moe_block(x, gate_up, down, indices - 1, weights, backend="torch")
