@@ -38,7 +38,7 @@ _LLAMA = (
     *((10_240, 8192), (8192, 8192), (57_344, 8192), (8192, 28_672)),  # 70B
 )
 _LARGE = (*((4096, *nk) for nk in (*_DEEPSEEK, (32_768, 512))), *((8192, *nk) for nk in _LLAMA))
-_SMALL = ((64, 256, 128), (48, 136, 264))
+_SMALL = ((160, 256, 136), (136, 144, 264))
 _EXPERTS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
     {
         "mixtral": (4096, 4096, 14_336, 8, 2),
@@ -259,7 +259,6 @@ def _moe(name: str, sizes: tuple[int, int, int, int, int], item: int) -> Case:
     return Case(
         op="moe_block",
         size=f"{name} {tokens}x{width}x{hidden}, {top_k} of {experts}",
-        key=backends.case_key(experts=experts, width=width, hidden=hidden, rows=m),
         draw=draw,
         ours=ours,
         eager=_experts_eager,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import peers
-from ..backends import choose
+from ..backends import case_key, choose
 from . import sdpa
 from .arguments import (
     Dense,
@@ -69,12 +69,21 @@ def _packed(
     return Packed(cu, cu, max_q, max_q) if cu_k is None else Packed(cu, cu_k, max_q, max_k)
 
 
+def _case(q: Tensor, v: Tensor, scores: Scores) -> str | None:
+    """Name the call as the benchmarks do; None where they have no such call, or sizes vary."""
+    plain = scores.left < 0 and scores.right <= 0 and scores.offset is None and not scores.softcap
+    if not (plain and q.is_cuda) or torch.compiler.is_compiling():
+        return None
+    causal = scores.right == 0
+    return case_key(causal=causal, head=q.shape[-1], value=v.shape[-1], tokens=q.shape[-3])
+
+
 def _choose(
     op: str, q: Tensor, k: Tensor, v: Tensor, scores: Scores, backend: str | None,
     *, deterministic: bool, with_lse: bool,
 ) -> str:  # fmt: skip
     """Choose a backend, one that serves this call; an explicit choice that cannot is refused."""
-    chosen, lack = choose(op, q.device, q.dtype, backend), None
+    chosen, lack = choose(op, q.device, q.dtype, backend, _case(q, v, scores)), None
     if chosen == "cudnn":
         wanted = {"deterministic": deterministic, "with_lse": with_lse}
         lack = sdpa.cudnn_lacks(q, k, v, scores, **wanted)

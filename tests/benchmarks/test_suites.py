@@ -1,5 +1,6 @@
 """The suites of the matrix units, and the dispatcher's table that is made of their rows."""
 
+import contextlib
 import json
 
 import pytest
@@ -11,7 +12,8 @@ from warploom.benchmarks.kernels import attention, command, measure
 from warploom.benchmarks.kernels.cases import Draw
 from warploom.benchmarks.kernels.products import SUITES
 from warploom.kernels import backends
-from warploom.kernels.attention import Scores
+from warploom.kernels.attention import Scores, flash
+from warploom.kernels.gemm import fp8, grouped
 
 CPU = torch.device("cpu")
 PLAN = measure.Plan(
@@ -96,7 +98,7 @@ def test_the_command_runs_a_suite(tmp_path, capsys):
     rows = json.loads(file.read_text())["rows"]
     assert {row["op"] for row in rows} == {"moe_block"}
     assert all(row["peak_mib"] > 0 for row in rows if row["pass"] == "both")
-    assert {row["key"] for row in rows} == {"experts=8,hidden=48,rows=256,width=64"}
+    assert {row["key"] for row in rows} == {""}, "the dispatcher has one kernel, or the parts"
 
 
 def test_a_suite_that_is_not_there(capsys):
@@ -196,3 +198,24 @@ def test_a_case_has_one_name():
     assert key(tokens=5000, head=128, causal=True) == "causal,head=128,tokens=8192"
     assert key(head=128, tokens=8192, causal=False) == "head=128,tokens=8192"
     assert key(scaling="tile", rows=1, n=24) == "n=24,rows=1,scaling=tile"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.key], ids=lambda c: f"{c.name}-{c.size}")
+def test_operators_ask_for_their_cases_as_the_suites_name_them(case, monkeypatch):
+    asked = []
+
+    def choose(op, device, dtype, backend=None, case=None):
+        asked.append((op, case))
+        return "reference"
+
+    real = torch.Tensor.is_cuda
+    modules = (flash, grouped, fp8)
+    for module in modules:
+        monkeypatch.setattr(module, "choose", choose)
+    draw = Draw(torch.float32, CPU)
+    inputs, fixed = case.draw(draw)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    with contextlib.suppress(Exception):  # it is no CUDA device: what was asked for is enough
+        case.ours(*inputs, **fixed, backend=None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", real)
+    assert (case.op, case.key) in asked
