@@ -79,19 +79,9 @@ def forward_kernel(x, y, width, pieces, stride, KIND: tl.constexpr, BLOCK: tl.co
 
 @triton.jit
 def block_kernel(
-    x,
-    data,
-    scale,
-    width,
-    pieces,
-    groups,
-    stride,
-    KIND: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    MAX: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, data, scale, width, pieces, groups, stride, KIND: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    MAX: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the codes of BLOCK elements and a scale for each GROUP of them."""
     program = tl.program_id(0)
     row = (program // pieces).to(tl.int64)
@@ -106,16 +96,9 @@ def block_kernel(
 
 @triton.jit
 def row_kernel(
-    x,
-    data,
-    scale,
-    width,
-    stride,
-    KIND: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    MAX: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, data, scale, width, stride, KIND: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    MAX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the codes of a row and its scale."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

@@ -85,17 +85,10 @@ def _rows(targets: Tensor, moments: bool) -> int:
 
 
 def _cross_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    ignore_index: int,
-    chunk: int | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    softcap: float | None,
-    smoothing: float,
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int | None,
+    hidden_grad: bool, weight_grad: bool, softcap: float | None, smoothing: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     choose("linear_cross_entropy", hidden_TD.device, hidden_TD.dtype, backend)
     chunks = Chunks(hidden_TD, weight_VD, targets_T, ignore_index, chunk)
     gradients = Gradients(hidden_TD, weight_VD, (hidden_grad, weight_grad), chunks.count)
@@ -111,15 +104,9 @@ def _cross_entropy(
 
 
 def _cross_entropy_fake(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    ignore_index: int,
-    chunk: int | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, ignore_index: int, chunk: int | None,
+    hidden_grad: bool, weight_grad: bool, *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         hidden_TD.new_empty((), dtype=wide(hidden_TD.dtype)),
         targets_T.new_empty((), dtype=torch.int64),
@@ -148,15 +135,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _statistics(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    chunk: int | None,
-    softcap: float | None,
-    moments: bool,
-    backend: str | None,
-) -> Tensor:
+    hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, ignore_index: int, chunk: int | None,
+    softcap: float | None, moments: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
     choose("linear_log_probs", hidden_TD.device, hidden_TD.dtype, backend)
     chunks = Chunks(hidden_TD, weight_VD, targets, ignore_index, chunk)
     shape = _rows(targets, moments), hidden_TD.shape[0]
@@ -169,32 +150,18 @@ def _statistics(
 
 
 def _statistics_fake(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets: Tensor,
-    ignore_index: int,
-    chunk: int | None,
-    softcap: float | None,
-    moments: bool,
-    backend: str | None,
-) -> Tensor:
+    hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, ignore_index: int, chunk: int | None,
+    softcap: float | None, moments: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
     shape = _rows(targets, moments), hidden_TD.shape[0]
     return hidden_TD.new_empty(shape, dtype=wide(hidden_TD.dtype))
 
 
 def _statistics_backward(
-    g: Tensor,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    ignore_index: int,
-    chunk: int | None,
-    softcap: float | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, statistics: Tensor,
+    ignore_index: int, chunk: int | None, softcap: float | None, hidden_grad: bool,
+    weight_grad: bool, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     chunks = Chunks(hidden_TD, weight_VD, targets, ignore_index, chunk)
     gradients = Gradients(hidden_TD, weight_VD, (hidden_grad, weight_grad), chunks.count)
     g = torch.where(chunks.trained_T, g, 0)
@@ -206,18 +173,10 @@ def _statistics_backward(
 
 
 def _statistics_backward_fake(
-    g: Tensor,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets: Tensor,
-    statistics: Tensor,
-    ignore_index: int,
-    chunk: int | None,
-    softcap: float | None,
-    hidden_grad: bool,
-    weight_grad: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    g: Tensor, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, statistics: Tensor,
+    ignore_index: int, chunk: int | None, softcap: float | None, hidden_grad: bool,
+    weight_grad: bool, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     new = hidden_TD.new_empty
     return new(hidden_TD.shape if hidden_grad else 0), new(weight_VD.shape if weight_grad else 0)
 

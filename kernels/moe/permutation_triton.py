@@ -89,21 +89,9 @@ def place_kernel(indices, places, ends, order, slots, tiles, experts, SLOTS: tl.
 
 @triton.jit
 def copy_kernel(
-    x,
-    places,
-    rows,
-    scale,
-    tokens,
-    width,
-    x_stride,
-    pieces,
-    K: tl.constexpr,
-    SCALING: tl.constexpr,
-    MAX: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, places, rows, scale, tokens, width, x_stride, pieces, K: tl.constexpr, SCALING: tl.constexpr,
+    MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Write each of TOKENS tokens to its K rows; with SCALING as bytes of FP8, and the scales."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     known = token < tokens
@@ -166,19 +154,9 @@ def invert_kernel(
 
 @triton.jit
 def gather_kernel(
-    rows,
-    places,
-    weights,
-    y,
-    tokens,
-    width,
-    pieces,
-    stride,
-    WEIGHTED: tl.constexpr,
-    K: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    rows, places, weights, y, tokens, width, pieces, stride, WEIGHTED: tl.constexpr,
+    K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Sum the K rows of each token, in their order; with WEIGHTED times their weights."""
     program = tl.program_id(0)
     token = (program // pieces).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -201,20 +179,9 @@ def gather_kernel(
 
 @triton.jit
 def backward_kernel(
-    dy,
-    rows,
-    places,
-    weights,
-    drows,
-    dweights,
-    tokens,
-    width,
-    dy_stride,
-    stride,
-    K: tl.constexpr,
-    TOKENS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    dy, rows, places, weights, drows, dweights, tokens, width, dy_stride, stride, K: tl.constexpr,
+    TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Write drows and dweights of TOKENS tokens; dy comes from memory once, then from the cache."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     known = token < tokens

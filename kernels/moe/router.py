@@ -107,17 +107,9 @@ def _fill(x_TK: Tensor, absent_TK: Tensor | None, value: float) -> Tensor:
 
 
 def _forward(
-    logits: Tensor,
-    bias: Tensor | None,
-    chosen: Tensor | None,
-    top_k: int,
-    score: str,
-    groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, top_k: int, score: str, groups: int,
+    top_groups: int, normalise: bool, scale: float, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if choose("route", logits.device, logits.dtype, backend) == "triton":
         from .router_triton import forward
 
@@ -138,17 +130,9 @@ def _forward(
 
 
 def _forward_fake(
-    logits: Tensor,
-    bias: Tensor | None,
-    chosen: Tensor | None,
-    top_k: int,
-    score: str,
-    groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, bias: Tensor | None, chosen: Tensor | None, top_k: int, score: str, groups: int,
+    top_groups: int, normalise: bool, scale: float, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, shape = wide(logits.dtype), (logits.shape[0], top_k)
     return (
         logits.new_empty(shape, dtype=dtype),
@@ -196,16 +180,9 @@ def _dchosen(
 
 
 def _backward(
-    dweights: Tensor | None,
-    dprobabilities: Tensor | None,
-    logits: Tensor,
-    indices: Tensor,
-    probabilities: Tensor,
-    score: str,
-    normalise: bool,
-    scale: float,
-    backend: str | None,
-) -> Tensor:
+    dweights: Tensor | None, dprobabilities: Tensor | None, logits: Tensor, indices: Tensor,
+    probabilities: Tensor, score: str, normalise: bool, scale: float, backend: str | None,
+) -> Tensor:  # fmt: skip
     """Return dlogits `[T, E]`."""
     args = (score, normalise, scale)
     if choose("route", logits.device, logits.dtype, backend) == "triton":
@@ -233,16 +210,9 @@ def _backward(
 
 
 def _backward_fake(
-    dweights: Tensor | None,
-    dprobabilities: Tensor | None,
-    logits: Tensor,
-    indices: Tensor,
-    probabilities: Tensor,
-    score: str,
-    normalise: bool,
-    scale: float,
-    backend: str | None,
-) -> Tensor:
+    dweights: Tensor | None, dprobabilities: Tensor | None, logits: Tensor, indices: Tensor,
+    probabilities: Tensor, score: str, normalise: bool, scale: float, backend: str | None,
+) -> Tensor:  # fmt: skip
     return logits.new_empty(logits.shape)
 
 

@@ -75,27 +75,11 @@ def _scores(z, SIGMOID: tl.constexpr, most, total):
 
 @triton.jit
 def forward_kernel(
-    logits,
-    bias,
-    indices,
-    weights,
-    probabilities,
-    tokens,
-    experts,
-    each,
-    stride,
-    scale,
-    SCORE: tl.constexpr,
-    BIASED: tl.constexpr,
-    CHOSEN: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    K: tl.constexpr,
-    TOP_GROUPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EACH: tl.constexpr,
-    PICKED: tl.constexpr,
-):
+    logits, bias, indices, weights, probabilities, tokens, experts, each, stride, scale,
+    SCORE: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, NORMALISE: tl.constexpr,
+    K: tl.constexpr, TOP_GROUPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    EACH: tl.constexpr, PICKED: tl.constexpr,
+):  # fmt: skip
     """Route ROWS tokens; with CHOSEN `indices` is read and not written."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     slot = tl.arange(0, GROUPS * EACH)
@@ -160,27 +144,11 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    dweights,
-    dprobabilities,
-    logits,
-    indices,
-    probabilities,
-    dlogits,
-    tokens,
-    experts,
-    stride,
-    dprobabilities_stride,
-    scale,
-    SCORE: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    PROBABILITIES: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    EACH: tl.constexpr,
-    PICKED: tl.constexpr,
-):
+    dweights, dprobabilities, logits, indices, probabilities, dlogits, tokens, experts, stride,
+    dprobabilities_stride, scale, SCORE: tl.constexpr, WEIGHTS: tl.constexpr,
+    PROBABILITIES: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, PICKED: tl.constexpr,
+):  # fmt: skip
     """Write dlogits of ROWS tokens, from the gradients that are there."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     expert = tl.arange(0, EACH)[None, :]

@@ -109,15 +109,9 @@ def _forward_fake(
 
 
 def _forward_fp8(
-    x: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    scaling: Grouping,
-    power_of_two: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight_D: Tensor, bias_D: Tensor | None, residual: Tensor | None, eps: float,
+    scaling: Grouping, power_of_two: bool, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     x_TD = x.reshape(-1, x.shape[-1])
     other = None if residual is None else residual.reshape(x_TD.shape)
     if quantiser("layer_norm", x, scaling, backend) == "triton":
@@ -150,29 +144,17 @@ def _forward_fp8(
 
 
 def _forward_fp8_fake(
-    x: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    scaling: Grouping,
-    power_of_two: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight_D: Tensor, bias_D: Tensor | None, residual: Tensor | None, eps: float,
+    scaling: Grouping, power_of_two: bool, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     _, *statistics = _forward_fake(x, weight_D, bias_D, residual)
     return carrier_of(x), *statistics, *fp8_rows_fake(x, x.shape, scaling)
 
 
 def _backward(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    rstd: Tensor,
-    mean: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight_D: Tensor, bias_D: Tensor | None, rstd: Tensor,
+    mean: Tensor, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape, none = (-1, h.shape[-1]), weight_D.new_empty(0)
     dy_TD, h_TD = dy.reshape(shape), h.reshape(shape)
     dh_TD = None if dh is None else dh.reshape(shape)
@@ -194,15 +176,9 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    rstd: Tensor,
-    mean: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight_D: Tensor, bias_D: Tensor | None, rstd: Tensor,
+    mean: Tensor, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dbias_D = weight_D.new_empty(0) if bias_D is None else bias_D.new_empty(bias_D.shape)
     return h.new_empty(h.shape), weight_D.new_empty(weight_D.shape), dbias_D
 

@@ -96,15 +96,9 @@ def _heads_backward_cpu(
 
 
 def _forward(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    eps: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_TJ: Tensor,
+    sin_TJ: Tensor, eps: float, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if choose("qk_norm_rotary", q_THK.device, q_THK.dtype, backend) == "triton":
         from .qk_rotary_triton import forward
 
@@ -120,17 +114,9 @@ def _forward_fake(q_THK: Tensor, k_TGK: Tensor, *rest: Any) -> tuple[Tensor, Ten
 
 
 def _backward(
-    dq_THK: Tensor,
-    dk_TGK: Tensor,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    eps: float,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_THK: Tensor, dk_TGK: Tensor, q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor,
+    k_weight_K: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, eps: float, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if choose("qk_norm_rotary", q_THK.device, q_THK.dtype, backend) == "triton":
         from .qk_rotary_triton import backward
 

@@ -61,21 +61,9 @@ def _norm(a, b, pairs, eps, there):
 
 @triton.jit
 def _heads(
-    x,
-    weight,
-    out,
-    token,
-    here,
-    heads,
-    pairs,
-    stride,
-    head_stride,
-    cos,
-    sin,
-    eps,
-    HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+    x, weight, out, token, here, heads, pairs, stride, head_stride, cos, sin, eps,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Norm and turn the heads of some tokens, HEADS at a time."""
     pair = tl.arange(0, PAIRS)[None, None, :]
     first = tl.load(weight + pair, pair < pairs, other=0.0).to(tl.float32)
@@ -95,26 +83,9 @@ def _heads(
 
 @triton.jit
 def _heads_backward(
-    dy,
-    x,
-    weight,
-    dx,
-    token,
-    here,
-    heads,
-    pairs,
-    dy_stride,
-    dy_head_stride,
-    stride,
-    head_stride,
-    cos,
-    sin,
-    eps,
-    first_share,
-    second_share,
-    HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+    dy, x, weight, dx, token, here, heads, pairs, dy_stride, dy_head_stride, stride, head_stride,
+    cos, sin, eps, first_share, second_share, HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Turn the gradient of some tokens back and through the norm; return the grown shares."""
     pair = tl.arange(0, PAIRS)[None, None, :]
     first = tl.load(weight + pair, pair < pairs, other=0.0).to(tl.float32)
@@ -152,29 +123,10 @@ def _angles(cos, sin, token, here, pairs, cos_stride, sin_stride, PAIRS: tl.cons
 
 @triton.jit
 def forward_kernel(
-    q,
-    k,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    q_out,
-    k_out,
-    tokens,
-    q_heads,
-    k_heads,
-    pairs,
-    q_stride,
-    q_head_stride,
-    k_stride,
-    k_head_stride,
-    cos_stride,
-    sin_stride,
-    eps,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+    q, k, q_weight, k_weight, cos, sin, q_out, k_out, tokens, q_heads, k_heads, pairs, q_stride,
+    q_head_stride, k_stride, k_head_stride, cos_stride, sin_stride, eps, TOKENS: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
     """Norm and turn all heads of TOKENS tokens."""
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     here = token < tokens
@@ -224,37 +176,11 @@ def _store_share(shares, first, second, pairs, PAIRS: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
-    dq,
-    dk,
-    q,
-    k,
-    q_weight,
-    k_weight,
-    cos,
-    sin,
-    q_out,
-    k_out,
-    q_shares,
-    k_shares,
-    tokens,
-    q_heads,
-    k_heads,
-    pairs,
-    dq_stride,
-    dq_head_stride,
-    dk_stride,
-    dk_head_stride,
-    q_stride,
-    q_head_stride,
-    k_stride,
-    k_head_stride,
-    cos_stride,
-    sin_stride,
-    eps,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
+    dq, dk, q, k, q_weight, k_weight, cos, sin, q_out, k_out, q_shares, k_shares, tokens, q_heads,
+    k_heads, pairs, dq_stride, dq_head_stride, dk_stride, dk_head_stride, q_stride, q_head_stride,
+    k_stride, k_head_stride, cos_stride, sin_stride, eps, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
-):
+):  # fmt: skip
     """Stride over tiles of tokens: write the gradients, keep the shares of the weights'."""
     q_first = tl.zeros([TOKENS, HEADS, PAIRS], tl.float32)
     q_second = tl.zeros([TOKENS, HEADS, PAIRS], tl.float32)

@@ -88,28 +88,11 @@ def configurations(width: int, least: int = 1) -> list[dict[str, int]]:
 
 @triton.jit
 def forward_kernel(
-    x,
-    residual,
-    weight,
-    y,
-    h,
-    rstd,
-    tokens,
-    width,
-    x_stride,
-    residual_stride,
-    eps,
-    FUSED: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    bias=None,
-    mean=None,
-    scales=None,
-    CENTRED: tl.constexpr = False,
-    GROUP: tl.constexpr = 0,
-    MAX: tl.constexpr = 0,
+    x, residual, weight, y, h, rstd, tokens, width, x_stride, residual_stride, eps,
+    FUSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, bias=None, mean=None, scales=None,
+    CENTRED: tl.constexpr = False, GROUP: tl.constexpr = 0, MAX: tl.constexpr = 0,
     POWER_OF_TWO: tl.constexpr = False,
-):
+):  # fmt: skip
     """Normalise ROWS rows; with FUSED add the residual first and write the rounded sum to h.
 
     With GROUP the result is quantised, GROUP elements of a row to a scale.
@@ -162,26 +145,10 @@ def _read(h_rows, dy_rows, inside, rstd, mean, row, tokens, POLICY: tl.constexpr
 
 @triton.jit
 def backward_kernel(
-    dy,
-    dh,
-    h,
-    weight,
-    rstd,
-    dx,
-    shares,
-    tokens,
-    width,
-    dy_stride,
-    dh_stride,
-    h_stride,
-    FUSED: tl.constexpr,
-    KEPT: tl.constexpr,
-    AGAIN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    mean=None,
-    bias_shares=None,
-):
+    dy, dh, h, weight, rstd, dx, shares, tokens, width, dy_stride, dh_stride, h_stride,
+    FUSED: tl.constexpr, KEPT: tl.constexpr, AGAIN: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, mean=None, bias_shares=None,
+):  # fmt: skip
     """Stride over tiles of rows: write dx; with KEPT keep this program's share of dweight.
 
     With AGAIN a tile is read a second time, from the cache, because its registers would spill.
@@ -228,19 +195,9 @@ def backward_kernel(
 
 @triton.jit
 def column_kernel(
-    dy,
-    h,
-    rstd,
-    shares,
-    tokens,
-    width,
-    dy_stride,
-    h_stride,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    mean=None,
-    bias_shares=None,
-):
+    dy, h, rstd, shares, tokens, width, dy_stride, h_stride, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, mean=None, bias_shares=None,
+):  # fmt: skip
     """Add up dweight of COLUMNS columns over every num_programs(1)-th tile of rows."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     share = tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -131,17 +131,10 @@ def _write(parameter: Tensor, value: Tensor, found: Tensor | None) -> None:
 
 
 def _torch(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    extra: list[Tensor],
-    step: Tensor,
-    rate: Tensor | None,
-    scale: Tensor | None,
-    found: Tensor | None,
-    rates: Rates,
-) -> None:
+    parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor],
+    extra: list[Tensor], step: Tensor, rate: Tensor | None, scale: Tensor | None,
+    found: Tensor | None, rates: Rates,
+) -> None:  # fmt: skip
     """Step with torch's fused kernel, block by block where something is to be converted."""
     _advance(step, found)
     skip = None if found is None else (found != 0).float()
@@ -182,23 +175,11 @@ def _torch(
 
 
 def _adamw(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    extra: list[Tensor],
-    step: Tensor,
-    rate: Tensor | None,
-    scale: Tensor | None,
-    found: Tensor | None,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    plan: list[Tensor] | None,
-    backend: str | None,
-) -> None:
+    parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor],
+    extra: list[Tensor], step: Tensor, rate: Tensor | None, scale: Tensor | None,
+    found: Tensor | None, learning_rate: float, beta1: float, beta2: float, eps: float,
+    weight_decay: float, plan: list[Tensor] | None, backend: str | None,
+) -> None:  # fmt: skip
     if not parameters:
         _advance(step, found)
         return

@@ -41,28 +41,10 @@ def configuration(tensors: int) -> dict[str, int]:
 
 @triton.jit
 def _step(
-    parameter,
-    gradient,
-    mean,
-    square,
-    extra,
-    at,
-    size,
-    scale,
-    decay,
-    rate,
-    root,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    KIND: tl.constexpr,
-    PARAMETER: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    EXTRA: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    parameter, gradient, mean, square, extra, at, size, scale, decay, rate, root, rest1, beta2,
+    rest2, eps, KIND: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr,
+    EXTRA: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Update BLOCK elements from `at`; all of them are there when ALIGNED."""
     parameter = parameter.to(tl.pointer_type(PARAMETER))
     gradient = gradient.to(tl.pointer_type(GRADIENT))
@@ -107,30 +89,11 @@ def _step(
 
 @triton.jit
 def update_kernel(
-    table,
-    owners,
-    step,
-    rate_at,
-    scale_at,
-    found_at,
-    rate,
-    log_beta1,
-    log_beta2,
-    rest1,
-    beta2,
-    rest2,
-    eps,
-    decay,
-    KIND: tl.constexpr,
-    PARAMETER: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    EXTRA: tl.constexpr,
-    RATE: tl.constexpr,
-    SCALE: tl.constexpr,
-    FOUND: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    table, owners, step, rate_at, scale_at, found_at, rate, log_beta1, log_beta2, rest1, beta2,
+    rest2, eps, decay, KIND: tl.constexpr, PARAMETER: tl.constexpr, GRADIENT: tl.constexpr,
+    EXTRA: tl.constexpr, RATE: tl.constexpr, SCALE: tl.constexpr, FOUND: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Update one chunk of one tensor; nothing where the flag is up."""
     COLUMNS: tl.constexpr = 4 if KIND == "in place" else 5
     chunk = tl.program_id(0).to(tl.int64)

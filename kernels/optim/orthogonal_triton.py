@@ -34,17 +34,8 @@ def configuration(n: int, itemsize: int) -> dict[str, int]:
 
 @triton.jit
 def symmetric_kernel(
-    x,
-    add,
-    out,
-    n,
-    m,
-    alpha,
-    beta,
-    ADD: tl.constexpr,
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    x, add, out, n, m, alpha, beta, ADD: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Compute a tile of out = alpha x x^T + beta add, and its mirror image."""
     if tl.program_id(0) >= tl.program_id(1):
         batch = tl.program_id(2).to(tl.int64)

@@ -86,16 +86,9 @@ def fp8_cast(x, inverse, MAX: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def row_kernel(
-    x,
-    data,
-    scale,
-    width,
-    stride,
-    MAX: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, data, scale, width, stride, MAX: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Quantise a row with one scale."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, COLUMNS)
@@ -116,17 +109,9 @@ def row_kernel(
 
 @triton.jit
 def amax_kernel(
-    x,
-    amax,
-    amax_t,
-    tokens,
-    width,
-    pieces,
-    stride,
-    SCALING: tl.constexpr,
-    ROWS: tl.constexpr,
+    x, amax, amax_t, tokens, width, pieces, stride, SCALING: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Raise the largest absolute value of the tensor, or of the rows and columns of a tile."""
     program = tl.program_id(0)
     row = (program // pieces).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -143,26 +128,10 @@ def amax_kernel(
 
 @triton.jit
 def tile_kernel(
-    x,
-    data,
-    scale,
-    data_t,
-    scale_t,
-    amax,
-    amax_t,
-    tokens,
-    width,
-    pieces,
-    pieces_t,
-    stride,
-    SCALING: tl.constexpr,
-    GIVEN: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    MAX: tl.constexpr,
-    POWER_OF_TWO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, data, scale, data_t, scale_t, amax, amax_t, tokens, width, pieces, pieces_t, stride,
+    SCALING: tl.constexpr, GIVEN: tl.constexpr, TRANSPOSE: tl.constexpr, MAX: tl.constexpr,
+    POWER_OF_TWO: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Quantise a tile; with GIVEN by the scale that is there, raising amax for the next one."""
     program = tl.program_id(0)
     down, across = (program // pieces).to(tl.int64), program % pieces

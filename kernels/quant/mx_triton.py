@@ -47,25 +47,10 @@ def mx_scale(bits, MAX: tl.constexpr, EXPONENT: tl.constexpr, CEIL: tl.constexpr
 
 @triton.jit
 def tile_kernel(
-    x,
-    data,
-    scale,
-    data_t,
-    scale_t,
-    tokens,
-    width,
-    pieces,
-    groups,
-    groups_t,
-    stride,
-    TRANSPOSE: tl.constexpr,
-    CEIL: tl.constexpr,
-    MAX: tl.constexpr,
-    EXPONENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    x, data, scale, data_t, scale_t, tokens, width, pieces, groups, groups_t, stride,
+    TRANSPOSE: tl.constexpr, CEIL: tl.constexpr, MAX: tl.constexpr, EXPONENT: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Quantise a tile along its rows, and with TRANSPOSE along its columns."""
     program = tl.program_id(0)
     down, across = (program // pieces).to(tl.int64), program % pieces

@@ -220,16 +220,10 @@ def fill(
 
 
 def _dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block: int,
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, dtype: torch.dtype,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     y = packed.new_empty(tuple(shape), dtype=dtype)
     chosen = choose("nf4_dequantize", packed.device, dtype, backend)
     fill(y.view(-1), packed.reshape(-1), absmax, code, absmax2, offset, block, chosen)
@@ -237,16 +231,10 @@ def _dequantize(
 
 
 def _dequantize_fake(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block: int,
-    dtype: torch.dtype,
+    packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, dtype: torch.dtype,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return packed.new_empty(tuple(shape), dtype=dtype)
 
 

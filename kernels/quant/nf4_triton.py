@@ -58,19 +58,9 @@ def quantize_kernel(x, packed, absmax, blocks, BLOCKS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def dequantize_kernel(
-    packed,
-    absmax,
-    code,
-    absmax2,
-    offset,
-    y,
-    size,
-    pairs,
-    blocks,
-    DOUBLE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    packed, absmax, code, absmax2, offset, y, size, pairs, blocks, DOUBLE: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the values of BLOCKS blocks."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     if DOUBLE:

@@ -44,25 +44,10 @@ def configuration(heads: int, pairs: int, rest: int) -> dict[str, int]:
 
 @triton.jit
 def _heads(
-    x,
-    out,
-    token,
-    heads,
-    here,
-    stride,
-    head_stride,
-    out_stride,
-    out_head_stride,
-    pairs,
-    head_dim,
-    cos,
-    sin,
-    INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    REST: tl.constexpr,
-):
+    x, out, token, heads, here, stride, head_stride, out_stride, out_head_stride, pairs, head_dim,
+    cos, sin, INTERLEAVED: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    PAIRS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """Turn the heads of TOKENS tokens, HEADS at a time; tokens are there where `here`."""
     pair = tl.arange(0, PAIRS)[None, None, :]
     both = tl.arange(0, 2 * PAIRS)[None, None, :]
@@ -95,34 +80,11 @@ def _heads(
 
 @triton.jit
 def turn_kernel(
-    q,
-    k,
-    cos,
-    sin,
-    q_out,
-    k_out,
-    tokens,
-    q_heads,
-    k_heads,
-    pairs,
-    head_dim,
-    q_stride,
-    q_head_stride,
-    k_stride,
-    k_head_stride,
-    q_out_stride,
-    q_out_head_stride,
-    k_out_stride,
-    k_out_head_stride,
-    cos_stride,
-    sin_stride,
-    sign,
-    INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    REST: tl.constexpr,
-):
+    q, k, cos, sin, q_out, k_out, tokens, q_heads, k_heads, pairs, head_dim, q_stride,
+    q_head_stride, k_stride, k_head_stride, q_out_stride, q_out_head_stride, k_out_stride,
+    k_out_head_stride, cos_stride, sin_stride, sign, INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """Turn all heads of TOKENS tokens by `sign` times their angles."""
     token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     here = token < tokens
