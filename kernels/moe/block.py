@@ -54,10 +54,10 @@ def moe_block_reference(
     )
 
 
-def _serve(x: Tensor, backend: str | None) -> tuple[bool, str | None]:
-    """Return whether Triton serves the whole, and else the backend of the parts."""
+def _serve(x: Tensor, backend: str | None) -> tuple[bool, str | None, str | None]:
+    """Return whether Triton serves the whole, else the backends of the products and of the rest."""
     chosen = choose("moe_block", x.device, x.dtype, backend)
-    return chosen == "triton", backend
+    return chosen == "triton", backend, None if backend == "torch" else backend
 
 
 def _forward(
@@ -73,15 +73,15 @@ def _forward(
     experts = gate_up.shape[0]
     if indices.is_cpu and indices.numel() and int(indices.max()) >= experts:
         raise ValueError(f"moe_block: indices must be below {experts}, got {int(indices.max())}")
-    whole, parts = _serve(x, backend)
+    whole, products, parts = _serve(x, backend)
     if whole:
         from .block_triton import forward
 
         y, h, counts, order = forward(x, gate_up, down, indices, weights)
     else:
         rows, counts, order = permute(x, indices, experts, backend=parts)
-        h = grouped_gemm(rows, gate_up, counts, backend=parts)
-        out = grouped_gemm(swiglu(h, backend=parts), down, counts, backend=parts)
+        h = grouped_gemm(rows, gate_up, counts, backend=products)
+        out = grouped_gemm(swiglu(h, backend=parts), down, counts, backend=products)
         y = unpermute(out, order, weights, backend=parts)
     return y, h if keep else x.new_empty(0), counts, order
 
@@ -133,7 +133,7 @@ def _backward(
     backend: str | None,
 ) -> _Four:
     """Return the gradients of x, gate_up, down (empty where not wanted) and the weights."""
-    whole, parts = _serve(x, backend)
+    whole, products, parts = _serve(x, backend)
     if whole:
         from .block_triton import backward
 
@@ -142,17 +142,17 @@ def _backward(
     source = order.clamp(min=0) // max(top_k, 1)
     rows = nothing if kept and not wanted[1] else x.index_select(0, source)
     if not kept:
-        h = grouped_gemm(rows, gate_up, counts, backend=parts)
+        h = grouped_gemm(rows, gate_up, counts, backend=products)
     dy = dy.index_select(0, source)
-    b = grouped_gemm(dy, down.transpose(1, 2), counts, backend=parts)
+    b = grouped_gemm(dy, down.transpose(1, 2), counts, backend=products)
     dh, a, dweights = _between(b, h, weights, order)
     dx = dgate_up = ddown = nothing
     if wanted[2]:
-        ddown = grouped_gemm_weight_gradient(dy, a, counts, backend=parts)
+        ddown = grouped_gemm_weight_gradient(dy, a, counts, backend=products)
     if wanted[1]:
-        dgate_up = grouped_gemm_weight_gradient(dh, rows, counts, backend=parts)
+        dgate_up = grouped_gemm_weight_gradient(dh, rows, counts, backend=products)
     if wanted[0]:
-        drows = grouped_gemm(dh, gate_up.transpose(1, 2), counts, backend=parts)
+        drows = grouped_gemm(dh, gate_up.transpose(1, 2), counts, backend=products)
         dx = torch.ops.warploom.unpermute_forward(drows, order, None, tokens, top_k, parts)
     return dx, dgate_up, ddown, dweights
 
@@ -270,8 +270,9 @@ def moe_block(
         weights: Of these `[T, k]`, float32 or float64.
         recompute: Whether the first product is computed again in the backward, for which then x
             and the routing alone are kept.
-        backend: `reference` or `triton`, for all parts; None takes the fastest that is proven here,
-            for the whole or else for each part.
+        backend: `reference` or `triton`, for all parts, or `torch`, PyTorch's grouped product as
+            `grouped_gemm` has it, and what is proven for the rest; None takes the fastest that is
+            proven here, for the whole or else for each part.
 
     Returns:
         `[T, D]` in the dtype of `x`; a token without experts is zero.
