@@ -83,8 +83,8 @@ def find_tile(
 
 @triton.jit
 def seen_range(
-    start, queries, keys, offset, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    start, queries, keys, offset, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, M,
+    N: tl.constexpr,
 ):  # fmt: skip
     """Find the keys that M queries from `start` see: some see low to high, all full to clear."""
     last = tl.minimum(start + M, queries) - 1
@@ -151,6 +151,28 @@ def products(a, a_rest, b, b_rest, KB: tl.constexpr):
 
 
 @triton.jit
+def take_in(acc, high, total, r, v, c):
+    """Add the values of a tile of keys, by products r, to what was taken of others."""
+    higher = tl.maximum(high, tl.max(r, 1) * c)
+    shift = tl.where(higher == -float("inf"), 0.0, higher)  # else -inf + inf is NaN
+    p = tl.exp2(r * c - shift[:, None])
+    fall = tl.exp2(high - shift)
+    total = total * fall + tl.sum(p, 1)
+    acc = acc * fall[None, :]
+    acc = tl.dot(tl.trans(v), tl.trans(p.to(v.dtype)), acc, input_precision="ieee")
+    return acc, higher, total
+
+
+@triton.jit
+def finish(acc, high, total):
+    """Return the mean of the values and the natural log-sum-exp, 0 and -inf without a key."""
+    empty = total == 0.0
+    total = tl.where(empty, 1.0, total)
+    lse = tl.where(empty, -float("inf"), (high + tl.log2(total)) * 0.6931471805599453)
+    return acc * (1.0 / total)[None, :], lse
+
+
+@triton.jit
 def _walk(
     state, q, q_rest, k_ptr, v_ptr, k_s, v_s, begin, end, skip, gap, start, keys, offset, left,
     right, inner, c,
@@ -176,14 +198,7 @@ def _walk(
             rows = start + offset + tl.arange(0, M)
             seen = is_seen(rows[:, None], columns[None, :], keys, left, right, LEFT, RIGHT)
             r = tl.where(seen, r, -float("inf"))
-        higher = tl.maximum(high, tl.max(r, 1) * c)
-        shift = tl.where(higher == -float("inf"), 0.0, higher)  # else -inf + inf is NaN
-        p = tl.exp2(r * c - shift[:, None])
-        fall = tl.exp2(high - shift)
-        total = total * fall + tl.sum(p, 1)
-        acc = acc * fall[None, :]
-        acc = tl.dot(tl.trans(v), tl.trans(p.to(v.dtype)), acc, input_precision="ieee")
-        high = higher
+        acc, high, total = take_in(acc, high, total, r, v, c)
     return acc, high, total
 
 
@@ -225,10 +240,7 @@ def forward_kernel(
             start, keys, offset, left, right, inner, c, CAPPED, LEFT, RIGHT, False,
             K, L, KA, KB, LB, M, N,
         )  # fmt: skip
-        empty = total == 0.0
-        total = tl.where(empty, 1.0, total)
-        acc = acc * (1.0 / total)[None, :]
-        lse = tl.where(empty, -float("inf"), (top + tl.log2(total)) * 0.6931471805599453)
+        acc, lse = finish(acc, top, total)
         tl.store(lse_ptr + (batch * H + head) * Q + at_q + rows, lse, mask=rows < queries)
         store_columns(out_ptr, acc, batch * Q + at_q + rows, H, head, rows < queries, 0, L, LB)
 
