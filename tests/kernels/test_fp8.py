@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.kernels import launches as gate
+from tests.kernels import test_must as must
 from tests.kernels.specimen import check, item
 from tests.kernels.specimens.fp8 import E4M3, E5M2, MORE, SPECIMENS
 from tests.kernels.test_must import DEVICES, INTERPRETED
@@ -96,20 +97,26 @@ def test_values_of_the_other_scalings(s, device, backend):
 
 @item("NaN and inf", ops=("fp8_gemm",))
 @on
-@pytest.mark.parametrize("scaling", ["row", "tile", "block", "mx"])
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_a_nan_spoils_its_row_alone(scaling, device, backend):
-    if backend == "torch" and (device == "cuda" or scaling != "row"):
+    """That of a tensor too, if its scale is given."""
+    if backend == "torch" and (device == "cuda" or scaling not in ("tensor", "row")):
         pytest.skip("served elsewhere")
     x, other = torch.ones(20, 200, device=device), torch.ones(12, 200, device=device)
     x[4, 150] = torch.nan
     if scaling == "mx":
-        a, b = mx_quantize(x), mx_quantize(other)
+        a, b = mx_quantize(x, dtype=E5M2), mx_quantize(other)
     else:
         of_a = "block" if scaling == "tile" else scaling
-        a, b = fp8_quantize(x, scaling=of_a), fp8_quantize(other, scaling=scaling)
-    y = fp8_gemm(a, b, backend=backend)
-    assert y[4].isnan().all()
-    assert not y[[i for i in range(20) if i != 4]].isnan().any()
+        given = torch.full((), 0.5, device=device) if scaling == "tensor" else None
+        a = fp8_quantize(x, scaling=of_a, dtype=E5M2, scale=given)
+        b = fp8_quantize(other, scaling=scaling, scale=given)
+    for first, second, spoilt in ((a, b, 0), (b, a, 1)):
+        if scaling == "tile" and spoilt:
+            continue  # a tile cannot be the first operand
+        y = fp8_gemm(first, second, backend=backend).transpose(0, spoilt)
+        assert y[4].isnan().all()
+        assert not y[[i for i in range(20) if i != 4]].isnan().any()
 
 
 @plain
@@ -217,6 +224,26 @@ def test_operands_of_any_stride(scaling):
             strided = strided._replace(scale=q.scale.t().contiguous().t())
         pair_ = (strided, other) if first else (other, strided)
         assert torch.equal(fp8_gemm(*pair_), want)
+
+
+LIST = (
+    must.test_any_layout,
+    must.test_upstream_gradients_of_any_kind,
+    must.test_repeats_give_the_same_bits,
+    must.test_without_gradients_and_under_autocast,
+    must.test_a_second_derivative_is_refused,
+    must.test_operators_are_registered_properly,
+    must.test_compiles_without_a_break_and_for_any_size,
+)
+
+
+@plain
+@pytest.mark.slow
+@pytest.mark.parametrize("s", MORE, ids=str)
+@pytest.mark.parametrize("test", LIST, ids=lambda test: test.__name__)
+def test_the_other_scalings_pass_the_list(test, s):
+    if s.gradient or test not in (LIST[1], LIST[4]):
+        test(s, "cpu", "reference")
 
 
 @item("fits sm_90 and sm_100", ops=("fp8_gemm", "fp8_linear"))

@@ -39,9 +39,9 @@ def test_the_error_of_fp8_stays_in_its_band(scaling, dtype):
     found = y, *torch.autograd.grad(y, (x, weight), dy)
     want = F.linear(x, weight)
     want = want, *torch.autograd.grad(want, (x, weight), dy)
-    coarse = 2.5e-3 if scaling in ("tensor", "row") else 1e-3
-    for f, w, band in zip(found, want, (1e-3, coarse, coarse), strict=True):
-        assert 1e-5 < difference(f.detach(), w.detach()) < band
+    coarse = (1.2e-3, 2.5e-3) if scaling in ("tensor", "row") else (1e-4, 1e-3)
+    for f, w, (low, high) in zip(found, want, ((1e-4, 1e-3), coarse, coarse), strict=True):
+        assert low < difference(f.detach(), w.detach()) < high
 
 
 @item("values", ops=("fp8_linear",))
