@@ -8,12 +8,11 @@ from tests.models import test_memory
 
 from warploom.benchmarks import fp8_training
 from warploom.kernels.gemm import Fp8Recipe
-from warploom.models import cost, fits
+from warploom.models import cost, decoder, fits
 from warploom.models.architecture import Experts
 from warploom.models.batch import Batch
 from warploom.models.decoder import Architecture, Decoder
 from warploom.models.stages import Stages
-from warploom.parallel.memory import track
 from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.parity import Subject, differences, failures, record
@@ -33,7 +32,7 @@ WIDE = Architecture(
     max_positions=32,
     norm_eps=1e-6,
 )
-SMALL = replace(WIDE, width=64, heads=4, kv_heads=2, head_dim=16, hidden=96)
+SMALL = replace(WIDE, width=64, heads=4, kv_heads=2, head_dim=16, hidden=128)
 DELAYED = Fp8Recipe(scaling="tensor", delayed=True, history=4)
 RECIPES = {s: Fp8Recipe(scaling=s) for s in ("tensor", "row", "block", "mx")} | {"delayed": DELAYED}
 
@@ -102,20 +101,27 @@ def _is_exact(text, made, recipe, options, begun=False):
 
 
 EXACT = [  # mesh, recipe, options, whether histories come from a run of one rank
-    ("dp2", "tensor", {}, False),
+    ("dp2", "delayed", {"zero": 3, "recompute": "selective"}, False),
+    ("tp2", "delayed", {}, True),
+    ("tp2", "block", {"recompute": "full"}, False),  # of one layer, of 128s
+]
+MORE = [
     ("dp2", "mx", {"zero": 3, "recompute": "selective"}, False),
     ("dp2", "delayed", {"zero": 2}, False),
-    ("tp2", "block", {"recompute": "full"}, False),
-    ("tp2", "delayed", {"recompute": "selective"}, True),
     ("pp2", "delayed", {"schedule": "zb_h1"}, False),
     ("pp2", "row", {"schedule": "1f1b", "recompute": "full"}, False),
+    ("tp2,dp2", "block", {"zero": 3, "recompute": "selective"}, False),
+    ("tp2,dp2", "delayed", {"zero": 3, "recompute": "full"}, True),
+    ("pp2,dp2", "delayed", {"schedule": "1f1b", "recompute": "attention"}, False),
+    ("dp4", "row", {"zero": 3, "recompute": "full"}, False),
 ]
 
 
 def _all_exact():
     for text, name, options, begun in EXACT:
+        made = replace(WIDE, layers=1) if name == "block" else SMALL
         try:
-            _is_exact(text, WIDE, RECIPES[name], options, begun)
+            _is_exact(text, made, RECIPES[name], options, begun)
         except AssertionError as error:
             raise AssertionError(f"{text} {name} {options}") from error
 
@@ -126,17 +132,10 @@ def test_two_ranks_equal_one_where_scales_do(pool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("text", "name", "options", "begun"),
-    [
-        ("tp2,dp2", "block", {"zero": 3, "recompute": "selective"}, False),
-        ("tp2,dp2", "delayed", {"zero": 3, "recompute": "full"}, True),
-        ("pp2,dp2", "delayed", {"schedule": "1f1b", "recompute": "attention"}, False),
-        ("dp4", "row", {"zero": 3, "recompute": "full"}, False),
-    ],
-)
-def test_four_ranks_equal_one_where_scales_do(pool, text, name, options, begun):
-    pool(4, _is_exact, text, WIDE, RECIPES[name], options, begun)
+@pytest.mark.parametrize(("text", "name", "options", "begun"), MORE)
+def test_ranks_equal_one_where_scales_do(pool, text, name, options, begun):
+    world = 4 if "," in text or "4" in text else 2
+    pool(world, _is_exact, text, WIDE, RECIPES[name], options, begun)
 
 
 def _is_near(text, name, loss, gradient):
@@ -150,24 +149,24 @@ def _is_near(text, name, loss, gradient):
 
 def _all_near():
     for name in RECIPES:
-        _is_near("tp2", name, 2e-3, 0.15)
-    _is_near("cp2", "block", 2e-3, 0.15)
+        _is_near("tp2", name, 1e-2, 0.2)
+    _is_near("cp2", "block", 1e-2, 0.2)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_near_one_where_scales_are_finer(pool):
+    """Of their own scales: the losses of three steps within 1 %, every gradient within 20 %."""
     pool(2, _all_near)
 
 
 def _unreduced():
-    """Without the maximum over the ranks the exact case is not exact, nor are scales equal."""
+    """Without the maximum over the ranks the exact cases are not exact."""
     inner = fp8.update_scales
     try:
-        from warploom.models import decoder
-
         decoder.update_scales = lambda model, *_: inner(model)
         for text, begun in (("tp2", True), ("dp2", False)):
             with pytest.raises(AssertionError):
-                _is_exact(text, WIDE, DELAYED, {}, begun)
+                _is_exact(text, replace(SMALL, layers=1), DELAYED, {}, begun)
     finally:
         decoder.update_scales = inner
 
@@ -183,9 +182,16 @@ def _codes_go_with_the_parameters():
     products = [m for m in subject.model.modules() if isinstance(m, Fp8Product)]
     step(subject.batches(0), learning_rate=1e-2)
     assert all(one._made is None for one in products)
-    with step.opened(whole=True):
-        subject.model.loss(subject.batches(1)[0])
-        assert all(one._made is not None for one in products)
+    seen = []
+    norm = subject.model.blocks["1"].feed_forward_norm  # within a block: its products have run
+    handle = norm.weight.register_hook(
+        lambda _: seen.append([one._made is not None for one in products])
+    )
+    step(subject.batches(1), learning_rate=1e-2)
+    handle.remove()
+    assert len(seen) == 2  # micro-batches
+    for there in seen:  # in the backward of block 1, those of block 0 are away
+        assert there == [False] * 4 + [False, False, True, True]
     assert all(one._made is None for one in products)
 
 
@@ -202,25 +208,27 @@ def test_memory_is_what_was_predicted(name, monkeypatch):
     made = replace(SMALL, max_positions=64)
     batch = test_memory._batch(made, length=40)
     for recompute in ("none", "full", "selective", "attention,feed_forward"):
-        for dtype in (torch.float32, torch.bfloat16):
-            got, want = test_memory._both(
-                made, batch, None, dtype, recompute=recompute, fp8=recipe
-            )
-            assert got == want, (recompute, dtype)
+        got, want = test_memory._both(
+            made, batch, None, torch.float32, recompute=recompute, fp8=recipe
+        )
+        assert got == want, recompute
+    assert [*test_memory._both(made, batch, None, torch.bfloat16, fp8=recipe)] == [
+        activations(made, 160, dtype=torch.bfloat16, fp8=recipe)
+    ] * 2
 
 
 @pytest.mark.parametrize("name", ["tensor", "row", "block", "mx"])
 def test_both_copies_of_the_weights_are_planned(name):
     recipe = RECIPES[name]
     model = Decoder.create(SMALL, fp8=recipe)
-    with track(model=model) as seen:
-        with torch.no_grad():
-            for layer in model.modules():
-                if isinstance(getattr(layer, "fp8", None), Fp8Product):
-                    layer.fp8.codes(layer.weight, copy=True)
-        held = sum(seen.live.values()) - sum(p.nbytes for p in model.parameters())
+    held = {}
+    for layer in model.modules():
+        if isinstance(getattr(layer, "fp8", None), Fp8Product):
+            q = layer.fp8.codes(layer.weight, copy=True)
+            for t in (q.data, q.scale, q.data_t, q.scale_t):
+                held[t.data_ptr()] = t.nbytes
     plans = [cost.memory(SMALL, 48, fp8=r).parameters for r in (recipe, None)]
-    assert held == pytest.approx(plans[0] - plans[1], rel=0.01)
+    assert sum(held.values()) == pytest.approx(plans[0] - plans[1], rel=1e-3)
 
 
 def test_flops_count_the_products_in_fp8():
@@ -250,7 +258,7 @@ def test_experts_head_and_router_stay_in_high_precision():
     ("made", "degrees", "told"),
     [
         (replace(SMALL, hidden=72), "", "hidden to be a multiple of 16 on a rank, got 72"),
-        (SMALL, "tp4", r"hidden to be a multiple of 16 on a rank, got 24"),
+        (replace(SMALL, hidden=96), "tp4", "hidden to be a multiple of 16 on a rank, got 24"),
         (replace(SMALL, head_dim=6), "", r"heads x head_dim to be a multiple of 16 on a rank, got"),
     ],
 )
@@ -260,5 +268,13 @@ def test_widths_are_judged_from_sizes_alone(made, degrees, told):
     fits.check_fp8(SMALL, Degrees.parse("tp2"), RECIPES["block"])
 
 
-def test_a_short_run_learns_as_float32_does():
-    """Thirty steps of a small Llama: the machinery; the band is that of the slow test."""
+def test_a_short_run_follows_float32(monkeypatch):
+    """Twenty-two steps of the benchmark's model: the machinery; the bands are the slow test's."""
+    monkeypatch.setattr(fp8_training, "_ROWS", 2)
+    found = fp8_training.compare(["delayed", "block"], 0, 22, outliers=False, warm=20, every=21)
+    for name in ("delayed", "block"):
+        one = found[name]
+        assert one["losses"][-1] < one["losses"][0] - 1.0
+        assert one["losses"] != found["float32"]["losses"]
+        assert one["most"] < 0.05
+    assert found["block"]["gradient"] < found["delayed"]["gradient"] < 0.1
