@@ -259,6 +259,7 @@ def _moe(name: str, sizes: tuple[int, int, int, int, int], item: int) -> Case:
     return Case(
         op="moe_block",
         size=f"{name} {tokens}x{width}x{hidden}, {top_k} of {experts}",
+        key=backends.case_key(experts=experts, width=width, hidden=hidden, rows=m),
         draw=draw,
         ours=ours,
         eager=_experts_eager,

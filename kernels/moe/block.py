@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..activation.glu import backward_cpu, swiglu, swiglu_reference
-from ..backends import choose
+from ..backends import case_key, choose
 from ..gemm.grouped import grouped_gemm, grouped_gemm_reference, grouped_gemm_weight_gradient
 from ..library import (
     below_autograd,
@@ -54,10 +54,18 @@ def moe_block_reference(
     )
 
 
-def _serve(x: Tensor, backend: str | None) -> tuple[bool, str | None, str | None]:
+def _serve(
+    x: Tensor, down: Tensor, weights: Tensor, backend: str | None
+) -> tuple[bool, str | None, str | None]:
     """Return whether Triton serves the whole, else the backends of the products and of the rest."""
-    chosen = choose("moe_block", x.device, x.dtype, backend)
-    return chosen == "triton", backend, None if backend == "torch" else backend
+    case = None
+    if x.is_cuda:
+        experts, width, hidden = down.shape
+        case = case_key(experts=experts, width=width, hidden=hidden, rows=weights.numel())
+    chosen = choose("moe_block", x.device, x.dtype, backend, case)
+    if chosen == "torch":
+        return False, "torch", None
+    return chosen == "triton", backend, backend
 
 
 def _forward(
@@ -73,7 +81,7 @@ def _forward(
     experts = gate_up.shape[0]
     if indices.is_cpu and indices.numel() and int(indices.max()) >= experts:
         raise ValueError(f"moe_block: indices must be below {experts}, got {int(indices.max())}")
-    whole, products, parts = _serve(x, backend)
+    whole, products, parts = _serve(x, down, weights, backend)
     if whole:
         from .block_triton import forward
 
@@ -133,7 +141,7 @@ def _backward(
     backend: str | None,
 ) -> _Four:
     """Return the gradients of x, gate_up, down (empty where not wanted) and the weights."""
-    whole, products, parts = _serve(x, backend)
+    whole, products, parts = _serve(x, down, weights, backend)
     if whole:
         from .block_triton import backward
 
