@@ -262,13 +262,13 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.max_memory_allocated(device)) - before
     with torch.profiler.profile(profile_memory=True) as trace:
         call()
     assert trace.profiler is not None
     events = trace.profiler.kineto_results.events()
     moved = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate((size for _, size in moved), initial=0))
+    return int(max(itertools.accumulate((size for _, size in moved), initial=0)))
 
 
 def _block(runner: Runner, span: str, plan: Plan, *, first: bool) -> list[float]:
