@@ -93,4 +93,4 @@ def test_the_code_of_the_guide_to_the_kernels_runs(capsys):
         exec(compile(block, "kernels.md", "exec"), {})
         said = capsys.readouterr().out
         assert "float8_e4m3fn" in said or said == "True\n"
-    assert len(blocks) == 3
+    assert len(blocks) == 4
