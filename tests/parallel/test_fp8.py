@@ -209,6 +209,17 @@ def test_histories_follow_the_definition():
     assert model.down.fp8.scale[2] == 1
 
 
+def test_a_weight_that_is_frozen_takes_the_new_scale():
+    """Or a run that is resumed would round it by another scale than one that was not."""
+    layer = Two().requires_grad_(False).up
+    first = layer.fp8.codes(layer.weight, copy=False)
+    update_scales(layer)
+    with torch.no_grad():
+        layer.fp8.scale.mul_(2)
+    second = layer.fp8.codes(layer.weight, copy=False)
+    assert second.scale == layer.fp8.scale[1] == 2 * first.scale
+
+
 def test_the_first_step_is_scaled_by_its_own_values():
     torch.manual_seed(0)
     first, second = Two(), Two(Fp8Recipe(scaling="tensor"))
