@@ -279,3 +279,26 @@ def test_a_layer_of_pytorch_against_the_reference(scaling, groups):
         found.append((y.detach(), *torch.autograd.grad(y, leaves, torch.randn_like(y))))
     for a, b in zip(*found, strict=True):
         assert difference(a, b) < 1e-6
+
+
+@item("NaN and inf", ops=("fp8_linear",))
+@pytest.mark.parametrize("scaling", ["row", "block", "mx"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_token_spoils_its_own_rows_alone(scaling, poison):
+    """And, of the weight's gradient, into which every token goes, the column of its feature."""
+    x, weight = torch.ones(200, 72, requires_grad=True), torch.ones(40, 72, requires_grad=True)
+    with torch.no_grad():
+        x[150, 3] = poison
+    y = fp8_linear(x, weight, recipe=Fp8Recipe(scaling=scaling))
+    dx, dweight = torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+    others = [i for i in range(200) if i != 150]
+    assert y[150].isnan().all()
+    assert y[others].isfinite().all()
+    assert dx.isfinite().all()
+    assert dweight[:, 3].isnan().all()
+    assert dweight[:, [i for i in range(72) if i != 3]].isfinite().all()
+    dy = torch.ones_like(y)
+    dy[7, 5] = poison
+    (dx,) = torch.autograd.grad(fp8_linear(x, weight, recipe=Fp8Recipe(scaling=scaling)), x, dy)
+    assert dx[7].isnan().all()
+    assert dx[[i for i in range(200) if i != 7]].isfinite().all()

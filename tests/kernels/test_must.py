@@ -246,7 +246,7 @@ def test_without_gradients_and_under_autocast(s, device, backend):
         without = tuple_of(s.run(*leaves, backend=backend, **fixed))
     assert not differentiable(without)
     _equal([o.detach() for o in with_grad], without)
-    if s.op.startswith("linear_"):  # a head: cast as `linear` would be
+    if s.op.startswith(("linear_", "fp8_linear", "nf4_linear")):  # cast as `linear` would be
         cast = [x.bfloat16() for x in inputs]
         without = tuple_of(s.run(*cast, backend=backend, **fixed))
     with torch.autocast(device, torch.bfloat16):
