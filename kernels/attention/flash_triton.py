@@ -269,7 +269,8 @@ def configuration(head: int, value: int, itemsize: int) -> Configuration:
     """Choose the tiles of the forward; lengths must not count, so that a document keeps its bits.
 
     On Hopper the first side of a product is shared among 8 warps at 16 rows each, so that M is
-    128; the loads of a tile of keys run two tiles ahead, which takes 3 stages.
+    128, unless that takes too many registers (64: each half of the warps computes all scores).
+    The loads of a tile of keys run two tiles ahead, which takes 3 stages.
 
     Args:
         head: K, of queries and keys.
@@ -282,8 +283,8 @@ def configuration(head: int, value: int, itemsize: int) -> Configuration:
     size = largest(head, value)
     if itemsize == 4:
         return EXACT
-    keys = 128 if size <= 64 else 64 if size <= 192 else 32
-    return {"M": 128, "N": keys, "num_warps": 8, "num_stages": 3 if size <= 192 else 2}
+    keys = 128 if size <= 64 else 64 if size <= 128 else 32
+    return {"M": 128 if size <= 192 else 64, "N": keys, "num_warps": 8, "num_stages": 3}
 
 
 def candidates(first: Configuration, walked: str) -> list[Configuration]:

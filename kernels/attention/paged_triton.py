@@ -181,7 +181,7 @@ def merge_kernel(
 
 
 def configuration(head: int, value: int, itemsize: int, rows: int) -> Configuration:
-    """Choose the tiles.
+    """Choose the tiles; a table of pages comes a stage earlier, so more stages.
 
     Args:
         head: K, of queries and keys.
@@ -195,10 +195,11 @@ def configuration(head: int, value: int, itemsize: int, rows: int) -> Configurat
     if itemsize == 4:
         return EXACT
     first = flash_configuration(head, value, itemsize)
+    first["num_stages"] = 2 * first["num_stages"] - 1
     if rows > 64:
         return first
-    wide = max(sum(tiles_of(head)), value) > 128
-    return {"M": 16 if rows <= 16 else 64, "N": 32 if wide else 64, "num_warps": 4, "num_stages": 3}
+    few = {"M": 16 if rows <= 16 else 64, "N": min(first["N"], 64), "num_warps": 4}
+    return first | few
 
 
 def parts_of(rows: int, keys: int) -> tuple[int, int]:
