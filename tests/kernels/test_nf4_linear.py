@@ -53,6 +53,18 @@ def test_blocks_of_rows_give_what_the_whole_weight_gives(
         torch.testing.assert_close(a, b, rtol=near, atol=near * float(b.detach().abs().max()))
 
 
+def test_many_blocks_round_their_sum_once():
+    """In bfloat16 the gradient of x errs as much as with the whole weight, whatever the blocks."""
+    x, q, _ = _case(16, 24, 900, dtype=torch.bfloat16)
+    dy = torch.randn(16, 900).bfloat16()
+    truth = dy.double() @ nf4_dequantize(q, dtype=torch.bfloat16).double()
+    plain = torch.autograd.grad(nf4_linear_reference(x, q), x, dy)[0]
+    with _small(1):
+        got = torch.autograd.grad(nf4_linear(x, q), x, dy)[0]
+    error, allowed = ((g.double() - truth).norm() for g in (got, plain))
+    assert error <= 2 * allowed
+
+
 @pytest.mark.parametrize("double", [False, True])
 def test_the_blocks_are_the_rows_of_the_weight_bit_for_bit(double):
     x, q, _ = _case(1, 129, 700, double=double)
