@@ -368,21 +368,19 @@ def memory(
             f"stages must be placed as the schedule's are: {stages.placement} is not "
             f"{schedule.placement}"
         )
-
     options: dict[str, Any] = {"dtype": dtype, "degrees": degrees, "stages": stages}
     options |= {"recompute": recompute, "fp8": fp8, "z_loss": z_loss, "context": context}
-    count = len(stages.placement)
-    sizes = [activations(architecture, tokens, held=(s,), **options) for s in range(count)]
+    numbers = range(stages.last + 1)
+    sizes = [activations(architecture, tokens, held=(s,), **options) for s in numbers]
     flying = None if schedule is None else simulate(schedule).peak(sizes.__getitem__)
-    found: list[Memory] = []
+    found, muon = list[Memory](), optimizer == "muon"
     for at in range(degrees.pp) if rank is None else (rank,):
         held = stages.on(at)
         saved = sum(sizes[s] for s in held) if flying is None else int(flying[at])
         made = list(_parameters(architecture, degrees, stages, held))
-        muon = optimizer == "muon"
         states = _states(made, degrees, dtype, fp8=fp8, zero=zero, muon=muon, offload=offload)
-        biases = _biases(architecture, stages, held)
-        found.append(replace(states, parameters=states.parameters + biases, activations=saved))
+        parameters = states.parameters + _biases(architecture, stages, held)
+        found.append(replace(states, parameters=parameters, activations=saved))
     return max(found, key=lambda one: one.total)
 
 
