@@ -160,15 +160,9 @@ _NO_OFFSET = (
 
 
 def _flash_attn(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    packed: "Packed | None",
-    scores: "Scores",
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, *, packed: "Packed | None", scores: "Scores", return_lse: bool,
     deterministic: bool,
-) -> Any:
+) -> Any:  # fmt: skip
     if return_lse:
         raise RuntimeError(_NO_LSE)
     if packed is None and scores.first(q.shape[1], k.shape[1]) != k.shape[1] - q.shape[1]:
@@ -200,15 +194,9 @@ def _documents(cu: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def _flex_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    packed: "Packed | None",
-    scores: "Scores",
-    return_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, *, packed: "Packed | None", scores: "Scores", return_lse: bool,
     deterministic: bool,
-) -> Any:
+) -> Any:  # fmt: skip
     """Attend by flex attention, compiled on CUDA; its mask of blocks is made anew each call."""
     module = importlib.import_module("torch.nn.attention.flex_attention")
     if packed is not None:

@@ -49,9 +49,11 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, shape: str) -> None:
 
 
 def _packed(
-    op: str, q: Tensor, k: Tensor, cu: Tensor, cu_k: Tensor | None, longest: tuple[Any, Any]
-) -> Packed:
+    op: str, q: Tensor, k: Tensor, cu: Tensor | None, cu_k: Tensor | None, longest: tuple[Any, Any]
+) -> Packed | None:
     """Check the boundaries of documents; their values are looked at on the CPU alone."""
+    if cu is None:
+        return None
     check_documents(op, "cu_seqlens", cu, q)
     if cu_k is None and len(q) != len(k):
         raise ValueError(
@@ -94,22 +96,29 @@ def _choose(
     return "torch" if lack else chosen
 
 
+def _options(
+    op: str, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, scores: Scores,
+    deterministic: bool, with_lse: bool, backend: str | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Return what the operators take behind their tensors."""
+    asked = {"deterministic": deterministic, "with_lse": with_lse}
+    chosen = _choose(op, q, k, v, scores, backend, **asked)
+    where: tuple[Any, ...] = (None,) * 4
+    if packed is not None:
+        other = packed.k is not packed.q
+        where = packed.q, packed.k if other else None, packed.max_q, packed.max_k
+    s = scores
+    return *where, s.scale, s.left, s.right, s.offset, s.softcap, deterministic, chosen
+
+
 def _repeatable(deterministic: bool | None) -> bool:
     return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
 def _attend(
-    op: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Packed | None,
-    scores: Scores,
-    sinks: Tensor | None,
-    return_lse: bool,
-    deterministic: bool | None,
-    backend: str | None,
-) -> Tensor | Dense:
+    op: str, q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, scores: Scores,
+    sinks: Tensor | None, return_lse: bool, deterministic: bool | None, backend: str | None,
+) -> Tensor | Dense:  # fmt: skip
     if sinks is not None:
         check_sinks(op, sinks, q)
     repeatable, with_lse = _repeatable(deterministic), return_lse or sinks is not None
@@ -117,23 +126,10 @@ def _attend(
         wanted: dict[str, Any] = {"packed": packed, "scores": scores, "deterministic": repeatable}
         found: Dense = peers.serve(op, backend, q, k, v, return_lse=with_lse, **wanted)
     else:
-        asked = {"deterministic": repeatable, "with_lse": with_lse}
-        chosen = _choose(op, q, k, v, scores, backend, **asked)
-        found = FORWARD(q, k, v, *_options(packed, scores, repeatable, chosen))
+        options = _options(op, q, k, v, packed, scores, repeatable, with_lse, backend)
+        found = FORWARD(q, k, v, *options)
     out, lse = found if sinks is None else with_sinks(found, sinks)
     return (out, lse) if return_lse else out
-
-
-def _options(
-    packed: Packed | None, scores: Scores, deterministic: bool, chosen: str
-) -> tuple[Any, ...]:
-    """Return what the operators take behind their tensors."""
-    where: tuple[Any, ...] = (None,) * 4
-    if packed is not None:
-        other = packed.k is not packed.q
-        where = packed.q, packed.k if other else None, packed.max_q, packed.max_k
-    s = scores
-    return *where, s.scale, s.left, s.right, s.offset, s.softcap, deterministic, chosen
 
 
 def flash_attention(
@@ -303,13 +299,9 @@ def flash_attention_backward(
     """
     op = "flash_attention" if cu_seqlens is None else "flash_attention_varlen"
     _check(op, q, k, v, "BSHK" if cu_seqlens is None else "THK")
-    packed = None
-    if cu_seqlens is not None:
-        packed = _packed(op, q, k, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
+    packed = _packed(op, q, k, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
     scores = scores_of(op, q, causal, window, scale, softcap, None if packed else offset)
     repeatable = _repeatable(deterministic)
-    asked = {"deterministic": repeatable, "with_lse": False}
-    chosen = _choose(op, q, k, v, scores, backend, **asked)
-    options = _options(packed, scores, repeatable, chosen)
+    options = _options(op, q, k, v, packed, scores, repeatable, False, backend)
     gradients: Gradients = BACKWARD(dout, None, q, k, v, out, lse.contiguous(), *options)
     return gradients

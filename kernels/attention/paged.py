@@ -60,18 +60,9 @@ def _sequences(
 
 
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    left: int,
-    right: int,
-    softcap: float,
-    backend: str,
-) -> Dense:
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, cu_seqlens: Tensor,
+    scale: float, left: int, right: int, softcap: float, backend: str,
+) -> Dense:  # fmt: skip
     scores = Scores(scale=scale, left=left, right=right, softcap=softcap)
     if backend == "triton":
         from .paged_triton import forward

@@ -134,16 +134,9 @@ def _choose(
 
 
 def _gemm(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_type: torch.dtype,
-    b_type: torch.dtype,
-    scaling: Product,
-    dtype: torch.dtype,
-    backend: str | None,
-) -> Tensor:
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_type: torch.dtype,
+    b_type: torch.dtype, scaling: Product, dtype: torch.dtype, backend: str | None,
+) -> Tensor:  # fmt: skip
     types = a_type, b_type
     chosen = _choose(a, b, types, scaling, dtype, backend)
     y = a_scale.new_empty(a.shape[0], b.shape[0], dtype=dtype)
@@ -162,16 +155,9 @@ def _gemm(
 
 
 def _gemm_fake(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    a_type: torch.dtype,
-    b_type: torch.dtype,
-    scaling: Product,
-    dtype: torch.dtype,
-    backend: str | None,
-) -> Tensor:
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, a_type: torch.dtype,
+    b_type: torch.dtype, scaling: Product, dtype: torch.dtype, backend: str | None,
+) -> Tensor:  # fmt: skip
     return a_scale.new_empty(a.shape[0], b.shape[0], dtype=dtype)
 
 

@@ -60,21 +60,10 @@ def _copy(q: Fp8Weight) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    x: Tensor,
-    weight: Tensor,
-    codes: Tensor,
-    codes_scale: Tensor,
-    copy: Tensor,
-    copy_scale: Tensor,
-    scale: Tensor | None,
-    gradient_scale: Tensor | None,
-    scaling: Product,
-    dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
-    power_of_two: bool,
-    keep: bool,
-    backend: str | None,
-) -> _Parts:
+    x: Tensor, weight: Tensor, codes: Tensor, codes_scale: Tensor, copy: Tensor, copy_scale: Tensor,
+    scale: Tensor | None, gradient_scale: Tensor | None, scaling: Product, dtype: torch.dtype,
+    gradient_dtype: torch.dtype, power_of_two: bool, keep: bool, backend: str | None,
+) -> _Parts:  # fmt: skip
     """Return y, the transposed copy of x and its scale if kept, and max |x| if one scale is."""
     x_TD = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     q = quantize(x_TD, scaling, dtype, scale, power_of_two, keep, backend)
@@ -92,21 +81,10 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor,
-    weight: Tensor,
-    codes: Tensor,
-    codes_scale: Tensor,
-    copy: Tensor,
-    copy_scale: Tensor,
-    scale: Tensor | None,
-    gradient_scale: Tensor | None,
-    scaling: Product,
-    dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
-    power_of_two: bool,
-    keep: bool,
-    backend: str | None,
-) -> _Parts:
+    x: Tensor, weight: Tensor, codes: Tensor, codes_scale: Tensor, copy: Tensor, copy_scale: Tensor,
+    scale: Tensor | None, gradient_scale: Tensor | None, scaling: Product, dtype: torch.dtype,
+    gradient_dtype: torch.dtype, power_of_two: bool, keep: bool, backend: str | None,
+) -> _Parts:  # fmt: skip
     y = x.new_empty(*x.shape[:-1], codes.shape[0])
     amax = x.new_empty(() if scaling == "tensor" else (0,), dtype=torch.float32)
     if not keep:
@@ -118,20 +96,10 @@ def _forward_fake(
 
 
 def _backward(
-    dy: Tensor,
-    x_copy: Tensor,
-    x_scale: Tensor,
-    copy: Tensor,
-    copy_scale: Tensor,
-    scale: Tensor | None,
-    scaling: Product,
-    dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
-    power_of_two: bool,
-    input_wanted: bool,
-    weight_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x_copy: Tensor, x_scale: Tensor, copy: Tensor, copy_scale: Tensor,
+    scale: Tensor | None, scaling: Product, dtype: torch.dtype, gradient_dtype: torch.dtype,
+    power_of_two: bool, input_wanted: bool, weight_dtype: torch.dtype | None, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return dx, dweight if it has a dtype, and max |dy| if one scale is; empty what is not."""
     dy_TF = dy.reshape(dy.shape[:-1].numel(), dy.shape[-1])
     keep = weight_dtype is not None
@@ -150,20 +118,10 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor,
-    x_copy: Tensor,
-    x_scale: Tensor,
-    copy: Tensor,
-    copy_scale: Tensor,
-    scale: Tensor | None,
-    scaling: Product,
-    dtype: torch.dtype,
-    gradient_dtype: torch.dtype,
-    power_of_two: bool,
-    input_wanted: bool,
-    weight_dtype: torch.dtype | None,
-    backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x_copy: Tensor, x_scale: Tensor, copy: Tensor, copy_scale: Tensor,
+    scale: Tensor | None, scaling: Product, dtype: torch.dtype, gradient_dtype: torch.dtype,
+    power_of_two: bool, input_wanted: bool, weight_dtype: torch.dtype | None, backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx = dy.new_empty((*dy.shape[:-1], copy.shape[0]) if input_wanted else 0)
     shape = 0 if weight_dtype is None else (dy.shape[-1], x_copy.shape[0])
     amax = dy.new_empty(() if scaling == "tensor" else 0, dtype=torch.float32)

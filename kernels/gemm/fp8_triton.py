@@ -58,25 +58,10 @@ def _ready(x):
 
 @triton.jit
 def gemm_kernel(
-    a,
-    a_scale,
-    b,
-    b_scale,
-    y,
-    M,
-    N,
-    K,
-    a_stride,
-    b_stride,
-    a_groups,
-    b_groups,
-    SCALING: tl.constexpr,
-    GROUP: tl.constexpr,
-    TAIL: tl.constexpr,
-    BAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    a, a_scale, b, b_scale, y, M, N, K, a_stride, b_stride, a_groups, b_groups,
+    SCALING: tl.constexpr, GROUP: tl.constexpr, TAIL: tl.constexpr, BAND: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Multiply ROWS rows of a by COLUMNS rows of b."""
     down, across = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS)
     program = tl.program_id(0)

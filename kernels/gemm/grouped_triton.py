@@ -110,16 +110,9 @@ def _bounds(counts, rows, experts, EXPERTS: tl.constexpr):
 
 @triton.jit
 def tiles_kernel(
-    counts,
-    tiles,
-    rows,
-    experts,
-    most,
-    ROWS: tl.constexpr,
-    REST: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    LIST: tl.constexpr,
-):
+    counts, tiles, rows, experts, most, ROWS: tl.constexpr, REST: tl.constexpr,
+    EXPERTS: tl.constexpr, LIST: tl.constexpr,
+):  # fmt: skip
     """List the tiles of an expert; the last program those of the rest, and what is not used."""
     expert = tl.program_id(0)
     e, starts, stops = _bounds(counts, rows, experts, EXPERTS)
@@ -149,26 +142,10 @@ def _taken(row, known, order, TOP_K: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    x,
-    weight,
-    y,
-    tiles,
-    order,
-    most,
-    experts,
-    width,
-    columns,
-    pieces,
-    x_stride,
-    expert_stride,
-    column_stride,
-    depth_stride,
-    TOP_K: tl.constexpr,
-    BAND: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    x, weight, y, tiles, order, most, experts, width, columns, pieces, x_stride, expert_stride,
+    column_stride, depth_stride, TOP_K: tl.constexpr, BAND: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Compute a tile of y; zeros for rows beyond the counts where these are listed."""
     program = tl.program_id(0)
     band = program // (BAND * pieces) * BAND
@@ -201,28 +178,10 @@ def rows_kernel(
 
 @triton.jit
 def weight_kernel(
-    dy,
-    x,
-    out,
-    counts,
-    dy_order,
-    x_order,
-    rows,
-    experts,
-    height,
-    width,
-    across,
-    pieces,
-    dy_stride,
-    x_stride,
-    DY_TOP_K: tl.constexpr,
-    X_TOP_K: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    dy, x, out, counts, dy_order, x_order, rows, experts, height, width, across, pieces, dy_stride,
+    x_stride, DY_TOP_K: tl.constexpr, X_TOP_K: tl.constexpr, ACCUMULATE: tl.constexpr,
+    EXPERTS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """Compute a tile of an expert's gradient; ACCUMULATE adds it to what is there."""
     program = tl.program_id(0)
     expert = program // pieces

@@ -82,17 +82,10 @@ def _blocks(q: Nf4, like: Tensor, backend: str) -> Iterator[tuple[slice, Tensor]
 
 
 def _forward(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block: int,
-    bias: Tensor | None,
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, bias: Tensor | None,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     chosen = choose("nf4_linear", x.device, x.dtype, backend)
     q = Nf4(packed, absmax, tuple(shape), x.dtype, block, code, absmax2, offset)
     y_MF = x.new_empty(x.shape[0], q.shape[0])
@@ -107,31 +100,17 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block: int,
-    bias: Tensor | None,
+    x: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, bias: Tensor | None,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], shape[0])
 
 
 def _input_gradient(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block: int,
-    backend: str | None,
-) -> Tensor:
+    dy: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, backend: str | None,
+) -> Tensor:  # fmt: skip
     chosen = choose("nf4_linear", dy.device, dy.dtype, backend)
     q = Nf4(packed, absmax, tuple(shape), dy.dtype, block, code, absmax2, offset)
     sum_MD = dy.new_empty(0)
@@ -147,16 +126,9 @@ def _input_gradient(
 
 
 def _input_gradient_fake(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    block: int,
-    backend: str | None,
-) -> Tensor:
+    dy: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, backend: str | None,
+) -> Tensor:  # fmt: skip
     return dy.new_empty(dy.shape[0], shape[1])
 
 

@@ -128,18 +128,9 @@ def _between(
 
 
 def _backward(
-    dy: Tensor,
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    h: Tensor,
-    counts: Tensor,
-    order: Tensor,
-    kept: bool,
-    wanted: list[bool],
-    backend: str | None,
-) -> _Four:
+    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, h: Tensor,
+    counts: Tensor, order: Tensor, kept: bool, wanted: list[bool], backend: str | None,
+) -> _Four:  # fmt: skip
     """Return the gradients of x, gate_up, down (empty where not wanted) and the weights."""
     whole, products, parts = _serve(x, down, weights, backend)
     if whole:
@@ -166,18 +157,9 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    weights: Tensor,
-    h: Tensor,
-    counts: Tensor,
-    order: Tensor,
-    kept: bool,
-    wanted: list[bool],
-    backend: str | None,
-) -> _Four:
+    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, h: Tensor,
+    counts: Tensor, order: Tensor, kept: bool, wanted: list[bool], backend: str | None,
+) -> _Four:  # fmt: skip
     dx, dgate_up, ddown = (
         t.new_empty(t.shape if asked else (0,))
         for t, asked in zip((x, gate_up, down), wanted, strict=True)
