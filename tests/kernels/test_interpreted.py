@@ -17,8 +17,9 @@ from warploom.kernels import backends
 
 pytest.importorskip("triton", reason="needs the package triton")
 ROOT = Path(__file__).parents[2]
+AVAILABLE = backends.available()
 SERVED = {
-    family: [s for s in line if "triton" in s.backends and "triton" in backends.available()[s.op]]
+    family: [s for s in line if "triton" in s.backends and "triton" in AVAILABLE[s.op]]
     for family, line in families().items()
 }
 

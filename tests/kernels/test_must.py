@@ -39,9 +39,12 @@ DEVICES = (
 )
 
 
+AVAILABLE = backends.available()  # asked for once: it looks for the packages of peers
+
+
 def _served(s: Specimen, backend: str) -> bool:
     listed = ("reference", *s.backends)
-    return backend in listed and backend in backends.available()[s.op]
+    return backend in listed and backend in AVAILABLE[s.op]
 
 
 def on(wanted=lambda s, device, backend: True):

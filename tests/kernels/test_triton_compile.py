@@ -35,8 +35,8 @@ NARROW = {
 
 
 def _served():
-    listed = [s for s in specimens() if "triton" in s.backends]
-    return [s for s in listed if "triton" in backends.available()[s.op]]
+    listed, there = [s for s in specimens() if "triton" in s.backends], backends.available()
+    return [s for s in listed if "triton" in there[s.op]]
 
 
 def _cases():
