@@ -10,11 +10,11 @@ recipe begins with the same weights and sees the same batches. Two measures, ove
     gradient    |g - g of float32| / |g of float32|, over the weights that are multiplied in FP8,
                 at the weights of the float32 run and its batch, every 20 steps
 
-The losses of two runs drift apart as the runs of two rounding modes do, whichever is the better:
-the gradient's error is the measure that compares recipes. bf16 is there to say what a rounding
-that everybody trains with does. Outliers are those of trained models, planted: a few channels of
-each norm are 64 times as large, and the weights behind them as much smaller, which changes nothing
-in exact arithmetic.
+Runs that differ in anything drift apart: `noise` is float32 whose first weights differ by 1e-6, and
+its loss says what such a difference is worth. The gradient's error is the measure that compares
+recipes. bf16 is there to say what a rounding that everybody trains with does. Outliers are those of
+trained models, planted: a few channels of each norm are 64 times as large, and the weights behind
+them as much smaller, which changes nothing in exact arithmetic.
 
 Measured: see results/cpu.md.
 """
@@ -35,12 +35,11 @@ from torch import Tensor
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.models.batch import Batch
 from warploom.models.block import Block
-from warploom.models.decoder import Architecture, Decoder
+from warploom.models.decoder import Architecture, Decoder, is_hidden
 from warploom.models.feed_forward import FeedForward
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.step import Step
-from warploom.parallel.tensor import Fp8Product
 
 ARCHITECTURE = Architecture(
     layers=2,
@@ -53,6 +52,7 @@ ARCHITECTURE = Architecture(
     max_positions=128,
 )
 RECIPES: Mapping[str, Fp8Recipe | None] = {
+    "noise": None,
     "bf16": None,
     "tensor": Fp8Recipe(scaling="tensor"),
     "delayed": Fp8Recipe(scaling="tensor", delayed=True),
@@ -101,22 +101,26 @@ def plant_outliers(model: Decoder, seed: int) -> None:
 
 
 class Trainer:
-    """A model that trains, and its gradient of any batch."""
+    """A model that trains, and its gradient of any batch.
 
-    def __init__(
-        self, recipe: Fp8Recipe | None, seed: int, *, outliers: bool, bf16: bool = False
-    ) -> None:
-        self.mesh, self.bf16 = Mesh.alone(), bf16
-        self.model = Decoder.create(ARCHITECTURE, seed=seed, fp8=recipe)
+    Args:
+        name: One of `RECIPES`, or `float32`.
+        seed: Of the weights and the outliers.
+        outliers: Whether these are planted.
+    """
+
+    def __init__(self, name: str, seed: int, *, outliers: bool = False) -> None:
+        self.mesh, self.bf16 = Mesh.alone(), name == "bf16"
+        self.model = Decoder.create(ARCHITECTURE, seed=seed, fp8=RECIPES.get(name))
+        if name == "noise":
+            g = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.mul_(1 + 1e-6 * torch.randn(parameter.shape, generator=g))
         if outliers:
             plant_outliers(self.model, seed)
         parameters, layouts = dict(self.model.named_parameters()), self.model.layouts()
         self.step = Step(self.model, layouts, AdamW(parameters, layouts, self.mesh), self.mesh)
-        self.rounded = [
-            f"{path.removesuffix('.fp8')}.weight"
-            for path, module in self.model.named_modules()
-            if isinstance(module, Fp8Product)
-        ]
 
     def train(self, batch: Batch, number: int) -> float:
         """Take a step with a short warm-up, and return the loss."""
@@ -159,14 +163,12 @@ def compare(
     """
     source = text()
     drawn = batches(source, seed, steps)
-    sides = {
-        name: Trainer(RECIPES[name], seed, outliers=outliers, bf16=name == "bf16") for name in names
-    }
-    exact = Trainer(None, seed, outliers=outliers)
-    probes = {
-        name: Trainer(RECIPES[name], seed, outliers=outliers, bf16=name == "bf16") for name in names
-    }
-    rounded = next(side.rounded for side in sides.values() if side.rounded)
+    sides = {name: Trainer(name, seed, outliers=outliers) for name in names}
+    probes = {name: Trainer(name, seed, outliers=outliers) for name in names}
+    exact = Trainer("float32", seed, outliers=outliers)
+    rounded = [
+        name for name, parameter in exact.model.named_parameters() if is_hidden(name, parameter)
+    ]
     losses: dict[str, list[float]] = {name: [] for name in (*names, "float32")}
     errors: dict[str, list[float]] = {name: [] for name in names}
     for number, batch in enumerate(drawn):
