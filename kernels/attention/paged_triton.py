@@ -181,7 +181,7 @@ def merge_kernel(
 
 
 def configuration(head: int, value: int, itemsize: int, rows: int) -> Configuration:
-    """Choose the tiles; a table of pages comes a stage earlier, so more stages.
+    """Choose the tiles; the pages' numbers come two stages before what lies in them.
 
     Args:
         head: K, of queries and keys.
@@ -195,11 +195,10 @@ def configuration(head: int, value: int, itemsize: int, rows: int) -> Configurat
     if itemsize == 4:
         return EXACT
     first = flash_configuration(head, value, itemsize)
-    first["num_stages"] = 2 * first["num_stages"] - 1
+    first |= {"N": max(32, first["N"] // 2), "num_stages": 5}
     if rows > 64:
         return first
-    few = {"M": 16 if rows <= 16 else 64, "N": min(first["N"], 64), "num_warps": 4}
-    return first | few
+    return first | {"M": 16 if rows <= 16 else 32, "num_warps": 4}
 
 
 def parts_of(rows: int, keys: int) -> tuple[int, int]:

@@ -204,7 +204,7 @@ def test_fits_and_multiplies_from_shared_memory(size, value, dtype, capability, 
         assert not gate.products_from_registers(report.ptx), report.name
         if dtype == torch.bfloat16 and capability == 90 and "merge" not in report.name:
             assert "wgmma.mma_async" in report.ptx, report.name
-            if launch.options["M"] > 16:  # 16 rows are multiplied as before Hopper
+            if launch.options["M"] > 32:  # so few rows are multiplied as before Hopper
                 assert not re.search(r"tt\.trans [^\n]*tensor", made.asm["ttgir"]), report.name
 
 
