@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 """Device code of `flash.py`, backward: what `flash_triton.py` says of tiles holds here too.
 
@@ -16,11 +16,10 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 2.
 """
 
 import functools
-from collections.abc import Callable
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
@@ -294,16 +293,9 @@ def keys_parts(head: int, value: int) -> list[tuple[str, bool, bool]]:
 
 
 def backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    packed: Packed | None,
-    scores: Scores,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    packed: Packed | None, scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward.
 
     Args:
@@ -330,7 +322,7 @@ def backward(
     batch = q.shape[0] if packed is None else 1
     (mask, flags), (ka, kb) = mask_of(scores), tiles_of(size)
     sizes = {"K": size, "L": value, "KA": ka, "KB": kb, "LB": max(16, next_power_of_two(value))}
-    flags |= {"GROUP": heads // groups, "PACKED": packed is not None, **sizes}
+    constants = {"GROUP": heads // groups, "PACKED": packed is not None, **sizes, **flags}
     inputs = [*strides(do), *strides(q), *strides(k), *strides(v)]
     numbers = [*mask, *factors(scores), scores.scale]
 
@@ -339,27 +331,22 @@ def backward(
         queries_kernel[(tiles * heads * batch,)](
             do, q, k, v, out, lse, lse if dlse is None else dlse.contiguous(), delta, dq, *maps,
             *inputs, *strides(out), rows, columns, heads, tiles, documents, *numbers,
-            **flags, DLSE=dlse is not None, **chosen,
+            **constants, DLSE=dlse is not None, **chosen,
         )  # fmt: skip
 
     def start_keys(chosen: Configuration, dk_too: bool, dv_too: bool) -> None:
         maps, tiles, documents = place_tiles(packed, True, columns, chosen["N"], lse)
         keys_kernel[(tiles * groups * batch,)](
             do, q, k, v, lse, delta, dk, dv, *maps,
-            *inputs, rows, columns, groups, tiles, documents, *numbers, **flags, **chosen,
+            *inputs, rows, columns, groups, tiles, documents, *numbers, **constants, **chosen,
             DK=dk_too, DV=dv_too,
         )  # fmt: skip
 
-    def launch(
-        name: str, choices: list[Configuration], start: Callable[[Configuration], None]
-    ) -> None:
-        tuning.launch("flash_attention", (name, size, value), choices, start, q)
-
-    item = q.element_size()
-    launch("dq", candidates(queries_configuration(size, value, item), "N"), start_queries)
+    item, plain = q.element_size(), not (scores.masked or scores.softcap)
+    choices = candidates(queries_configuration(size, value, item), "N")
+    tuning.launch("flash_attention", ("dq", size, value), choices, start_queries, q)
+    choices = candidates(keys_configuration(size, value, item, plain), "M")
     for name, dk_too, dv_too in keys_parts(size, value):
         start = functools.partial(start_keys, dk_too=dk_too, dv_too=dv_too)
-        plain = not (scores.masked or scores.softcap)
-        choices = candidates(keys_configuration(size, value, item, plain), "M")
-        launch(name, choices, start)
+        tuning.launch("flash_attention", (name, size, value), choices, start, q)
     return dq, dk, dv

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 """Device code of `flash.py`, forward: one program a tile of M queries of one head.
 
@@ -28,8 +28,8 @@ Source: Dao 2023, https://arxiv.org/abs/2307.08691, algorithm 1.
 import math
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
@@ -336,7 +336,7 @@ def last_dense(x: Tensor) -> Tensor:
 
 def strides(x: Tensor) -> tuple[int, int, int]:
     """Return the strides of batch, row and head; packed rows have no batch."""
-    return (0, x.stride(0), x.stride(1)) if x.dim() == 3 else x.stride()[:3]
+    return (0 if x.dim() == 3 else x.stride(0), x.stride(-3), x.stride(-2))
 
 
 def mask_of(scores: Scores) -> tuple[list[int], dict[str, bool]]:

@@ -1,4 +1,4 @@
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # ruff: noqa: ANN001, ANN201, ANN202
 """Device code of `paged.py`: the products of `flash_triton.py`, with keys and values in pages.
 
@@ -15,8 +15,8 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html.
 """
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
@@ -252,7 +252,10 @@ def forward(
     (ka, kb), lb = tiles_of(size), max(16, next_power_of_two(value))
     split = out, lse
     if parts > 1:
-        split = tuple(x.new_empty(parts, *x.shape, dtype=torch.float32) for x in split)
+        split = (
+            out.new_empty(parts, *out.shape, dtype=torch.float32),
+            lse.new_empty(parts, *lse.shape),
+        )
     stretched = cu_seqlens * group  # in rows of tiles
 
     def start(chosen: Configuration) -> None:
