@@ -215,14 +215,9 @@ def parts_of(rows: int, keys: int) -> tuple[int, int]:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, cu_seqlens: Tensor,
     scores: Scores,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward; there is no backward.
 
     Args:
