@@ -282,10 +282,10 @@ def test_a_short_run_follows_float32(monkeypatch):
 
 @pytest.mark.slow
 def test_three_hundred_steps_follow_float32():
-    """The loss, smoothed, stays within 0.12 nats of float32's from step 50 on, and ends within 0.08.
+    """The smoothed loss stays within 0.12 nats of float32 from step 50 on, and ends within 0.08.
 
-    Two runs of float32 that differ by 1e-6 in their first weights drift apart as far, so the
-    recipes are compared by the error of the gradient: that of blocks is at least 15 % smaller.
+    Two runs of float32 whose first weights differ by 1e-6 come 0.04 apart, so the recipes are
+    compared by the error of the gradient: that of blocks is at least 15 % smaller.
     """
     names = ["tensor", "delayed", "row", "block"]
     found = fp8_training.compare(names, 0, 300, outliers=False)
