@@ -199,7 +199,9 @@ def test_codes_go_with_the_parameters(pool):
     pool(2, _codes_go_with_the_parameters)
 
 
-@pytest.mark.parametrize("name", ["tensor", "row", "block", "mx"])
+@pytest.mark.parametrize(
+    "name", ["block", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tensor", "row", "mx"))]
+)
 def test_memory_is_what_was_predicted(name, monkeypatch):
     recipe, activations = RECIPES[name], cost.activations
     monkeypatch.setattr(
