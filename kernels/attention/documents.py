@@ -1,13 +1,14 @@
 """Attention within documents by an operator for whole batches: which documents go into one call.
 
-Neighbours of one length are a batch as they lie; every other document is a call of its own. Nothing
-is copied on the way in. To fill up short documents into one batch was tried and is slower: 68
-documents of 32 tokens on average, 9 heads of 64, one core: 89 ms forward and backward, against 35.
+Neighbours of one length are a batch as they lie; nothing is copied on the way in. Short documents
+of one length are a batch wherever they lie: a call costs more than to copy them. To fill up short
+documents into one length was tried and is slower: 68 documents of 32 tokens on average, 9 heads of
+64, one core: 89 ms forward and backward, against 35 in a call each.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,29 +19,46 @@ Dense = tuple[Tensor, Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """The rows of neighbouring documents in queries or keys.
+_SHORT = 64  # tokens: documents below are collected by their lengths
 
-    Attributes:
-        start: First row of the first document.
-        count: Documents.
+Document = tuple[int, int, int, int]  # first query, queries, first key, keys
+
+
+class Rows:
+    """The rows of some documents of one length in queries or keys.
+
+    Args:
+        starts: First row of each document.
         length: Rows of each.
     """
 
-    start: int
-    count: int
-    length: int
+    def __init__(self, starts: list[int], length: int) -> None:
+        self.starts, self.length = starts, length
+        step = range(starts[0], starts[0] + len(starts) * length, length or 1)
+        self.neighbours = not length or starts == [*step]
 
-    def view(self, x_T: Tensor) -> Tensor:
-        """View the documents' part of a packed tensor, `[T, ...]`, as `[count, length, ...]`."""
-        part = x_T[self.start : self.start + self.count * self.length]
-        return part.view(self.count, self.length, *x_T.shape[1:])
+    def _index(self, x_T: Tensor) -> Tensor:
+        within = torch.arange(self.length, device=x_T.device)
+        return (torch.tensor(self.starts, device=x_T.device)[:, None] + within).flatten()
+
+    def take(self, x_T: Tensor) -> Tensor:
+        """Return the documents' part of a packed tensor, `[T, ...]`, as `[count, length, ...]`."""
+        shape = len(self.starts), self.length, *x_T.shape[1:]
+        if not self.neighbours:
+            return x_T[self._index(x_T)].view(shape)
+        return x_T[self.starts[0] : self.starts[0] + shape[0] * shape[1]].view(shape)
+
+    def put(self, x_T: Tensor, part: Tensor) -> None:
+        """Write the documents' part of a packed tensor."""
+        if self.neighbours:
+            self.take(x_T).copy_(part)
+        else:
+            x_T[self._index(x_T)] = part.flatten(0, 1).to(x_T.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Neighbouring documents of the same lengths, attended to in one call."""
+    """Documents of the same lengths, attended to in one call."""
 
     queries: Rows
     keys: Rows
@@ -116,24 +134,32 @@ def plan(queries: list[int], keys: list[int]) -> list[Batch]:
         keys: That of the keys.
 
     Returns:
-        Batches that hold, in order, each document that has queries.
+        Batches that hold each document that has queries once.
     """
-    documents = [
-        (a, b - a, c, d - c)
-        for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True)
-        if b > a
-    ]
-    batches = []
-    for (query_length, key_length), neighbours in groupby(documents, key=lambda d: (d[1], d[3])):
-        first, *others = neighbours
-        count = 1 + len(others)
-        batches.append(
-            Batch(
-                queries=Rows(start=first[0], count=count, length=query_length),
-                keys=Rows(start=first[2], count=count, length=key_length),
-            )
+    short: dict[tuple[int, int], list[Document]] = {}
+    groups: list[list[Document]] = []
+    last = None
+    for (a, b), (c, d) in zip(pairwise(queries), pairwise(keys), strict=True):
+        lengths = b - a, d - c
+        if b == a:
+            continue
+        if max(lengths) < _SHORT:
+            group = short.setdefault(lengths, [])
+        elif lengths == last:
+            group = groups[-1]
+        else:
+            group = []
+        if not group:
+            groups.append(group)
+        group.append((a, b - a, c, d - c))
+        last = lengths if max(lengths) >= _SHORT else None
+    return [
+        Batch(
+            queries=Rows([start for start, *_ in group], group[0][1]),
+            keys=Rows([start for *_, start, _ in group], group[0][3]),
         )
-    return batches
+        for group in groups
+    ]
 
 
 def forward(
@@ -160,12 +186,12 @@ def forward(
     out_THL = q_THK.new_empty(*q_THK.shape[:-1], v_UGL.shape[-1])
     lse_HT = q_THK.new_empty(q_THK.shape[1], len(q_THK), dtype=dtype)
     for batch in batches:
-        rows = batch.queries.view
-        out, lse = dense(rows(q_THK), batch.keys.view(k_UGK), batch.keys.view(v_UGL))
-        rows(lse_HT.t()).copy_(lse.mT)
-        if len(batches) == 1:
+        rows, keys = batch.queries, batch.keys.take
+        out, lse = dense(rows.take(q_THK), keys(k_UGK), keys(v_UGL))
+        rows.put(lse_HT.t(), lse.mT)
+        if len(batches) == 1 and rows.neighbours:
             return out.flatten(0, 1), lse_HT  # all tokens: nothing to copy
-        rows(out_THL).copy_(out)
+        rows.put(out_THL, out)
     return out_THL, lse_HT
 
 
@@ -199,13 +225,16 @@ def backward(
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q_THK, k_UGK, v_UGL))
     lse_TH, dlse_TH = lse_HT.t(), None if dlse_HT is None else dlse_HT.t()
     for batch in batches:
-        rows, keys = batch.queries.view, batch.keys.view
+        rows, keys = batch.queries.take, batch.keys.take
         dlse = None if dlse_TH is None else rows(dlse_TH).mT
         saved = rows(q_THK), keys(k_UGK), keys(v_UGL), rows(out_THL), rows(lse_TH).mT
         parts = dense(rows(dout_THL), dlse, *saved)
-        if len(batches) == 1 and parts[1].flatten(0, 1).shape == dk.shape:
+        whole = batch.queries.neighbours and batch.keys.neighbours
+        if len(batches) == 1 and whole and parts[1].flatten(0, 1).shape == dk.shape:
             dq, dk, dv = (d.flatten(0, 1) for d in parts)  # all tokens: nothing to copy
             break
-        for view, whole, part in zip((rows, keys, keys), (dq, dk, dv), parts, strict=True):
-            view(whole).copy_(part)
+        for at, x, part in zip(
+            (batch.queries, batch.keys, batch.keys), (dq, dk, dv), parts, strict=True
+        ):
+            at.put(x, part)
     return dq, dk, dv
