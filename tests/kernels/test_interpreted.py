@@ -31,12 +31,15 @@ def _ends(line):
 
 
 # A minute by itself; its own tests show the kernels at sizes that matter to them.
-SLOW = ("attention", "fp8")
+SLOW = ("attention", "fp8", "moe_block")
 # Each part has as much to do, about: the families are dealt out, the largest first.
 LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_ends(SERVED[f])))
 PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found.
-FILES = ("test_moe", "test_optim", "test_clip", "test_grouped", "test_fp8", "test_loss_triton")
+FILES = (
+    ("test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton"),
+    ("test_fp8", "test_moe_block", "test_attention_triton", "test_paged_triton"),
+)
 
 
 @pytest.mark.parametrize(
@@ -51,8 +54,9 @@ def test_interpreted(ways, families):
     _interpret(["test_must"], " or ".join(chosen), least=10 * len(families))
 
 
-def test_files_interpreted():
-    _interpret(FILES, "cpu-triton or interpreted", least=10 * len(FILES))
+@pytest.mark.parametrize("files", FILES)
+def test_files_interpreted(files):
+    _interpret(files, "cpu-triton or interpreted", least=10 * len(files))
 
 
 def _interpret(files, chosen, least):

@@ -183,7 +183,7 @@ def _shapes():
                     yield pytest.param(size, value, dtype, capability, queries, marks=marks)
 
 
-@item("fits sm_90 and sm_100", ops=OPS)
+@item("fits sm_90 and sm_100", "more than 2^31 elements", ops=OPS)
 @compiled
 @pytest.mark.parametrize(("size", "value", "dtype", "capability", "queries"), [*_shapes()])
 def test_fits_and_multiplies_from_shared_memory(size, value, dtype, capability, queries):
@@ -202,6 +202,7 @@ def test_fits_and_multiplies_from_shared_memory(size, value, dtype, capability, 
         assert report.stack <= 8, f"{report.name}: {report.stack} bytes of stack"
         assert report.shared <= 227 * 1024, f"{report.name}: {report.shared} bytes"
         assert not gate.products_from_registers(report.ptx), report.name
+        assert not gate.narrow_products(report.ttir), report.name
         if dtype == torch.bfloat16 and capability == 90 and "merge" not in report.name:
             assert "wgmma.mma_async" in report.ptx, report.name
             if launch.options["M"] > 32:  # so few rows are multiplied as before Hopper
