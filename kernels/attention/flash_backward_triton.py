@@ -125,16 +125,17 @@ def queries_kernel(
         cu_q, cu_k, doc_ptr, tile_ptr, Q, U, H, tiles, documents, offset, PACKED, OFFSET, RIGHT
     )
     if tile >= 0:
+        at_q += tile.to(tl.int64) * M
         do_ptr += batch * do_b + at_q * do_s + head * do_h
         out_ptr += batch * out_b + at_q * out_s + head * out_h
         q_ptr += batch * q_b + at_q * q_s + head * q_h
         k_ptr += batch * k_b + at_k * k_s + head // GROUP * k_h
         v_ptr += batch * v_b + at_k * v_s + head // GROUP * v_h
         start = tile * M
-        rows = start + tl.arange(0, M)
-        inside = rows < queries
-        do = load_rows(do_ptr, rows, queries, do_s, 0, L, LB, True)
-        out = load_rows(out_ptr, rows, queries, out_s, 0, L, LB, True)
+        rows = tl.arange(0, M)
+        inside = rows < queries - start
+        do = load_rows(do_ptr, rows, queries - start, do_s, 0, L, LB, True)
+        out = load_rows(out_ptr, rows, queries - start, out_s, 0, L, LB, True)
         at = (batch * H + head) * Q + at_q + rows
         lse = tl.load(lse_ptr + at, mask=inside, other=-float("inf"))
         delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -142,12 +143,12 @@ def queries_kernel(
             delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
         delta = tl.where(lse == -float("inf"), 0.0, delta)
         tl.store(delta_ptr + at, delta, mask=inside)
-        q = load_rows(q_ptr, rows, queries, q_s, 0, K, KA, True)
+        q = load_rows(q_ptr, rows, queries - start, q_s, 0, K, KA, True)
         dq = tl.zeros([KA, M], tl.float32)
         q_rest = q
         dq_rest = dq
         if KB:
-            q_rest = load_rows(q_ptr, rows, queries, q_s, KA, K, KB, True)
+            q_rest = load_rows(q_ptr, rows, queries - start, q_s, KA, K, KB, True)
             dq_rest = tl.zeros([KB, M], tl.float32)
         low, full, clear, high = seen_range(
             start, queries, keys, offset, left, right, LEFT, RIGHT, M, N
@@ -180,18 +181,23 @@ def _walk_queries(
     tiles = (end - begin + M - 1) // M
     for step in tl.range(0, tiles * GROUP):
         head = (step // tiles).to(tl.int64)
-        at = begin + step % tiles * M
+        row = begin + (step % tiles).to(tl.int64) * M
         if EDGE:
-            at += tl.where(at >= skip, gap, 0)
-        rows = at + tl.arange(0, M)
-        q = load_rows(q_ptr + head * q_h, rows, queries, q_s, 0, K, KA, EDGE)
+            row += tl.where(row >= skip, gap, 0)
+        at = row.to(tl.int32)
+        lanes = tl.arange(0, M)
+        q_rows = q_ptr + head * q_h + row * q_s
+        q = load_rows(q_rows, lanes, queries - at, q_s, 0, K, KA, EDGE)
         q_rest = q
         if KB:
-            q_rest = load_rows(q_ptr + head * q_h, rows, queries, q_s, KA, K, KB, EDGE)
-        do = load_rows(do_ptr + head * do_h, rows, queries, do_s, 0, L, LB, EDGE)
-        row = head * lse_h + rows
-        lse = _base_2(tl.load(lse_ptr + row, mask=rows < queries, other=float("inf")))
-        delta = tl.load(delta_ptr + row, mask=rows < queries, other=0.0)
+            q_rest = load_rows(q_rows, lanes, queries - at, q_s, KA, K, KB, EDGE)
+        do_rows = do_ptr + head * do_h + row * do_s
+        do = load_rows(do_rows, lanes, queries - at, do_s, 0, L, LB, EDGE)
+        inside = lanes < queries - at
+        rows = at + lanes
+        row = head * lse_h + row + lanes
+        lse = _base_2(tl.load(lse_ptr + row, mask=inside, other=float("inf")))
+        delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         seen = EDGE
         if EDGE:
             columns = start + tl.arange(0, N)
@@ -225,18 +231,19 @@ def keys_kernel(
         cu_q, cu_k, doc_ptr, tile_ptr, Q, U, G, tiles, documents, offset, PACKED, OFFSET, False
     )
     if tile >= 0:
+        at_k += tile.to(tl.int64) * N
         k_ptr += batch * k_b + at_k * k_s + group * k_h
         v_ptr += batch * v_b + at_k * v_s + group * v_h
-        start = tile * N
-        columns = start + tl.arange(0, N)
-        k = load_rows(k_ptr, columns, keys, k_s, 0, K, KA, True)
-        v = load_rows(v_ptr, columns, keys, v_s, 0, L, LB, True)
+        start = (tile.to(tl.int64) * N).to(tl.int32)  # positions in a sequence are 32 bits
+        columns = tl.arange(0, N)
+        k = load_rows(k_ptr, columns, keys - start, k_s, 0, K, KA, True)
+        v = load_rows(v_ptr, columns, keys - start, v_s, 0, L, LB, True)
         dk = tl.zeros([KA, N], tl.float32)
         dv = tl.zeros([LB, N], tl.float32)
         k_rest = k
         dk_rest = dk
         if KB:
-            k_rest = load_rows(k_ptr, columns, keys, k_s, KA, K, KB, True)
+            k_rest = load_rows(k_ptr, columns, keys - start, k_s, KA, K, KB, True)
             dk_rest = tl.zeros([KB, N], tl.float32)
         low, full, clear, high = seen_range(
             start, keys, queries, -offset, right, left, RIGHT, LEFT, N, M
@@ -257,7 +264,7 @@ def keys_kernel(
             queries, keys, offset, left, right, inner, c, GROUP, CAPPED, LEFT, RIGHT, False,
             K, L, KA, KB, LB, M, N, DK, DV,
         )  # fmt: skip
-        inside = columns < keys
+        inside = columns < keys - start
         rows = batch * U + at_k + columns
         if DK:
             store_columns(dk_ptr, dk * scale, rows, G, group, inside, 0, K, KA)

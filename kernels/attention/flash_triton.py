@@ -93,14 +93,16 @@ def seen_range(
     high = keys
     clear = keys
     if LEFT:
-        low = tl.maximum(start + offset - left, 0) // N * N
-        full = (tl.maximum(last + offset - left, 0) + N - 1) // N * N
+        low = tl.maximum(start + offset - left, 0)
+        low -= low % N
+        full = tl.maximum(last + offset - left, 0) + N - 1
+        full -= full % N
     if RIGHT:
         high = tl.minimum(keys, last + offset + right + 1)
         clear = tl.minimum(keys, tl.maximum(start + offset + right + 1, 0))
     high = tl.maximum(high, low)
-    full = tl.minimum(full, (high + N - 1) // N * N)
-    clear = tl.maximum(clear // N * N, full)
+    full = tl.minimum(full, high + N - 1 - (high + N - 1) % N)
+    clear = tl.maximum(clear - clear % N, full)
     return low, full, clear, high
 
 
@@ -216,15 +218,16 @@ def forward_kernel(
         cu_q, cu_k, doc_ptr, tile_ptr, Q, U, H, tiles, documents, offset, PACKED, OFFSET, RIGHT
     )
     if tile >= 0:
+        at_q += tile.to(tl.int64) * M
         q_ptr += batch * q_b + at_q * q_s + head * q_h
         k_ptr += batch * k_b + at_k * k_s + head // GROUP * k_h
         v_ptr += batch * v_b + at_k * v_s + head // GROUP * v_h
         start = tile * M
-        rows = start + tl.arange(0, M)
-        q = load_rows(q_ptr, rows, queries, q_s, 0, K, KA, True)
+        rows = tl.arange(0, M)
+        q = load_rows(q_ptr, rows, queries - start, q_s, 0, K, KA, True)
         q_rest = q
         if KB:
-            q_rest = load_rows(q_ptr, rows, queries, q_s, KA, K, KB, True)
+            q_rest = load_rows(q_ptr, rows, queries - start, q_s, KA, K, KB, True)
         low, full, clear, high = seen_range(
             start, queries, keys, offset, left, right, LEFT, RIGHT, M, N
         )
@@ -241,8 +244,9 @@ def forward_kernel(
             K, L, KA, KB, LB, M, N,
         )  # fmt: skip
         acc, lse = finish(acc, top, total)
-        tl.store(lse_ptr + (batch * H + head) * Q + at_q + rows, lse, mask=rows < queries)
-        store_columns(out_ptr, acc, batch * Q + at_q + rows, H, head, rows < queries, 0, L, LB)
+        tl.store(lse_ptr + (batch * H + head) * Q + at_q + rows, lse, mask=rows < queries - start)
+        rows_out = batch * Q + at_q + rows
+        store_columns(out_ptr, acc, rows_out, H, head, rows < queries - start, 0, L, LB)
 
 
 @triton.jit
