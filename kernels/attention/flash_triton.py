@@ -269,17 +269,19 @@ def largest(head: int, value: int) -> int:
     return max(sum(tiles_of(head)), next_power_of_two(value))
 
 
-def configuration(head: int, value: int, itemsize: int) -> Configuration:
+def configuration(head: int, value: int, itemsize: int, capped: bool) -> Configuration:
     """Choose the tiles of the forward; lengths must not count, so that a document keeps its bits.
 
     On Hopper the first side of a product is shared among 8 warps at 16 rows each, so that M is
     128, unless that takes too many registers (64: each half of the warps computes all scores).
-    The loads of a tile of keys run two tiles ahead, which takes 3 stages.
+    The loads of a tile of keys run two tiles ahead, which takes 3 stages; beside a soft cap the
+    registers of a head over 128 suffice for one.
 
     Args:
         head: K, of queries and keys.
         value: L, of values.
         itemsize: Bytes an element.
+        capped: Whether there is a soft cap.
 
     Returns:
         M, N, num_warps and num_stages.
@@ -288,7 +290,8 @@ def configuration(head: int, value: int, itemsize: int) -> Configuration:
     if itemsize == 4:
         return EXACT
     keys = 128 if size <= 64 else 64 if size <= 128 else 32
-    return {"M": 128 if size <= 192 else 64, "N": keys, "num_warps": 8, "num_stages": 3}
+    stages = 2 if capped and size > 128 else 3
+    return {"M": 128 if size <= 192 else 64, "N": keys, "num_warps": 8, "num_stages": stages}
 
 
 def candidates(first: Configuration, walked: str) -> list[Configuration]:
@@ -392,6 +395,6 @@ def forward(
             KA=ka, KB=kb, LB=max(16, next_power_of_two(value)), **chosen,
         )  # fmt: skip
 
-    choices = candidates(configuration(size, value, q.element_size()), "N")
+    choices = candidates(configuration(size, value, q.element_size(), scores.softcap > 0), "N")
     tuning.launch("flash_attention", ("forward", size, value), choices, start, q)
     return out, lse

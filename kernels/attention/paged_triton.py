@@ -194,7 +194,7 @@ def configuration(head: int, value: int, itemsize: int, rows: int) -> Configurat
     """
     if itemsize == 4:
         return EXACT
-    first = flash_configuration(head, value, itemsize)
+    first = flash_configuration(head, value, itemsize, False)
     first |= {"N": max(32, first["N"] // 2), "num_stages": 5}
     if rows > 64:
         return first

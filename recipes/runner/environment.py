@@ -118,7 +118,7 @@ OPTIONAL = (
     Optional(
         "dev", "triton", "triton", "Triton kernels, and their tests in the interpreter", used=True
     ),
-    Optional("", "flash-attn", "flash_attn", "FlashAttention's kernels as a peer"),
+    Optional("", "flash-attn", "flash_attn", 'backend="flash_attn" of attention', used=True),
     Optional(
         "",
         "apex",

@@ -30,12 +30,11 @@ DEVICES = (
     if INTERPRETED
     else [
         ("cpu", "reference"),
-        ("cpu", "torch"),
-        *(
-            pytest.param("cuda", b, marks=pytest.mark.gpu)
-            for b in ("reference", "torch", "triton", "cuda")
-        ),
+        *(pytest.param("cuda", b, marks=pytest.mark.gpu) for b in ("reference", "triton", "cuda")),
     ]
+)
+LIBRARY = (
+    [] if INTERPRETED else [("cpu", "torch"), pytest.param("cuda", "torch", marks=pytest.mark.gpu)]
 )
 
 
@@ -54,7 +53,7 @@ def on(wanted=lambda s, device, backend: True):
     """
     cases = []
     for s in specimens():
-        for d in DEVICES:
+        for d in (*DEVICES, *LIBRARY):
             device, backend = getattr(d, "values", d)
             if _served(s, backend) and wanted(s, device, backend):
                 name = f"{s}-{device}-{backend}"

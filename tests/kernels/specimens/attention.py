@@ -20,7 +20,7 @@ def _draw(draw, rows, width):
 def _draw_window(draw, rows, width):
     """More keys than queries, values of another width, one sink a head."""
     q, sinks = draw(1, rows, _HEADS, width, seed=1), draw(_HEADS, seed=4)
-    k, v = draw(1, rows + 3, 1, width, seed=2), draw(1, rows + 3, 1, width // 2 + 1, seed=3)
+    k, v = draw(1, rows + 3, 1, width, seed=2), draw(1, rows + 3, 1, max(1, width // 2), seed=3)
     return (q, k, v, sinks), {"window": (7, 2), "softcap": 1.5}
 
 
