@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .. import tuning
 from ..launch import next_power_of_two
+from ..toolchain import pipelines_two_tiles
 from .flash_triton import (
     EXACT,
     Configuration,
@@ -274,13 +275,20 @@ def keys_kernel(
             store_columns(dv_ptr, dv, rows, G, group, inside, 0, L, LB)
 
 
+def _stages(head: int, size: int) -> int:
+    """Run two tiles ahead; a head so wide leaves room for one, an old Triton none for two tiles."""
+    if tiles_of(head)[1] and not pipelines_two_tiles():
+        return 1
+    return 3 if size <= 192 else 2
+
+
 def queries_configuration(head: int, value: int, itemsize: int) -> Configuration:
     """Choose the tiles of the kernel of dq, as `flash_triton.configuration` does."""
     size = largest(head, value)
     if itemsize == 4:
         return EXACT
-    stages = 3 if size <= 192 else 2
-    return {"M": 128, "N": 64 if size <= 128 else 32, "num_warps": 8, "num_stages": stages}
+    keys = 64 if size <= 128 else 32
+    return {"M": 128, "N": keys, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
 def keys_configuration(head: int, value: int, itemsize: int, plain: bool) -> Configuration:
@@ -289,7 +297,7 @@ def keys_configuration(head: int, value: int, itemsize: int, plain: bool) -> Con
     if itemsize == 4:
         return EXACT
     most = 64 if size <= 64 or (size == 128 and plain) else 32
-    return {"M": most, "N": 128, "num_warps": 8, "num_stages": 3 if size <= 192 else 2}
+    return {"M": most, "N": 128, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
 def keys_parts(head: int, value: int) -> list[tuple[str, bool, bool]]:
