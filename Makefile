@@ -82,7 +82,7 @@ gate: setup ## compile every kernel as it would be launched, for sm_90 and sm_10
 	@for version in $(TRITON); do \
 	  if [ ! -d .tritons/$$version ]; then $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps --target .tritons/$$version triton==$$version; fi; \
 	  echo "triton $$version"; \
-	  PYTHONPATH=.tritons/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" tests/kernels/test_triton_compile.py $(FLAGS); \
+	  PYTHONPATH=.tritons/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" -k "test_triton_compile or test_fits or compile_and_fit" tests/kernels $(FLAGS); \
 	done
 
 gpu: ## what a GPU has to say, in ten minutes, with the Python that is there (PYTHON=python3): proofs, a step, benchmarks, tests

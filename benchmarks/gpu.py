@@ -12,11 +12,14 @@ ones. Writes at most eight files, a part's as soon as it is over.
     prove    every device kernel against float64 and torch, timed              proofs.json
              what passed, for the dispatcher (kernels/proven.json, a copy)     proven.json
     train    8 layers of Llama-3-8B, embedding and head, 8,192 tokens          training.json
-    bench    every operator beside its peers and the roof                      kernels.json
-             and the suites, whose fastest backends the dispatcher takes (kernels/fastest.json)
-             the same as a picture, where matplotlib is there                  roofline.png
+    bench    every operator beside its peers and the roof, two cases a suite   kernels.json
+             the same as a picture, where matplotlib is there                  kernels.png
     tests    pytest -m gpu                                                     tests.json
+    suites   every case of the suites, in a run of its own (--parts suites)    suites.json
     all      one page                                                          summary.md
+
+Backends that were the fastest in a suite's case are those that the dispatcher takes there
+(`kernels/fastest.json`).
 
 measured on an H200: nothing yet
 """
@@ -40,7 +43,7 @@ import torch
 from warploom.benchmarks import fastest, proofs, rows
 from warploom.benchmarks.kernels import command as bench
 from warploom.benchmarks.kernels import measure, report
-from warploom.benchmarks.kernels.cases import Case
+from warploom.benchmarks.kernels.cases import Case, Scale
 from warploom.benchmarks.kernels.operators import OPERATORS
 from warploom.benchmarks.kernels.products import SUITES
 from warploom.kernels import backends
@@ -48,6 +51,7 @@ from warploom.kernels import backends
 _ROOT = Path(__file__).resolve().parents[1]
 _H100_BF16 = 989e12  # dense bfloat16 peak of H100 and H200, FLOP/s (datasheet)
 _MOE = ("route", "permute", "unpermute")
+_OF_A_SUITE = 2  # cases in the part `bench`
 
 
 class Part:
@@ -68,7 +72,9 @@ _PARTS = {
     "train": Part(120, 60),
     "bench": Part(200, 70),
     "tests": Part(200, 60),
+    "suites": Part(540, 120),
 }
+_USUAL = ",".join(name for name in _PARTS if name != "suites")
 
 
 def train(device: torch.device, *, steps: int = 30, small: bool = False) -> dict[str, Any]:
@@ -213,8 +219,15 @@ class Session:
         return int("failed" in row)
 
     def bench(self, until: float) -> int:
-        """Time every operator beside its peers; compile all of them before, several at a time."""
-        names = _bench_rows(self.asked)
+        """Time every operator beside its peers, and two cases of each suite."""
+        return self._time("kernels", _bench_rows(self.asked), until)
+
+    def suites(self, until: float) -> int:
+        """Time every case of the suites."""
+        return self._time("suites", [name for name, _ in _suite_rows(self.asked)], until)
+
+    def _time(self, title: str, names: Sequence[str], until: float) -> int:
+        """Time rows; compile all of them before, several at a time."""
         jobs = max(min((os.cpu_count() or 2) - 4, 12), 1)
         begin = time.monotonic()
         self.do("warm", names, begin + 0.4 * (until - begin), row_s=60, jobs=jobs)
@@ -233,10 +246,10 @@ class Session:
             capability = ".".join(map(str, torch.cuda.get_device_capability(self.device)))
             result["fastest"] = fastest.table(result["rows"], capability, torch.bfloat16)
             fastest.merge(result["fastest"])
-        report.write(self.results / "kernels.json", result)
+        report.write(self.results / f"{title}.json", result)
         if importlib.util.find_spec("matplotlib") and result["ceilings"]:
-            report.plot(self.results / "roofline.png", result)
-        self.summary += ["", "## Operators, forward and backward", "", *_bench_lines(result)]
+            report.plot(self.results / f"{title}.png", result)
+        self.summary += ["", f"## {title}, forward and backward", "", *_bench_lines(result)]
         return sum("failed" in row for row in done.values())
 
     def tests(self, until: float) -> int:
@@ -300,10 +313,10 @@ def _bench_words(asked: argparse.Namespace, op: str = "", shapes: str = "") -> a
 
 
 def _bench_rows(asked: argparse.Namespace) -> list[str]:
-    """Name the rows: each operator in one model first, then in the others."""
+    """Name the rows: each operator in one model, two of each suite, then in the others."""
     ops = [op for op in OPERATORS if not asked.only or op in asked.only]
     first = [f"{op}@{'qwen3-30b-a3b' if op in _MOE else 'llama3-8b'}" for op in ops]
-    suites = [name for name, _ in _suite_rows(asked)]
+    suites = [name for name, _ in _suite_rows(asked) if int(name.rpartition("/")[2]) < _OF_A_SUITE]
     return (
         [*first, *suites]
         if asked.small
@@ -313,11 +326,11 @@ def _bench_rows(asked: argparse.Namespace) -> list[str]:
 
 def _suite_rows(asked: argparse.Namespace) -> list[tuple[str, Case]]:
     """Name a row for each case of the suites: the first of each suite first, and so on."""
-    small = asked.device == "cpu"
+    scale: Scale = "tiny" if asked.device == "cpu" else "cuda"
     ranked = [
         (number, f"suite/{suite}/{number}", case)
         for suite in SUITES
-        for number, case in enumerate(SUITES[suite](small, 4 if small else 2))
+        for number, case in enumerate(SUITES[suite](scale, 4 if scale == "tiny" else 2))
         if not asked.only or case.op in asked.only
     ]
     return [(name, case) for _, name, case in sorted(ranked, key=lambda row: row[0])]
@@ -376,7 +389,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--results", type=Path, default=_ROOT / "benchmarks/results/h200")
     parser.add_argument("--budget", type=float, default=570, help="seconds for all parts")
-    parser.add_argument("--parts", default=",".join(_PARTS), help="in this order")
+    parser.add_argument("--parts", default=_USUAL, help="in this order; also suites")
     parser.add_argument("--only", default="", help="operators, names with commas between them")
     parser.add_argument("--tests", nargs="*", help="other words for pytest than the folder tests")
     parser.add_argument("--steps", type=int, default=30, help="timed training steps")

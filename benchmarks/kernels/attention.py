@@ -1,12 +1,14 @@
-"""Suite `attention`: whole sequences and packed documents, by every backend, beside PyTorch's SDPA.
+"""Suites `attention` and `paged`, by every backend, beside PyTorch's SDPA.
 
 FLOPs are those of the pairs that a query sees: 2 (K + L) a pair and head forward, and 2 (3 K + 2 L)
 backward, where the scores are made again. Eager is `scaled_dot_product_attention` as PyTorch
 chooses; of documents with the mask that keeps them apart on the CPU, and a call a document on a
-GPU, where that mask would be a gibibyte.
+GPU, where that mask would be a gibibyte. Eager of pages gathers them to the longest sequence's
+length and masks what is behind each; the roof is one read of the keys and values that are there.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,17 +16,41 @@ from torch import Tensor
 from torch.nn import functional
 
 from warploom.kernels import backends
-from warploom.kernels.attention import Scores, flash_attention, flash_attention_varlen
+from warploom.kernels.attention import (
+    Scores,
+    flash_attention,
+    flash_attention_varlen,
+    paged_attention,
+)
 
-from .cases import Case, Work
+from .cases import Case, Scale, Work
 
-_SMALL = ((4, 2, 64, 64, (256, 1024)), (4, 4, 96, 64, (256,)))
-_LARGE = (
-    (32, 8, 64, 64, (2048, 8192, 32_768)),
-    (32, 8, 128, 128, (2048, 4096, 8192, 16_384, 32_768)),
-    (16, 16, 192, 128, (2048, 8192, 32_768)),
+_SHAPES: Mapping[Scale, tuple[tuple[int, int, int, int, tuple[int, ...]], ...]] = MappingProxyType(
+    {
+        "tiny": ((4, 2, 64, 64, (256, 1024)), (4, 4, 96, 64, (256,))),
+        "cpu": ((9, 3, 64, 64, (512, 2048)), (4, 4, 192, 128, (1024,))),
+        "cuda": (
+            (32, 8, 64, 64, (2048, 8192, 32_768)),
+            (32, 8, 128, 128, (2048, 4096, 8192, 16_384, 32_768)),
+            (16, 16, 192, 128, (2048, 8192, 32_768)),
+        ),
+    }
 )
 """Heads of queries and of keys, their widths K and L, and the tokens."""
+
+_PAGED: Mapping[Scale, tuple[tuple[int, int, int, int, int, int, int], ...]] = MappingProxyType(
+    {
+        "tiny": ((4, 2, 64, 64, 4, 1, 256), (4, 2, 64, 64, 1, 64, 256)),
+        "cpu": ((9, 3, 64, 64, 16, 1, 1024), (9, 3, 64, 64, 2, 256, 1024)),
+        "cuda": (
+            (32, 8, 128, 128, 64, 1, 8192),
+            (32, 8, 128, 128, 4, 512, 16_384),
+            (32, 8, 128, 128, 1, 1, 131_072),
+        ),
+    }
+)
+"""As above, then sequences, queries of each (one when decoding), and keys of the longest."""
+_PAGE = 64  # keys
 
 
 def _sdpa(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGL: Tensor, **rest: Any) -> Tensor:
@@ -128,18 +154,71 @@ def _varlen(shape: Sequence[int], tokens: int, mean: int, item: int) -> Case:
     )
 
 
-def suite(small: bool, item: int) -> Iterator[Case]:
+def suite(scale: Scale, item: int) -> Iterator[Case]:
     """Yield the cases, the packed documents first.
 
     Args:
-        small: Whether for a CPU.
+        scale: Which sizes.
         item: Bytes of an element.
     """
-    shapes = _SMALL if small else _LARGE
-    for *shape, tokens in shapes:
+    for *shape, tokens in _SHAPES[scale]:
         most = max(tokens)
-        yield _varlen(shape, most, most // 8 if small else 1024, item)
-    for *shape, tokens in shapes:
+        yield _varlen(shape, most, 1024 if scale == "cuda" else most // 8, item)
+    for *shape, tokens in _SHAPES[scale]:
         for length in tokens:
             for causal in (True, False):
                 yield _dense(shape, length, causal, item)
+
+
+def _decoding(shape: Sequence[int], item: int) -> Case:
+    heads, groups, key, value, sequences, queries, longest = shape
+    held = [longest - longest // 2 * n // sequences for n in range(sequences)]
+    pages = -(-longest // _PAGE)
+
+    def draw(d: Any) -> Any:
+        pools = (d(sequences * pages, _PAGE, groups, width) for width in (key, value))
+        tables = torch.randperm(sequences * pages, generator=torch.Generator().manual_seed(0))
+        return (d(sequences * queries, heads, key), *pools), {
+            "tables": tables.view(sequences, pages).to(d.device, torch.int32),
+            "lengths": torch.tensor(held, dtype=torch.int32, device=d.device),
+            "cu_seqlens": torch.arange(
+                0, sequences * queries + 1, queries, dtype=torch.int32, device=d.device
+            ),
+        }
+
+    @torch.no_grad()
+    def ours(*tensors: Tensor, backend: str | None, **where: Tensor) -> Any:
+        return paged_attention(*tensors, **where, backend=backend)
+
+    @torch.no_grad()
+    def eager(q: Tensor, k: Tensor, v: Tensor, **where: Tensor) -> Tensor:
+        k, v = (x[where["tables"]].flatten(1, 2)[:, :longest] for x in (k, v))
+        last = where["lengths"][:, None, None, None] - queries
+        place = last + torch.arange(queries, device=q.device)[:, None]
+        seen = torch.arange(longest, device=q.device) <= place
+        return _sdpa(q.view(sequences, queries, heads, key), k, v, attn_mask=seen).flatten(0, 1)
+
+    pairs = sum(Scores(scale=1.0, right=0).pairs(queries, length) for length in held)
+    moved = (sum(held) * groups + sequences * queries * heads) * (key + value) * item
+    return Case(
+        op="paged_attention",
+        variant="decode" if queries == 1 else "chunk",
+        size=f"{sequences}x{queries} of {longest}x({heads}/{groups})x{key}/{value}",
+        draw=draw,
+        ours=ours,
+        eager=eager,
+        forward=Work(float(moved), 2.0 * pairs * heads * (key + value), products=True),
+        backward=None,
+        compiles=False,
+    )
+
+
+def paged(scale: Scale, item: int) -> Iterator[Case]:
+    """Yield decoding and chunked prefill from keys and values in pages.
+
+    Args:
+        scale: Which sizes.
+        item: Bytes of an element.
+    """
+    for shape in _PAGED[scale]:
+        yield _decoding(shape, item)

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Inputs = tuple[tuple[Tensor, ...], dict[str, Any]]
+
+Scale = Literal["tiny", "cpu", "cuda"]
+"""For what the sizes of a suite are: to try it, or for a device to be busy."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from warploom.kernels import backends, peers, tuning
 from warploom.recipes.errors import UserError
 
 from . import measure, report
-from .cases import MODELS, Case
+from .cases import MODELS, Case, Scale
 from .operators import OPERATORS
 from .products import SUITES
 
@@ -140,8 +140,8 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
 def _of_suites(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
     """Return the cases of the suites asked for, of the operators asked for."""
     names = _chosen("suite", asked.suite, list(SUITES), ())
-    small = plan.device.type == "cpu"
-    cases = [case for name in names for case in SUITES[name](small, plan.dtype.itemsize)]
+    scale: Scale = "cuda" if plan.device.type == "cuda" else "tiny" if asked.quick else "cpu"
+    cases = [case for name in names for case in SUITES[name](scale, plan.dtype.itemsize)]
     known = list(dict.fromkeys(case.op for case in cases))
     ops = _chosen("op", asked.op, known, known)
     return [case for case in cases if case.op in ops]

@@ -29,25 +29,39 @@ from warploom.kernels.moe import moe_block
 from warploom.kernels.quant import Nf4, fp8_quantize, nf4_quantize
 
 from . import attention
-from .cases import Case, Work
+from .cases import Case, Scale, Work
 
 _FP8 = "fp8_matmul_flops_per_s"
 _DEEPSEEK = ((7168, 16_384), (4096, 7168), (24_576, 1536), (7168, 2048), (2112, 7168))
 _LLAMA = (
+    *((8192, 8192), (57_344, 8192), (8192, 28_672), (10_240, 8192)),  # 70B
     *((6144, 4096), (4096, 4096), (28_672, 4096), (4096, 14_336)),  # 8B
-    *((10_240, 8192), (8192, 8192), (57_344, 8192), (8192, 28_672)),  # 70B
 )
-_LARGE = (*((4096, *nk) for nk in (*_DEEPSEEK, (32_768, 512))), *((8192, *nk) for nk in _LLAMA))
-_SMALL = ((160, 256, 136), (136, 144, 264))
-_EXPERTS: Mapping[str, tuple[int, int, int, int, int]] = MappingProxyType(
+_SMOLLM = ((3072, 576), (576, 1536))
+_PRODUCTS: Mapping[Scale, tuple[tuple[int, int, int], ...]] = MappingProxyType(
     {
-        "mixtral": (4096, 4096, 14_336, 8, 2),
-        "deepseek-v3/8": (4096, 7168, 2048, 32, 8),  # the experts of one rank of eight
-        "qwen3-30b-a3b": (8192, 2048, 768, 128, 8),
-        "small": (96, 64, 48, 8, 2),
+        "tiny": ((160, 256, 136), (136, 144, 264)),
+        "cpu": tuple((512, *nk) for nk in _SMOLLM),
+        "cuda": (
+            *((8192, *nk) for nk in _LLAMA),
+            *((4096, *nk) for nk in (*_DEEPSEEK, (32_768, 512))),
+        ),
     }
 )
-"""Tokens, width, hidden width of an expert, experts, experts a token."""
+"""Tokens M, outputs N, inputs K."""
+
+_EXPERTS: Mapping[Scale, Mapping[str, tuple[int, int, int, int, int]]] = MappingProxyType(
+    {
+        "tiny": {"tiny": (96, 64, 48, 8, 2)},
+        "cpu": {"qwen3-30b-a3b/8": (256, 2048, 768, 16, 4)},
+        "cuda": {
+            "mixtral": (4096, 4096, 14_336, 8, 2),
+            "deepseek-v3/8": (4096, 7168, 2048, 32, 8),
+            "qwen3-30b-a3b": (8192, 2048, 768, 128, 8),
+        },
+    }
+)
+"""Tokens, width, hidden width of an expert, experts, experts a token; `/8`: of one rank of 8."""
 
 
 Scaling = Literal["tensor", "block"]
@@ -100,15 +114,15 @@ def _linear(m: int, n: int, k: int, scaling: Scaling, item: int) -> Case:
     )
 
 
-def fp8(small: bool, item: int) -> Iterator[Case]:
+def fp8(scale: Scale, item: int) -> Iterator[Case]:
     """Yield whole layers with their quantisation, then the three products without.
 
     Args:
-        small: Whether for a CPU.
+        scale: Which sizes.
         item: Bytes of an element.
     """
     kinds: tuple[Scaling, ...] = ("block", "tensor")
-    sizes = _SMALL if small else _LARGE
+    sizes = _PRODUCTS[scale]
     for m, n, k in sizes:
         for scaling in kinds:
             yield _linear(m, n, k, scaling, item)
@@ -119,14 +133,14 @@ def fp8(small: bool, item: int) -> Iterator[Case]:
             yield _gemm(n, k, m, scaling, "wgrad", item)
 
 
-def nf4(small: bool, item: int) -> Iterator[Case]:
+def nf4(scale: Scale, item: int) -> Iterator[Case]:
     """Yield frozen layers in NF4, whose input alone has a gradient.
 
     Args:
-        small: Whether for a CPU.
+        scale: Which sizes.
         item: Bytes of an element.
     """
-    for m, n, k in _SMALL if small else [(8192, *nk) for nk in _LLAMA]:
+    for m, n, k in _PRODUCTS[scale][: len(_LLAMA)]:
         moved = (m * k + m * n) * item + n * k * 0.5  # the scales are a hundredth of that
         work = Work(moved, 2.0 * m * n * k, products=True)
 
@@ -161,18 +175,14 @@ def _assigned(d: Any, tokens: int, experts: int, top_k: int) -> Tensor:
     return chosen
 
 
-def _grouped_sizes(small: bool) -> Iterator[tuple[str, tuple[int, int, int, int, int]]]:
-    yield from (item for item in _EXPERTS.items() if (item[0] == "small") == small)
-
-
-def grouped(small: bool, item: int) -> Iterator[Case]:
+def grouped(scale: Scale, item: int) -> Iterator[Case]:
     """Yield both products of the experts of each model, alone.
 
     Args:
-        small: Whether for a CPU.
+        scale: Which sizes.
         item: Bytes of an element.
     """
-    for name, (tokens, width, hidden, experts, top_k) in _grouped_sizes(small):
+    for name, (tokens, width, hidden, experts, top_k) in _EXPERTS[scale].items():
         for n, k in ((2 * hidden, width), (width, hidden)):
             yield _grouped(name, (tokens, n, k), experts, top_k, item)
 
@@ -221,14 +231,14 @@ def _experts_eager(
     return torch.zeros_like(x).index_add(0, source, weighted)
 
 
-def moe_layer(small: bool, item: int) -> Iterator[Case]:
+def moe_layer(scale: Scale, item: int) -> Iterator[Case]:
     """Yield whole layers of experts, from routed tokens to their sum.
 
     Args:
-        small: Whether for a CPU.
+        scale: Which sizes.
         item: Bytes of an element.
     """
-    for name, sizes in _grouped_sizes(small):
+    for name, sizes in _EXPERTS[scale].items():
         yield _moe(name, sizes, item)
 
 
@@ -270,13 +280,14 @@ def _moe(name: str, sizes: tuple[int, int, int, int, int], item: int) -> Case:
     )
 
 
-SUITES: Mapping[str, Callable[[bool, int], Iterator[Case]]] = MappingProxyType(
+SUITES: Mapping[str, Callable[[Scale, int], Iterator[Case]]] = MappingProxyType(
     {
         "attention": attention.suite,
+        "paged": attention.paged,
         "fp8": fp8,
         "nf4": nf4,
         "grouped": grouped,
         "moe_layer": moe_layer,
     }
 )
-"""What `--suite` takes: whether for a CPU and the bytes of an element, to the cases."""
+"""What `--suite` takes: from the scale and the bytes of an element to the cases."""

@@ -363,5 +363,5 @@ def backward(
     choices = candidates(keys_configuration(size, value, item, plain), "M")
     for name, dk_too, dv_too in keys_parts(size, value):
         start = functools.partial(start_keys, dk_too=dk_too, dv_too=dv_too)
-        tuning.launch("flash_attention", (name, size, value), choices, start, q)
+        tuning.launch("flash_attention", (name, size, value, int(plain)), choices, start, q)
     return dq, dk, dv

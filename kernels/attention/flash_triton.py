@@ -274,6 +274,7 @@ def configuration(head: int, value: int, itemsize: int, capped: bool) -> Configu
 
     On Hopper the first side of a product is shared among 8 warps at 16 rows each, so that M is
     128, unless that takes too many registers (64: each half of the warps computes all scores).
+    Tiles of 128 keys are left to a search (`candidates`): on Blackwell they spill, by 24 bytes.
     The loads of a tile of keys run two tiles ahead, which takes 3 stages; beside a soft cap the
     registers of a head over 128 suffice for one.
 
@@ -289,7 +290,7 @@ def configuration(head: int, value: int, itemsize: int, capped: bool) -> Configu
     size = largest(head, value)
     if itemsize == 4:
         return EXACT
-    keys = 128 if size <= 64 else 64 if size <= 128 else 32
+    keys = 64 if size <= 128 else 32
     stages = 2 if capped and size > 128 else 3
     return {"M": 128 if size <= 192 else 64, "N": keys, "num_warps": 8, "num_stages": stages}
 
@@ -395,6 +396,9 @@ def forward(
             KA=ka, KB=kb, LB=max(16, next_power_of_two(value)), **chosen,
         )  # fmt: skip
 
-    choices = candidates(configuration(size, value, q.element_size(), scores.softcap > 0), "N")
-    tuning.launch("flash_attention", ("forward", size, value), choices, start, q)
+    capped = scores.softcap > 0
+    choices = candidates(configuration(size, value, q.element_size(), capped), "N")
+    if largest(size, value) <= 64 and choices[0] != EXACT:
+        choices.append(choices[0] | {"N": 128})
+    tuning.launch("flash_attention", ("forward", size, value, int(capped)), choices, start, q)
     return out, lse

@@ -28,6 +28,7 @@ from .flash_triton import (
     factors,
     finish,
     is_seen,
+    largest,
     last_dense,
     mask_of,
     place,
@@ -195,7 +196,7 @@ def configuration(head: int, value: int, itemsize: int, rows: int) -> Configurat
     if itemsize == 4:
         return EXACT
     first = flash_configuration(head, value, itemsize, False)
-    first |= {"N": max(32, first["N"] // 2), "num_stages": 5}
+    first |= {"N": 64 if largest(head, value) <= 64 else 32, "num_stages": 5}
     if rows > 64:
         return first
     return first | {"M": 16 if rows <= 16 else 32, "num_warps": 4}

@@ -66,15 +66,28 @@ def test_a_spent_budget_leaves_parts_out_and_says_so(tmp_path):
     assert "train: left out, the budget of 0.0 s is used up" in done.stdout
 
 
-def test_the_cases_of_the_suites_are_rows_the_first_of_each_first():
-    asked = gpu.arguments(["--device", "cpu", "--small"])
+def test_two_cases_of_each_suite_are_rows_the_first_of_each_first():
+    asked = gpu.arguments([])
     names = [name for name in gpu._bench_rows(asked) if name.startswith("suite/")]
-    assert names[:5] == [f"suite/{suite}/0" for suite in gpu.SUITES]
-    assert len(names) == len({*names})
-    asked = gpu.arguments(["--device", "cpu", "--small", "--only", "moe_block"])
-    assert gpu._bench_rows(asked) == ["suite/moe_layer/0"]
+    assert names == [f"suite/{suite}/{n}" for n in range(2) for suite in gpu.SUITES]
+    every = [name for name, _ in gpu._suite_rows(asked)]
+    assert every[: len(gpu.SUITES)] == names[: len(gpu.SUITES)]
+    assert len(every) == len({*every}) > len(names)
     words = ["--only", "flash_attention_varlen"]
-    assert gpu._bench_rows(gpu.arguments(words)) == [f"suite/attention/{n}" for n in range(3)]
+    assert gpu._bench_rows(gpu.arguments(words)) == [f"suite/attention/{n}" for n in range(2)]
+
+
+@pytest.mark.slow
+def test_every_case_of_a_suite_is_timed_in_a_part_of_its_own(tmp_path):
+    words = ["--device", "cpu", "--small", "--only", "paged_attention", "--parts", "suites"]
+    done = _run("--results", str(tmp_path), *words)
+    assert done.returncode == 0, done.stdout
+    found = json.loads((tmp_path / "suites.json").read_text())
+    assert {(row["op"], row["variant"]) for row in found["rows"]} == {
+        ("paged_attention", "decode"),
+        ("paged_attention", "chunk"),
+    }
+    assert "## suites" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.slow

@@ -25,8 +25,8 @@ PLAN = measure.Plan(
     rounds=3,
     repeats=1,
 )
-CASES = [case for build in SUITES.values() for case in build(True, 4)]
-LARGE = [case for build in SUITES.values() for case in build(False, 2)]
+CASES = [case for build in SUITES.values() for case in build("tiny", 4)]
+LARGE = [case for build in SUITES.values() for case in build("cuda", 2)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.size}".replace(" ", "_"))
@@ -104,7 +104,7 @@ def test_the_command_runs_a_suite(tmp_path, capsys):
 
 def test_a_suite_that_is_not_there(capsys):
     assert cli.main(["bench", "kernels", "--suite", "atention", "--device", "cpu"]) == 2
-    assert "--suite must be among attention, fp8" in capsys.readouterr().err
+    assert "--suite must be among attention, paged, fp8" in capsys.readouterr().err
 
 
 def test_what_refuses_is_no_failure_of_ours():
