@@ -74,10 +74,17 @@ class Scores:
 
     def pairs(self, queries: int, keys: int) -> int:
         """Count the pairs of a query and a key that it sees."""
-        at = self.first(queries, keys)
-        total = 0
-        for i in range(*self.seeing(queries, keys)):
-            low = 0 if self.left < 0 else max(0, i + at - self.left)
-            high = keys if self.right < 0 else min(keys, i + at + self.right + 1)
-            total += max(0, high - low)
+        (start, stop), at = self.seeing(queries, keys), self.first(queries, keys)
+        total = keys * (stop - start)
+        if self.left >= 0:
+            total -= _positive(start + at - self.left, stop + at - self.left)
+        if self.right >= 0:
+            behind = keys - at - self.right  # those that query 0 does not see, and 1
+            total -= _positive(behind - stop, behind - start)
         return total
+
+
+def _positive(start: int, stop: int) -> int:
+    """Add up the positive integers from `start` to `stop` - 1."""
+    start = max(start, 1)
+    return max(0, stop - start) * (stop + start - 1) // 2

@@ -58,6 +58,17 @@ class Ghost(Draw):
 
 
 @contextlib.contextmanager
+def _unfilled() -> Iterator[None]:
+    """Leave fresh memory as it is: a CPU would write gigabytes of NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@contextlib.contextmanager
 def recorded(pick: int = 0) -> Iterator[list[Launch]]:
     """Yield a list that fills with the launches inside; nothing runs.
 
@@ -78,6 +89,7 @@ def recorded(pick: int = 0) -> Iterator[list[Launch]]:
         return candidates[min(pick, len(candidates) - 1)]
 
     with (
+        _unfilled(),
         mock.patch.object(tuning, "tuned", picked),
         mock.patch.object(JITFunction, "run", note),
         mock.patch.object(torch, "mm", product),  # a CPU would take minutes for the bfloat16 ones
@@ -93,7 +105,6 @@ def recorded(pick: int = 0) -> Iterator[list[Launch]]:
 
 def launches(s: Specimen, rows: int, width: int, dtype: torch.dtype, pick: int = 0) -> list[Launch]:
     """Return what one forward and backward of a specimen launches; `pick` as in `recorded`."""
-    torch.utils.deterministic.fill_uninitialized_memory = False
     with recorded(pick) as found:
         inputs, fixed = s.draw(Ghost(dtype), rows, width)
         leaves = [x.requires_grad_(x.is_floating_point()) for x in inputs]

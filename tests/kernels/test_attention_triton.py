@@ -253,7 +253,6 @@ def _compiled(size, value, dtype, capability, scores, packed=False):
     """Compile what a call launches; yield each kernel's report and intermediate code."""
     from tests.kernels import launches as gate
 
-    torch.utils.deterministic.fill_uninitialized_memory = False
     q, k, v, dout, dlse = (
         torch.empty_like(x) for x in _draw(512, 512, 4, 2, size, value, 0 if packed else 1, dtype)
     )
