@@ -259,7 +259,8 @@ def _missing(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     """Say what `backend` lacks to serve `op` on `device`, or None when it can."""
     served = _operator(op).backends  # a peer serves whole calls, in the public function
     if backend not in served:
-        return f"is not one of {', '.join(served)}"
+        known = served if backend in peers.PEERS else _operator(op).listed(op)
+        return f"is not one of {', '.join(known)}"
     if backend not in _DEVICE:
         return None
     if lack := _lack(backend, device):
@@ -371,10 +372,12 @@ def _status(op: str, backend: str) -> str:
         return lack
     if backend in peers.PEERS:
         return "theirs: when named"
-    if backend not in _DEVICE:
+    if backend not in (*_DEVICE, "cudnn"):
         return "proven on every device"
     if not torch.cuda.is_available():
         return "needs a CUDA device"
+    if backend == "cudnn":
+        return "theirs: when named"
     device = torch.device("cuda", torch.cuda.current_device())
     entry = proof(op, _capability(device), backend)
     return f"proven on {entry['device']}" if entry else "unproven"
@@ -385,7 +388,7 @@ def available() -> dict[str, dict[str, str]]:
 
     Returns:
         For each operator, backend -> "proven on <device>", "unproven" (works when named, is not
-        the default), "theirs: when named" (a peer) or "needs <what is missing>".
+        the default), "theirs: when named" (a peer, or cuDNN) or "needs <what is missing>".
     """
     return {
         op: {backend: _status(op, backend) for backend in operator.listed(op)}

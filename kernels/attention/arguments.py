@@ -42,11 +42,12 @@ def check_tensors(
     if not k.shape[-2] or q.shape[-2] % k.shape[-2] or not q.shape[-2]:
         raise ValueError(
             f"{op}: the query heads ({q.shape[-2]}) must be a multiple of the key/value heads "
-            f"({k.shape[-2]})"
+            f"({k.shape[-2]}), got q {[*q.shape]} and k {[*k.shape]}: heads come before the last "
+            f"dimension, so transpose what PyTorch's SDPA takes by .transpose(-3, -2)"
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in _DTYPES:
         raise ValueError(
-            f"{op}: q, k and v must all be float16, bfloat16, float32 or float64, "
+            f"{op}: q, k and v must have one dtype of float16, bfloat16, float32 and float64, "
             f"got {q.dtype}, {k.dtype} and {v.dtype}"
         )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..library import below_autograd, register
+from ..library import below_autograd, need_tensors, register
 
 Part = tuple[Tensor, Tensor]
 
@@ -111,8 +111,10 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Part:
         differentiable.
 
     Raises:
+        TypeError: If an argument is no tensor.
         ValueError: If the shapes are not these.
     """
+    need_tensors("merge", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     lse_shape = (*out_a.shape[:-3], *out_a.shape[-3:-1][::-1])
     if out_a.dim() not in (3, 4) or out_a.shape != out_b.shape:
         raise ValueError(

@@ -38,6 +38,8 @@ def test_available_names_what_is_missing():
         assert {"reference", "triton"} <= set(listed[op])
         if not torch.cuda.is_available():
             assert listed[op]["triton"] in ("needs a CUDA device", "needs triton")
+    if not torch.cuda.is_available():
+        assert listed["flash_attention"]["cudnn"] == "needs a CUDA device"
 
 
 @item("bad input", ops=("every",))

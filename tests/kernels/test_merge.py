@@ -125,3 +125,5 @@ def test_bad_shapes_are_refused():
         merge(out_a, lse_a, out_b[:4], lse_b)
     with pytest.raises(ValueError, match=r"must be \[3, 5\], got \[3, 5\] and \[5, 3\]"):
         merge(out_a, lse_a, out_b, lse_b.t())
+    with pytest.raises(TypeError, match="merge: lse_b must be a tensor, got NoneType"):
+        merge(out_a, lse_a, out_b, None)
