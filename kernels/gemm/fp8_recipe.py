@@ -61,8 +61,10 @@ class Fp8Recipe:
 
     def __post_init__(self) -> None:
         if self.scaling not in _SCALINGS:
+            hint = ": delayed scaling is scaling='tensor', delayed=True"
             raise ValueError(
                 f"Fp8Recipe: scaling must be one of {', '.join(_SCALINGS)}, got {self.scaling!r}"
+                f"{hint if str(self.scaling) == 'delayed' else ''}"
             )
         if self.forward not in _TYPES or self.gradient not in (*_TYPES, None):
             raise ValueError(
@@ -89,6 +91,23 @@ class Fp8Recipe:
         """The dtype of upstream gradients."""
         coarse = self.scaling in ("tensor", "row")
         return _TYPES[self.gradient or ("e5m2" if coarse else "e4m3")]
+
+
+def need_recipe(op: str, recipe: Fp8Recipe) -> None:
+    """Refuse what is no recipe, such as its name.
+
+    Args:
+        op: Operator, for the message.
+        recipe: What was given.
+
+    Raises:
+        TypeError: If it is not an `Fp8Recipe`.
+    """
+    if not isinstance(recipe, Fp8Recipe):
+        raise TypeError(
+            f"{op}: recipe must be an Fp8Recipe, got {recipe!r}: make one, such as "
+            f"Fp8Recipe(scaling='block')"
+        )
 
 
 class Fp8Scales(NamedTuple):
@@ -164,10 +183,12 @@ def fp8_weight(
         `amax` is set with scaling "tensor".
 
     Raises:
+        TypeError: If `weight` is no tensor, or `recipe` no recipe.
         ValueError: If the weight is not a matrix, or a scale is given where none is delayed.
         RuntimeError: If `backend` cannot serve this weight here.
     """
     need_tensors("fp8_weight", weight=weight)
+    need_recipe("fp8_weight", recipe)
     if weight.dim() != 2:
         raise ValueError(f"fp8_weight: weight must be [F, D], got {[*weight.shape]}")
     if scale is not None and not recipe.delayed:
@@ -190,7 +211,8 @@ def amax_history_update(
     Args:
         history: `[..., H]` float32, the newest first; zeros at the start.
         amax: `[...]` float32: max |x| of the step.
-        scale: `[...]` float32, the scale of the step; ones at the start.
+        scale: `[...]` float32, the scale of the step; ones at the start, by which gradients may
+            become 0: that step is then good for its amax alone.
         recipe: Gives margin and `power_of_two`.
         dtype: Which the scale is for: `recipe.dtype` or `recipe.gradient_dtype`.
 

@@ -36,7 +36,7 @@ from ..backends import choose
 from ..library import autocast, below_autograd, first_derivative_only, need_tensors, register
 from ..quant.mx import Mx
 from .fp8 import Product, product, scale_shape
-from .fp8_recipe import Fp8Recipe, Fp8Scales, Fp8Weight, fp8_weight, quantize
+from .fp8_recipe import Fp8Recipe, Fp8Scales, Fp8Weight, fp8_weight, need_recipe, quantize
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -181,6 +181,7 @@ def _rounding(recipe: Fp8Recipe) -> tuple[Product, torch.dtype, torch.dtype, boo
 
 def _check_scales(recipe: Fp8Recipe, *scales: Tensor | None) -> tuple[Tensor | None, ...]:
     """Hold the scales of delayed scaling to be there when they are needed, and only then."""
+    need_recipe("fp8_linear", recipe)
     for scale in scales:
         if (scale is None) == recipe.delayed:
             raise ValueError(
@@ -261,7 +262,7 @@ def fp8_linear(
         `[..., F]` in the dtype of `x`.
 
     Raises:
-        TypeError: If `x` or `weight` is no tensor.
+        TypeError: If `x` or `weight` is no tensor, or `recipe` no recipe.
         ValueError: If shapes or dtypes do not fit, `quantized` is of another weight or recipe, or
             scales are missing or not wanted.
         RuntimeError: If `backend` cannot serve these tensors here.

@@ -243,6 +243,11 @@ def test_layers_that_do_not_fit_are_refused():
         fp8_weight(weight[0], recipe)
     with pytest.raises(ValueError, match="fp8_weight: scale goes with a recipe that is delayed"):
         fp8_weight(weight, recipe, scale=one)
+    for call in (fp8_linear, fp8_linear_input_gradient):
+        with pytest.raises(TypeError, match="recipe must be an Fp8Recipe, got 'block': make one"):
+            call(x if call is fp8_linear else x[:, :10], weight, recipe="block")
+    with pytest.raises(TypeError, match="fp8_weight: recipe must be an Fp8Recipe, got 'row'"):
+        fp8_weight(weight, "row")
     with pytest.raises(RuntimeError, match="fp8_linear: backend 'cuda' is not one of"):
         linear(backend="cuda")
 
@@ -252,6 +257,10 @@ def test_layers_that_do_not_fit_are_refused():
     ("options", "text"),
     [
         ({"scaling": "tile"}, "scaling must be one of tensor, row, block, mx, got 'tile'"),
+        (
+            {"scaling": "delayed"},
+            "got 'delayed': delayed scaling is scaling='tensor', delayed=True",
+        ),
         ({"forward": "e3m4"}, "must be e4m3 or e5m2, got 'e3m4' and None"),
         ({"delayed": True}, "delayed scaling goes with scaling 'tensor', got 'block'"),
         ({"history": 0}, "history must be at least 1 and margin at least 0, got 0 and 0"),
