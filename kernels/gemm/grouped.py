@@ -29,7 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import case_key, choose
-from ..library import below_autograd, first_derivative_only, need_tensors, register, wide
+from ..library import (
+    autocast,
+    below_autograd,
+    first_derivative_only,
+    need_tensors,
+    register,
+    wide,
+)
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNIT = 8  # bfloat16 elements in the 16 bytes of which PyTorch's kernel wants multiples
@@ -265,7 +272,7 @@ def grouped_gemm(
 
     Args:
         x: Rows `[M, D]`, sorted by expert; float16, bfloat16, float32 or float64.
-        weight: `[E, F, D]` in the dtype of `x`, any strides.
+        weight: `[E, F, D]` in the dtype of `x`, any strides; under autocast both are cast first.
         counts: Rows of each expert `[E]` int64; any may be 0; they sum to at most M.
         zero_rest: Whether rows of the result beyond the counts are zero; else they are not written.
         backend: `reference`, which waits for the counts, `torch` (bfloat16, D and F divisible by
@@ -273,7 +280,7 @@ def grouped_gemm(
             proven here, on CUDA `torch` where it can serve.
 
     Returns:
-        `[M, F]` in the dtype of `x`, summed in float32 at least.
+        `[M, F]` in the dtype of `x`, or in autocast's, summed in float32 at least.
 
     Raises:
         TypeError: If an argument is no tensor.
@@ -282,6 +289,7 @@ def grouped_gemm(
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     need_tensors("grouped_gemm", x=x, weight=weight, counts=counts)
+    x, weight = autocast(x, weight)
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
         raise ValueError(
             f"grouped_gemm: x must be [M, D] and weight [E, F, D], got {[*x.shape]} and "

@@ -30,6 +30,7 @@ from ..activation.glu import backward_cpu, swiglu, swiglu_reference
 from ..backends import case_key, choose
 from ..gemm.grouped import grouped_gemm, grouped_gemm_reference, grouped_gemm_weight_gradient
 from ..library import (
+    autocast,
     below_autograd,
     first_derivative_only,
     need_tensors,
@@ -214,7 +215,6 @@ _BACKWARD = register(
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> None:
-    need_tensors("moe_block", x=x, gate_up=gate_up, down=down, indices=indices, weights=weights)
     if x.dtype not in _DTYPES or {gate_up.dtype, down.dtype} != {x.dtype}:
         raise ValueError(
             f"moe_block: x, gate_up and down must have one dtype of float16, bfloat16, float32 and "
@@ -253,7 +253,8 @@ def moe_block(
     """Send each token through its experts, SwiGLU layers, and sum their answers by weight.
 
     Args:
-        x: Tokens `[T, D]`; float16, bfloat16, float32 or float64.
+        x: Tokens `[T, D]`; float16, bfloat16, float32 or float64. Under autocast it and both
+            weights are cast, as in `linear`.
         gate_up: `[E, 2F, D]` in the dtype of `x`: each expert's gate, then its up.
         down: `[E, D, F]` in the dtype of `x`.
         indices: Experts of each token `[T, k]` int64, from `route`; -1 is none.
@@ -265,7 +266,7 @@ def moe_block(
             proven here, for the whole or else for each part.
 
     Returns:
-        `[T, D]` in the dtype of `x`; a token without experts is zero.
+        `[T, D]` in the dtype of `x`, or in autocast's; a token without experts is zero.
 
     Raises:
         TypeError: If an argument is no tensor.
@@ -273,6 +274,9 @@ def moe_block(
             (elsewhere these give no row: to know would be to wait for the device).
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    need_tensors("moe_block", x=x, gate_up=gate_up, down=down, indices=indices, weights=weights)
+    _, down = autocast(x, down)
+    x, gate_up = autocast(x, gate_up)
     _check(x, gate_up, down, indices, weights)
     keep = torch.is_grad_enabled() and not recompute
     y: Tensor = _FORWARD(x, gate_up, down, indices, weights, keep, backend)[0]

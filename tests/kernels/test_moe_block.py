@@ -239,3 +239,17 @@ def test_dtypes_and_experts_that_cannot_be():
         moe_block(x, gate_up, down, indices - 1, weights, backend="cuda")
     with pytest.raises(RuntimeError, match="backend 'torch' needs bfloat16, .* are torch.float32"):
         moe_block(x, gate_up, down, indices - 1, weights, backend="torch")
+
+
+def test_autocast_casts_as_linear_does():
+    """Experts in float32 behind a norm in float32 or a layer in bfloat16."""
+    indices = torch.tensor([[0, 1], [2, -1], [1, 4]])
+    x, gate_up, down, weights = (t.float() for t in _draw(indices))
+    want = moe_block(*(t.bfloat16() for t in (x, gate_up, down)), indices, weights)
+    gate_up.requires_grad_()
+    for given in (x, x.bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = moe_block(given, gate_up, down, indices, weights)
+        assert torch.equal(y, want)
+    y.sum().backward()
+    assert gate_up.grad.dtype == torch.float32
