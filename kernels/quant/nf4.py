@@ -62,6 +62,23 @@ class Nf4(NamedTuple):
     absmax2: Tensor | None = None
     offset: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> "Nf4":
+        """Move it, which `Module.to` of a module that holds it does not do.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The same codes there; the same tensors if they are there already.
+        """
+        return self._replace(
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            code=None if self.code is None else self.code.to(device),
+            absmax2=None if self.absmax2 is None else self.absmax2.to(device),
+            offset=None if self.offset is None else self.offset.to(device),
+        )
+
     def state(self) -> dict[str, Tensor]:
         """Name the parts as checkpoints on Hugging Face do, behind the name of the weight.
 

@@ -148,6 +148,13 @@ def test_other_dtype_and_any_layout():
     assert torch.equal(y, nf4_dequantize(got).bfloat16())
 
 
+@pytest.mark.parametrize("double", [False, True])
+def test_all_parts_move(double):
+    got = nf4_quantize(torch.randn(128), double=double)
+    assert all(a is b for a, b in zip(got.to("cpu"), got, strict=True))
+    assert {x.device.type for x in got.to("meta") if isinstance(x, torch.Tensor)} == {"meta"}
+
+
 @item("bad input", ops=("nf4_quantize", "nf4_dequantize"))
 def test_errors_say_what_was_found():
     x = torch.ones(128)
