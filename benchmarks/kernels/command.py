@@ -114,8 +114,8 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
         plan: How they are measured.
 
     Raises:
-        UserError: If a name is unknown, no operator asked for runs in a model asked for, or a peer
-            asked for has none of them.
+        UserError: If a name is unknown, no operator asked for runs in a model asked for, a peer
+            asked for has none of them, or sizes are given beside a suite.
     """
     if asked.suite:
         return _of_suites(asked, plan)
@@ -138,7 +138,13 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
 
 
 def _of_suites(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
-    """Return the cases of the suites asked for, of the operators asked for."""
+    """Return the cases of the suites and operators asked for; refuse sizes beside them."""
+    for flag in ("shapes", "tokens"):
+        if (given := getattr(asked, flag)) is not None:
+            raise UserError(
+                f"--{flag} does not go with --suite, whose sizes are its own, got {given}: leave "
+                f"one of them out"
+            )
     names = _chosen("suite", asked.suite, list(SUITES), ())
     scale: Scale = "cuda" if plan.device.type == "cuda" else "tiny" if asked.quick else "cpu"
     cases = [case for name in names for case in SUITES[name](scale, plan.dtype.itemsize)]

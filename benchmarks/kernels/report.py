@@ -224,12 +224,14 @@ def plot(file: Path, result: Mapping[str, Any]) -> None:
         mine = [row for row in rows if row["contender"] == name]
         x, y = [r["flops"] / r["bytes"] for r in mine], [r["tflops_per_s"] for r in mine]
         axes.plot(x, y, "o", alpha=0.6, label=name)
-    best: dict[float, Mapping[str, Any]] = {}
+    best: dict[str, Mapping[str, Any]] = {}
     for row in sorted(rows, key=lambda r: r["tflops_per_s"]):
-        best[row["flops"] / row["bytes"]] = row
-    for intensity, row in best.items():
-        words = f"{row['op']} {row['variant']} {row['pass']}".replace("  ", " ")
-        axes.annotate(words, (intensity, row["tflops_per_s"]), fontsize=6, rotation=30)
+        best[f"{row['op']} {row['variant']} {row['pass']}".replace("  ", " ")] = row
+    for number, row in enumerate(best.values(), 1):  # names themselves would cover each other
+        axes.annotate(str(number), (row["flops"] / row["bytes"], row["tflops_per_s"]), fontsize=7)
+    names = "\n".join(f"{number} {words}" for number, words in enumerate(best, 1))
+    size = min(7.0, 320 / max(len(best), 1))  # points: all of them beside the axes
+    axes.text(1.01, 1, names, transform=axes.transAxes, fontsize=size, va="top")
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="TFLOP/s")
     axes.set_title(f"{result['device']}, {result['date']}")
     axes.legend(fontsize=8)

@@ -107,6 +107,12 @@ def test_a_suite_that_is_not_there(capsys):
     assert "--suite must be among attention, paged, fp8" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--tokens", "128"], ["--shapes", "tiny"]])
+def test_sizes_beside_a_suite_would_do_nothing(words, capsys):
+    assert cli.main(["bench", "kernels", "--suite", "nf4", "--device", "cpu", *words]) == 2
+    assert f"{words[0]} does not go with --suite, whose sizes are" in capsys.readouterr().err
+
+
 def test_what_refuses_is_no_failure_of_ours():
     refused = measure._failed("torch", RuntimeError("op: backend 'torch' needs bfloat16"))
     broken = measure._failed("torch", RuntimeError("CUDA error"))
