@@ -114,13 +114,16 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
         plan: How they are measured.
 
     Raises:
-        UserError: If a name is unknown, no operator asked for runs in a model asked for, a peer
-            asked for has none of them, or sizes are given beside a suite.
+        UserError: If a name is unknown or of a suite, no operator asked for runs in a model asked
+            for, a peer asked for has none of them, or sizes are given beside a suite.
     """
     if asked.suite:
         return _of_suites(asked, plan)
     usual = ("llama3-8b", "deepseek-v3", "qwen3-30b-a3b")
     cuda = plan.device.type == "cuda"
+    for name in (asked.op or "").split(","):
+        if home := _suite_of(name.strip()):
+            raise UserError(f"--op {name.strip()} is timed in a suite: add --suite {home}")
     models = _chosen("shapes", asked.shapes, list(MODELS), usual if cuda else ("smollm2-135m",))
     ops = _chosen("op", asked.op, list(OPERATORS), list(OPERATORS))
     tokens = asked.tokens or (256 if asked.quick else _TOKENS[plan.device.type])
@@ -135,6 +138,14 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
         if not any(name in measure.contenders(case, plan) for case in found.values()):
             raise UserError(f"--peers {name} has none of the operators asked for: {', '.join(ops)}")
     return list(found.values())
+
+
+def _suite_of(op: str) -> str | None:
+    """Name the suite of an operator that is timed nowhere else."""
+    found = (
+        name for name, build in SUITES.items() if any(case.op == op for case in build(True, 4))
+    )
+    return None if op in OPERATORS else next(found, None)
 
 
 def _of_suites(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
@@ -230,10 +241,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     comma = "names with commas between them"
-    parser.add_argument("--op", help=f"operators, {comma}; all of them without")
+    parser.add_argument("--op", help=f"operators, {comma}; all but the suites' without")
     parser.add_argument("--suite", help=f"of {', '.join(SUITES)}, {comma}: in sizes of their own")
     parser.add_argument("--shapes", help=f"of {', '.join(MODELS)}, {comma}")
-    parser.add_argument("--tokens", type=int, help="8192 on a GPU, 2048 on the CPU")
+    parser.add_argument("--tokens", type=int, help="8192 on a GPU, 2048 on the CPU; not of suites")
     known = ", ".join([*measure.PEERS, *peers.PEERS, *measure.PACKAGES])
     parser.add_argument("--peers", help=f"of {known}, {comma}; all that run here without")
     parser.add_argument("--backends", help=f"ours, of {', '.join(measure.OURS)}, {comma}")

@@ -107,6 +107,11 @@ def test_a_suite_that_is_not_there(capsys):
     assert "--suite must be among attention, paged, fp8" in capsys.readouterr().err
 
 
+def test_an_operator_of_a_suite_names_it(capsys):
+    assert cli.main(["bench", "kernels", "--op", "relu2,fp8_gemm", "--device", "cpu"]) == 2
+    assert "--op fp8_gemm is timed in a suite: add --suite fp8\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["--tokens", "128"], ["--shapes", "tiny"]])
 def test_sizes_beside_a_suite_would_do_nothing(words, capsys):
     assert cli.main(["bench", "kernels", "--suite", "nf4", "--device", "cpu", *words]) == 2
