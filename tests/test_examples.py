@@ -86,11 +86,12 @@ def test_an_example_leaves_no_state_of_ours():
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_the_code_of_the_guide_to_the_kernels_runs(capsys):
-    text = (ROOT / "docs" / "guide" / "kernels.md").read_text()
+@pytest.mark.parametrize(("guide", "count"), [("kernels.md", 4), ("fp8.md", 1)])
+def test_the_code_of_the_guides_to_the_kernels_runs(guide, count, capsys):
+    text = (ROOT / "docs" / "guide" / guide).read_text()
     blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     for block in blocks:
-        exec(compile(block, "kernels.md", "exec"), {})
+        exec(compile(block, guide, "exec"), {})
         said = capsys.readouterr().out
         assert "float8_e4m3fn" in said or said == "True\n"
-    assert len(blocks) == 4
+    assert len(blocks) == count
