@@ -198,6 +198,12 @@ def _flex_attention(
     deterministic: bool,
 ) -> Any:  # fmt: skip
     """Attend by flex attention, compiled on CUDA; its mask of blocks is made anew each call."""
+    if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        op = "flash_attention" if packed is None else "flash_attention_varlen"
+        raise RuntimeError(
+            f"{op}: backend 'flex' has no gradient on the CPU, and q, k or v requires one: take "
+            f"backend='torch', or call it under torch.no_grad()"
+        )
     module = importlib.import_module("torch.nn.attention.flex_attention")
     if packed is not None:
         (doc_q, at_q), (doc_k, at_k) = (

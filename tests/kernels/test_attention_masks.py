@@ -267,6 +267,9 @@ def test_flex_attention_agrees(window, softcap):
     torch.testing.assert_close(
         flash_attention_varlen(*flat, cu, **options, backend="flex"), expected
     )
+    inputs[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="flash_attention: backend 'flex' has no gradient on"):
+        flash_attention(*inputs, backend="flex")
 
 
 class _Largest(TorchDispatchMode):
