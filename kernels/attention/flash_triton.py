@@ -274,7 +274,7 @@ def configuration(head: int, value: int, itemsize: int, capped: bool) -> Configu
 
     On Hopper the first side of a product is shared among 8 warps at 16 rows each, so that M is
     128, unless that takes too many registers (64: each half of the warps computes all scores).
-    Tiles of 128 keys are left to a search (`candidates`): on Blackwell they spill, by 24 bytes.
+    Tiles of 128 keys for heads of 64 spill on Blackwell, by 24 to 32 bytes.
     The loads of a tile of keys run two tiles ahead, which takes 3 stages; beside a soft cap the
     registers of a head over 128 suffice for one.
 
@@ -398,7 +398,5 @@ def forward(
 
     capped = scores.softcap > 0
     choices = candidates(configuration(size, value, q.element_size(), capped), "N")
-    if largest(size, value) <= 64 and choices[0] != EXACT:
-        choices.append(choices[0] | {"N": 128})
     tuning.launch("flash_attention", ("forward", size, value, int(capped)), choices, start, q)
     return out, lse
