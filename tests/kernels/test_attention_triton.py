@@ -6,6 +6,7 @@ named `interpreted` below, which `test_interpreted.py` starts, and which skip ot
 float32 in larger tiles than a GPU would, because the interpreter pays by the tile.
 """
 
+import dataclasses
 import re
 
 import pytest
@@ -92,7 +93,7 @@ MASKS = {
     "causal": Scores(scale=0.3, right=0),
     "window": Scores(scale=0.3, left=20, right=3),
     "own": Scores(scale=0.3, left=0, right=0),
-    "far": Scores(scale=0.3, left=10**9, right=0),
+    "far": Scores(scale=0.3, left=2**31 - 1, right=2**31 - 1, offset=-30),
     "ahead": Scores(scale=0.3, right=5, offset=40),
     "empty": Scores(scale=0.3, left=9, right=0, offset=-30),
     "beyond": Scores(scale=0.3, left=9, right=9, offset=500),
@@ -101,6 +102,7 @@ MASKS = {
 LENGTHS = [(1, 1), (1, 129), (63, 64), (65, 127), (128, 63), (129, 129), (64, 1), (0, 5), (5, 0)]
 SOME = [("window", 65, 127), ("causal", 128, 63), ("empty", 63, 64), ("cap", 63, 64)]
 SOME += [("full", 1, 129), ("full", 64, 1), ("causal", 0, 5), ("causal", 5, 0), ("ahead", 63, 64)]
+SOME += [("far", 65, 127), ("full", 65, 127)]
 
 
 def _cases():
@@ -128,14 +130,17 @@ SLOW = pytest.mark.slow
 )
 @pytest.mark.parametrize("mask", ["causal", pytest.param("cap", marks=SLOW)])
 def test_interpreted_head_sizes(tiles, size, value, mask):
+    """Whole tiles too, with the last row of a tensor: what pads it lies outside."""
     scores = Scores(scale=size**-0.5, right=0, softcap=MASKS[mask].softcap)
     _assert_right(_draw(65, 33, 1, 1, size, value), scores)
+    _assert_right(_draw(64, 32, 1, 1, size, value), dataclasses.replace(scores, right=-1))
 
 
 @in_interpreter
 @pytest.mark.parametrize(("heads", "groups"), [(8, 2), pytest.param(8, 1, marks=SLOW)])
 def test_interpreted_grouped_heads(tiles, heads, groups):
-    _assert_right(_draw(9, 20, heads, groups, batch=2), MASKS["window"])
+    """With values of another size, so that no distance of theirs is one of the keys."""
+    _assert_right(_draw(9, 20, heads, groups, value=24, batch=2), MASKS["window"])
 
 
 @in_interpreter
@@ -148,6 +153,15 @@ def test_interpreted_in_the_tiles_of_a_gpu(dtype):
 
 @item("NaN and inf", ops=OPS)
 @in_interpreter
+def test_interpreted_a_query_without_keys_takes_no_gradient(tiles):
+    """Not even NaN, which is what a sum of weights from log-sum-exps of -inf gives."""
+    q, k, v, dout, dlse = _draw(63, 64, 1)
+    blind = torch.arange(63) + MASKS["empty"].offset < 0
+    _assert_right((q, k, v, dout, dlse.masked_fill(blind, torch.nan)), MASKS["empty"])
+
+
+@item("NaN and inf", ops=OPS)
+@in_interpreter
 def test_interpreted_far_below_zero(tiles):
     """A log-sum-exp of -1000 is no reason for a weight of 0 or infinity."""
     q, k, v, dout, dlse = _draw(20, 40)
@@ -156,10 +170,13 @@ def test_interpreted_far_below_zero(tiles):
     scores = Scores(scale=20.0, right=0)
     assert _run(tensors, scores)[1].max() < -88.7
     _assert_right(tensors, scores, share=1e-3)
-    huge = torch.full_like(q, 3e38)
-    out, lse = flash_triton.forward(huge, -huge, v, None, scores)  # all products are -inf
+    huge = torch.full_like(q, 3e38), torch.full_like(k, -3e38), v  # all products are -inf
+    out, lse = flash_triton.forward(*huge, None, scores)
     assert not out.isnan().any()
     assert (lse == -torch.inf).all()
+    nan = torch.full_like(dlse, torch.nan)
+    gradients = flash_backward_triton.backward(dout, nan, *huge, out, lse, None, scores)
+    assert not any(g.any() for g in gradients), "nothing was weighed"
 
 
 @item("layout", "upstream gradients", ops=OPS)
@@ -172,6 +189,10 @@ def test_interpreted_strides(tiles):
     for form in (across, every):
         for a, e in zip(_run((*form, dlse), MASKS["causal"]), expected, strict=True):
             assert torch.equal(a, e)
+    out, lse = (x.repeat_interleave(2, -1)[..., ::2] for x in expected[:2])
+    saved = q, k, v, out.transpose(1, 2).contiguous().transpose(1, 2), lse
+    gradients = flash_backward_triton.backward(dout, dlse, *saved, None, MASKS["causal"])
+    assert all(map(torch.equal, gradients, expected[2:]))
     ones = torch.tensor(1.0).expand_as(dout), torch.tensor(0.5).expand_as(dlse)
     plain = tuple(x.contiguous() for x in ones)
     for a, e in zip(
@@ -210,7 +231,7 @@ def _alone(tensors, packed, n):
 )
 def test_interpreted_documents_have_the_bits_that_they_have_alone(tiles, mask):
     scores = MASKS[mask]
-    tensors, packed = _packed(*DOCUMENTS, heads=1)
+    tensors, packed = _packed(*DOCUMENTS, heads=1, value=8)
     out, lse, dq, dk, dv = first = _run(tensors, scores, packed)
     again = _run(tensors, scores, packed)
     assert all(map(torch.equal, first, again))
@@ -247,6 +268,12 @@ def test_interpreted_many_documents_make_few_tiles():
     assert most <= 32_000 // 128 + 1000
     assert document[:1000].tolist() == [*range(1000)]
     assert (document[1000:] == 1000).all()
+    cu = torch.tensor([0, 128, 0, 1, 129, 256]).cumsum(0).to(torch.int32)
+    (_, _, document, at), most, _ = flash_triton.place(
+        Packed(cu, cu, None, None), True, 514, 128, cu
+    )
+    assert at.tolist() == [0, 1, 1, 2, 4, 6]
+    assert document.tolist() == [0, 2, 3, 3, 4, 4, *[5] * (most - 6)]
 
 
 def _compiled(size, value, dtype, capability, scores, packed=False):

@@ -37,7 +37,8 @@ LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_
 PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found.
 FILES = (
-    ("test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton"),
+    ("test_interpreter", "test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton")
+    + ("test_attention_tiles",),
     ("test_fp8", "test_moe_block", "test_attention_triton", "test_paged_triton"),
 )
 
