@@ -30,6 +30,7 @@ MASKS = {
 # Queries and keys of each sequence.
 DECODE = ([1, 1, 1, 0, 1], [1, 70, 150, 9, 64])
 PREFILL = ([33, 1, 0, 20], [33, 70, 0, 65])
+BESIDE = ([33], [50])  # the last query of the first tile sees one key of the second tile of keys
 
 
 @pytest.fixture
@@ -97,12 +98,24 @@ def _assert_right(tensors, scores, share=2e-5):
     ("mask", "call"),
     [
         pytest.param(mask, call, marks=() if mask in some else SLOW)
-        for call, some in ((DECODE, ("full", "cap")), (PREFILL, ("causal", "window")))
+        for call, some in (
+            (DECODE, ("full", "cap")),
+            (PREFILL, ("causal", "window")),
+            (BESIDE, ("causal",)),
+        )
         for mask in MASKS
     ],
 )
 def test_interpreted_masks(small, mask, call):
     _assert_right(_draw(*call), MASKS[mask])
+
+
+@pytest.mark.parametrize("keys", [1, 512, 513, 16_384, 16_385, 20_000, 10**6])
+def test_parts_hold_every_key_once_and_are_whole_tiles(keys):
+    parts, part = paged_triton.parts_of(1, keys)
+    assert (parts - 1) * part < keys <= parts * part
+    assert parts <= 32
+    assert parts == 1 or part % 128 == 0
 
 
 @in_interpreter
@@ -118,7 +131,9 @@ def test_interpreted_head_sizes(small, size, value):
 @pytest.mark.parametrize(("heads", "groups"), [(8, 1), (6, 2), (3, 3)])
 @pytest.mark.parametrize("page", [1, pytest.param(24, marks=SLOW), pytest.param(64, marks=SLOW)])
 def test_interpreted_groups_and_pages(small, heads, groups, page):
-    _assert_right(_draw([3, 1, 6], [70, 5, 6], heads, groups, page=page), MASKS["causal"])
+    """With values of another size, so that no distance of theirs is one of the keys."""
+    tensors = _draw([3, 1, 6], [70, 5, 6], heads, groups, value=24, page=page)
+    _assert_right(tensors, MASKS["causal"])
 
 
 @in_interpreter
@@ -136,6 +151,10 @@ def test_interpreted_strides(small):
     every = [x.repeat_interleave(2, -1)[..., ::2] for x in (q, k, v)]
     for form in (across, every):
         found = paged_triton.forward(*form, *where, MASKS["causal"])
+        assert all(map(torch.equal, found, expected))
+    tables, *rest = where
+    for view in (tables.repeat(1, 2)[:, : tables.shape[1]], tables.t().contiguous().t()):
+        found = paged_triton.forward(q, k, v, view, *rest, MASKS["causal"])
         assert all(map(torch.equal, found, expected))
 
 
@@ -163,6 +182,13 @@ def test_interpreted_a_nan_stays_in_its_sequence(small):
     kept = [0, 2, 3]
     assert torch.equal(clean[0][kept], dirty[0][kept])
     assert dirty[0][1].isnan().all()
+
+
+@in_interpreter
+def test_interpreted_a_table_that_is_full(small):
+    """The last page begins a part of its own."""
+    q, k, v, tables, *rest = _draw([1], [130])
+    _assert_right((q, k, v, tables[:, :9], *rest), MASKS["causal"])
 
 
 @in_interpreter
