@@ -81,6 +81,25 @@ def test_integers_are_exact_whatever_the_tail_of_k(scaling, device, backend):
     assert served or (backend == "torch" and scaling in ("tile", "block", "mx"))
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="runs the Triton kernel")
+@item("values", ops=("fp8_gemm",))
+@pytest.mark.parametrize("scaling", ["tile"], ids="{}-cpu-triton".format)
+def test_any_tiles_give_exact_integers(scaling, monkeypatch):
+    """Those that a search may choose, in more than one band of them."""
+    from warploom.kernels.gemm import fp8_triton as triton
+
+    a, b = pair((530, 133, 140), scaling, E5M2)
+    want = value(a) @ value(b).t()
+    some = {
+        str(c | {"num_warps": 0, "num_stages": 0}): c for c in triton.configurations(530, scaling)
+    }
+    some |= {"few rows": triton.configurations(1, scaling)[-1]}
+    for chosen in some.values():
+        monkeypatch.setattr(triton, "configurations", lambda *_, c=chosen: [c])
+        y = fp8_gemm(a, b, dtype=torch.float32, backend="triton")
+        assert torch.equal(y.double(), want), chosen
+
+
 @item("values", ops=("fp8_gemm", "fp8_linear"))
 @on
 @pytest.mark.parametrize("s", [*MORE, *(SPECIMENS if INTERPRETED else ())], ids=str)
@@ -211,19 +230,23 @@ def test_pytorch_itself_accepts_the_layouts(scaling, groups):
     assert y.dtype == torch.bfloat16
 
 
-@plain
 @item("layout", ops=("fp8_gemm",))
+@pytest.mark.parametrize(("device", "backend"), DEVICES)
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_operands_of_any_stride(scaling):
-    a, b = pair((20, 132, 140), scaling)
-    want = fp8_gemm(a, b)
+@pytest.mark.parametrize("depth", [140, 256])
+def test_operands_of_any_stride(depth, scaling, device, backend):
+    """Rows at distances that are a multiple of 16 bytes too, their elements apart."""
+    if backend not in backends.available()["fp8_gemm"]:
+        pytest.skip(f"no {backend}")
+    a, b = pair((20, 132, depth), scaling, device=device)
+    want = fp8_gemm(a, b, backend=backend)
     apart = lambda x: torch.stack([x.view(torch.uint8)] * 2, -1)[..., 0].view(x.dtype)  # noqa: E731
     for q, other, first in ((a, b, True), (b, a, False)):
         strided = q._replace(data=apart(q.data))
         if q.scale.dim():
             strided = strided._replace(scale=q.scale.t().contiguous().t())
         pair_ = (strided, other) if first else (other, strided)
-        assert torch.equal(fp8_gemm(*pair_), want)
+        assert torch.equal(fp8_gemm(*pair_, backend=backend), want)
 
 
 LIST = (

@@ -29,6 +29,7 @@ LOADS = {  # rows of each expert, and how many belong to nobody
     "all": ([0, 0, 0, 0], 7),
     "all but one": ([0, 0, 131, 0], 1),
     "none": ([1, 128, 65, 2], 2),
+    "fewer rows than experts": ([0, 0, 0, 1], 0),
 }
 
 

@@ -6,7 +6,7 @@ Tests over `backends` run on the reference here, on Triton in the interpreter an
 import pytest
 import torch
 from tests.kernels.specimen import calls, item
-from tests.kernels.test_must import DEVICES
+from tests.kernels.test_must import DEVICES, INTERPRETED
 
 from warploom.kernels.moe import moe_block, moe_block_reference
 
@@ -70,6 +70,32 @@ def test_plain_loops(device, backend, route, recompute):
     if indices.shape[1]:
         got = _compute(lambda x, g, d, w: moe_block_reference(x, g, d, indices, w), drawn, dy)
         torch.testing.assert_close(got, want, **tolerance)
+
+
+@item("layout", ops=("moe_block",))
+@backends
+def test_tensors_whose_elements_lie_apart(device, backend):
+    indices = torch.tensor(ROUTES["some absent"], device=device)
+    dense = [t.to(device, torch.float32) for t in (*_draw(indices), _randn(4, 6, seed=9))]
+    apart = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in dense]
+    call = lambda x, g, d, w: moe_block(x, g, d, indices, w, backend=backend)  # noqa: E731
+    got, want = (_compute(call, tensors[:4], tensors[4]) for tensors in (apart, dense))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs the Triton kernels")
+@pytest.mark.parametrize("block", [4], ids="{}-cpu-triton".format)
+def test_rows_wider_than_a_program_holds(monkeypatch, block):
+    from warploom.kernels.moe import block_triton
+
+    monkeypatch.setattr(
+        block_triton, "configuration", lambda width: {"BLOCK": block, "num_warps": 1}
+    )
+    indices = torch.tensor(ROUTES["some absent"])
+    drawn, dy = [t.float() for t in _draw(indices, hidden=10)], _randn(4, 6, seed=9).float()
+    want = _compute(lambda x, g, d, w: _loops(x, g, d, indices, w), drawn, dy)
+    got = _compute(lambda x, g, d, w: moe_block(x, g, d, indices, w, backend="triton"), drawn, dy)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
