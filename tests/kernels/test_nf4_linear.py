@@ -110,6 +110,18 @@ def test_any_leading_sizes_and_strides():
 
 
 @item("values", ops=("nf4_linear",))
+@pytest.mark.parametrize(("width", "out"), [(0, 5), (96, 0)])
+def test_a_weight_without_elements(width, out):
+    q, bias = nf4_quantize(torch.zeros(out, width), double=False), torch.randn(out)
+    x = torch.randn(3, width, requires_grad=True)
+    y = nf4_linear(x, q, bias)
+    assert torch.equal(y, bias.expand(3, out))
+    assert not nf4_linear(x, q).any()
+    (dx,) = torch.autograd.grad(y, x, torch.randn(3, out))
+    assert torch.equal(dx, torch.zeros_like(x))
+
+
+@item("values", ops=("nf4_linear",))
 @needs_bitsandbytes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double", [False, True])
