@@ -38,6 +38,7 @@ from .scores import Packed, Scores
 
 LOG2E = math.log2(math.e)
 _FAR = 1 << 30  # a window as wide as any sequence, whose sums with positions fit 32 bits
+_NEAR = 1 << 28  # an offset beyond any sequence; what is more goes into the window
 
 Configuration = dict[str, int]
 # Of float32 as IEEE 754 has it, which the matrix units cannot do: what registers hold.
@@ -351,7 +352,10 @@ def mask_of(scores: Scores) -> tuple[list[int], dict[str, bool]]:
     """Return left, right and offset, and which of them there are."""
     flags = {"LEFT": scores.left >= 0, "RIGHT": scores.right >= 0}
     flags |= {"OFFSET": scores.offset is not None, "CAPPED": scores.softcap > 0}
-    return [min(scores.left, _FAR), min(scores.right, _FAR), scores.offset or 0], flags
+    offset = scores.offset or 0
+    near = max(-_NEAR, min(offset, _NEAR))
+    sides = scores.left + near - offset, scores.right + offset - near
+    return [*(max(-_FAR, min(side, _FAR)) for side in sides), near], flags
 
 
 def factors(scores: Scores) -> tuple[float, float]:

@@ -119,6 +119,15 @@ def test_interpreted_masks(tiles, mask, queries, keys):
     _assert_right(_draw(queries, keys, 1), MASKS[mask])
 
 
+@in_interpreter
+@pytest.mark.parametrize("offset", [2**31 - 3, -(2**31), 2**40])
+def test_interpreted_offsets_beyond_32_bits(tiles, offset):
+    """Only the distance of an offset and a window counts: sums of positions fit 32 bits."""
+    for left, right in ((-1, 0), (abs(offset) + 5, -1), (-1, abs(offset) - 30)):
+        scores = Scores(scale=0.25, left=left, right=right, offset=offset)
+        _assert_right(_draw(20, 40), scores)
+
+
 SLOW = pytest.mark.slow
 
 
