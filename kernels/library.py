@@ -23,7 +23,7 @@ def register(
     schema: str,
     run: Callable[..., Any],
     fake: Callable[..., Any],
-    function: type[torch.autograd.Function] | None = None,
+    function: type[torch.autograd.Function] | Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register an operator under `warploom::`.
 
@@ -31,7 +31,8 @@ def register(
         schema: Name and signature, `name(Tensor x, ...) -> ...`; must be functional.
         run: The body, on real tensors of any device.
         fake: The same on tensors without storage: shapes, dtypes and strides of the results.
-        function: Carries the gradient; its `forward` calls the operator `below_autograd`.
+        function: Carries the gradient; its `forward` calls the operator `below_autograd`. None
+            gives the results no gradient. What is no class is the kernel under the Autograd key.
 
     Returns:
         The operator, `torch.ops.warploom.<name>.default`.
@@ -42,17 +43,17 @@ def register(
     fake = _on_one_device(name, fake)
     torch.library.register_fake(f"warploom::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.warploom, name).default
-    if function is None:
-        return op
-    apply = function.apply
+    apply: Any = getattr(function, "apply", None)
 
     def differentiable(*args: Any) -> Any:
         refuse_tangents(name, args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        graph = torch.is_grad_enabled() and apply is not None
+        if graph and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             return apply(*args)
         return below_autograd(op, *args)
 
-    _LIBRARY.impl(name, differentiable, "Autograd")
+    own = function is not None and apply is None
+    _LIBRARY.impl(name, function if own else differentiable, "Autograd")
     return op
 
 

@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 
 from ..backends import choose
 from ..library import below_autograd, need_tensors, refuse_tangents, register, row_blocks, wide
 from ..peers import PEERS, serve
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LIBRARY = Library("warploom", "FRAGMENT")
 
 
 def _pairs(x: Tensor, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -179,12 +177,6 @@ _FORWARD = register(
     _fake,
     _Rotary,
 )
-_IN_PLACE = register(
-    "rotary_in_place(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved,"
-    " str? backend) -> ()",
-    _in_place,
-    lambda *args: None,
-)
 
 
 def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
@@ -196,7 +188,13 @@ def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
         torch.autograd.graph.increment_version(x_THK)  # a kernel writes unseen by autograd
 
 
-_LIBRARY.impl("rotary_in_place", _in_place_with_gradient, "Autograd")
+_IN_PLACE = register(
+    "rotary_in_place(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved,"
+    " str? backend) -> ()",
+    _in_place,
+    lambda *args: None,
+    _in_place_with_gradient,
+)
 
 
 def check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: str) -> None:

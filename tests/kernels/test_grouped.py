@@ -391,6 +391,15 @@ def test_counts_are_looked_at_on_the_cpu_whatever_serves(device, backend):
             grouped_gemm(x, weight, torch.tensor(counts), backend=backend)
 
 
+def test_a_weight_gradient_has_none_of_its_own():
+    """A main gradient that it is added to keeps no graph of the rows."""
+    x, dy, counts = torch.randn(5, 3, requires_grad=True), torch.randn(5, 4), torch.tensor([3, 2])
+    into = torch.zeros(2, 4, 3)
+    assert not grouped_gemm_weight_gradient(dy, x, counts).requires_grad
+    assert not grouped_gemm_weight_gradient(dy, x, counts, into=into).requires_grad
+    torch.testing.assert_close(into[1], dy[3:].t() @ x.detach()[3:])
+
+
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(TypeError, match="grouped_gemm: counts must be a tensor, got list"):
         grouped_gemm(torch.ones(5, 3), torch.ones(2, 4, 3), [3, 2])
