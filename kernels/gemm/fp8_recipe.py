@@ -183,11 +183,11 @@ def fp8_weight(
         `amax` is set with scaling "tensor".
 
     Raises:
-        TypeError: If `weight` is no tensor, or `recipe` no recipe.
+        TypeError: If `weight` or `scale` is no tensor, or `recipe` no recipe.
         ValueError: If the weight is not a matrix, or a scale is given where none is delayed.
         RuntimeError: If `backend` cannot serve this weight here.
     """
-    need_tensors("fp8_weight", weight=weight)
+    need_tensors("fp8_weight", weight=weight, **({} if scale is None else {"scale": scale}))
     need_recipe("fp8_weight", recipe)
     if weight.dim() != 2:
         raise ValueError(f"fp8_weight: weight must be [F, D], got {[*weight.shape]}")

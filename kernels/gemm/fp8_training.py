@@ -34,6 +34,7 @@ from torch import Tensor
 
 from ..backends import choose
 from ..library import autocast, below_autograd, first_derivative_only, need_tensors, register
+from ..quant.fp8 import Fp8
 from ..quant.mx import Mx
 from .fp8 import Product, product, scale_shape
 from .fp8_recipe import Fp8Recipe, Fp8Scales, Fp8Weight, fp8_weight, need_recipe, quantize
@@ -188,35 +189,49 @@ def _check_scales(recipe: Fp8Recipe, *scales: Tensor | None) -> tuple[Tensor | N
                 f"fp8_linear: scales must be given with a recipe that is delayed, and only then, "
                 f"got {'none' if scale is None else 'some'} with delayed={recipe.delayed}"
             )
-        if scale is not None and (scale.dim() or scale.dtype != torch.float32):
+        if scale is None:
+            continue
+        need_tensors("fp8_linear", scales=scale)
+        if scale.dim() or scale.dtype != torch.float32:
             raise ValueError(
                 f"fp8_linear: scales must be float32 [], got {scale.dtype} {[*scale.shape]}"
             )
     return scales
 
 
+def _fits(codes: Tensor, scale: Tensor, recipe: Fp8Recipe, shape: torch.Size) -> bool:
+    grouping: Product = "tile" if recipe.scaling == "block" else recipe.scaling
+    dtype = torch.float8_e8m0fnu if grouping == "mx" else torch.float32
+    same = codes.shape == shape and codes.dtype == recipe.dtype and scale.dtype == dtype
+    return same and scale.shape == scale_shape(grouping, *shape)
+
+
 def _check_weight(
     weight: Tensor, recipe: Fp8Recipe, quantized: Fp8Weight, copy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Refuse the quantised form of another weight; return its parts as the operator takes them."""
-    data, scale = quantized.data, quantized.scale
-    shape = scale_shape("tile" if recipe.scaling == "block" else recipe.scaling, *weight.shape)
-    fits = data.shape == weight.shape and scale.shape == shape and data.dtype == recipe.dtype
-    if not fits or isinstance(quantized, Mx) != (recipe.scaling == "mx"):
+    if not isinstance(quantized, Fp8 | Mx):
+        name = type(quantized).__name__
+        raise TypeError(f"fp8_linear: quantized must be fp8_weight(weight, recipe), got {name}")
+    parts = [(quantized.data, quantized.scale, weight.shape)]
+    if quantized.data_t is not None and quantized.scale_t is not None:
+        parts.append((quantized.data_t, quantized.scale_t, weight.shape[::-1]))
+    elif copy:
         raise ValueError(
-            f"fp8_linear: quantized must be fp8_weight(weight, recipe) of weight {[*weight.shape]} "
-            f"with scaling {recipe.scaling!r} in {recipe.dtype}, got {[*data.shape]} with scales "
-            f"{[*scale.shape]} in {data.dtype}"
+            f"fp8_linear: the gradient of x takes the transposed copy of the weight, got "
+            f"data_t={quantized.data_t}: make it with fp8_weight(..., transpose=True)"
         )
-    if quantized.data_t is None or quantized.scale_t is None:
-        if copy:
+    for codes, scale, shape in parts:
+        if not _fits(codes, scale, recipe, shape):
             raise ValueError(
-                f"fp8_linear: the gradient of x takes the transposed copy of the weight, got "
-                f"data_t={quantized.data_t}: make it with fp8_weight(..., transpose=True)"
+                f"fp8_linear: quantized must be fp8_weight(weight, recipe) of weight "
+                f"{[*weight.shape]} with scaling {recipe.scaling!r} in {recipe.dtype}, got "
+                f"{[*codes.shape]} with scales {[*scale.shape]} in {codes.dtype} and {scale.dtype}"
             )
-        none = data.new_empty(0, dtype=torch.uint8)
-        return _bytes(data), _bytes(scale), none, scale.new_empty(0, dtype=torch.float32)
-    copied, copied_scale = _copy(quantized)
+    data, scale, _ = parts[0]
+    copied, copied_scale = data.new_empty(0), scale.new_empty(0, dtype=torch.float32)
+    if len(parts) == 2:
+        copied, copied_scale, _ = parts[1]
     return _bytes(data), _bytes(scale), _bytes(copied), _bytes(copied_scale)
 
 
@@ -262,7 +277,7 @@ def fp8_linear(
         `[..., F]` in the dtype of `x`.
 
     Raises:
-        TypeError: If `x` or `weight` is no tensor, or `recipe` no recipe.
+        TypeError: If `x` or `weight` is no tensor, `recipe` no recipe, or `quantized` no weight.
         ValueError: If shapes or dtypes do not fit, `quantized` is of another weight or recipe, or
             scales are missing or not wanted.
         RuntimeError: If `backend` cannot serve these tensors here.
@@ -349,10 +364,11 @@ def fp8_linear_weight_gradient(
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     need_tensors("fp8_linear", dy=dy, x=x)
-    if dy.shape[:-1] != x.shape[:-1] or not x.dim() or x.dtype not in _DTYPES:
+    served = {dy.dtype, x.dtype, dtype or x.dtype} <= {*_DTYPES}
+    if dy.shape[:-1] != x.shape[:-1] or not x.dim() or not dy.dim() or not served:
         raise ValueError(
-            f"fp8_linear: dy must be [..., F] and x [..., D] of the same tokens and of floating "
-            f"point, got {[*dy.shape]} and {[*x.shape]} in {x.dtype}"
+            f"fp8_linear: dy must be [..., F] and x [..., D] of the same tokens, all and dtype of "
+            f"floating point, got {[*dy.shape]} in {dy.dtype}, {[*x.shape]} in {x.dtype}, {dtype}"
         )
     scale, gradient_scale = _check_scales(recipe, *((None, None) if scales is None else scales))
     choose("fp8_linear", x.device, x.dtype, backend)

@@ -217,6 +217,11 @@ def test_layers_that_do_not_fit_are_refused():
             r"float32 \[\], got torch.float64 \[\]",
         ),
         (lambda: linear(quantized=fp8_weight(weight[:4], recipe)), r"got \[4, 24\] with scales"),
+        (lambda: linear(quantized=given._replace(scale=given.scale.half())), "and torch.float16"),
+        (
+            lambda: linear(quantized=given._replace(data_t=given.data_t[:3])),
+            r"got \[3, 10\] with scales",
+        ),
         (
             lambda: linear(quantized=fp8_weight(weight, Fp8Recipe(scaling="row"))),
             r"of weight \[10, 24\] with scaling 'block' .* with scales \[10, 1\]",
@@ -233,12 +238,21 @@ def test_layers_that_do_not_fit_are_refused():
         ),
         (
             lambda: fp8_linear_weight_gradient(x[:2], x, recipe=recipe),
-            r"of the same tokens .* got \[2, 24\] and \[5, 24\]",
+            r"of the same tokens, .* got \[2, 24\] .*, \[5, 24\] in torch.float32, None",
+        ),
+        (
+            lambda: fp8_linear_weight_gradient(x, x, recipe=recipe, dtype=torch.int8),
+            "of floating point, got .*, torch.int8",
         ),
     ]
     for call, text in cases:
         with pytest.raises(ValueError, match=f"^fp8_linear: .*{text}"):
             call()
+    for call in (lambda: linear(recipe="block"), lambda: fp8_weight(weight, "block")):
+        with pytest.raises(TypeError, match="recipe must be an Fp8Recipe, got 'block'"):
+            call()
+    with pytest.raises(TypeError, match=r"must be fp8_weight\(weight, recipe\), got Tensor"):
+        linear(quantized=weight)
     with pytest.raises(ValueError, match=r"fp8_weight: weight must be \[F, D\], got \[24\]"):
         fp8_weight(weight[0], recipe)
     with pytest.raises(ValueError, match="fp8_weight: scale goes with a recipe that is delayed"):
