@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..library import below_autograd, need_tensors, register
+from ..library import below_autograd, first_derivative_only, need_tensors, register
 
 Part = tuple[Tensor, Tensor]
 
@@ -74,8 +73,8 @@ class _Merge(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor, ...]:
+        first_derivative_only("merge")
         out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
         a = _MERGE_BACKWARD(dout, dlse, out_a, lse_a, out, lse)
         return *a, *_MERGE_BACKWARD(dout, dlse, out_b, lse_b, out, lse)
@@ -112,9 +111,13 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Part:
 
     Raises:
         TypeError: If an argument is no tensor.
-        ValueError: If the shapes are not these.
+        ValueError: If the shapes are not these, or the dtypes are not of floating point.
     """
-    need_tensors("merge", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    both = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
+    need_tensors("merge", **both)
+    if not all(x.is_floating_point() for x in both.values()):
+        dtypes = ", ".join(str(x.dtype) for x in both.values())
+        raise ValueError(f"merge: all must be of floating point, got {dtypes}")
     lse_shape = (*out_a.shape[:-3], *out_a.shape[-3:-1][::-1])
     if out_a.dim() not in (3, 4) or out_a.shape != out_b.shape:
         raise ValueError(

@@ -127,3 +127,12 @@ def test_bad_shapes_are_refused():
         merge(out_a, lse_a, out_b, lse_b.t())
     with pytest.raises(TypeError, match="merge: lse_b must be a tensor, got NoneType"):
         merge(out_a, lse_a, out_b, None)
+    with pytest.raises(ValueError, match="of floating point, got torch.int64, torch.float64"):
+        merge(out_a.long(), lse_a, out_b, lse_b)
+
+
+def test_there_is_no_second_derivative():
+    """Not even a silent one, where the upstream gradient has no graph."""
+    parts = _parts()
+    with pytest.raises(RuntimeError, match="merge: there is no second derivative"):
+        torch.autograd.grad(merge(*parts)[0].sum(), parts, create_graph=True)
