@@ -105,6 +105,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, cu:
             f"cu_seqlens, got {tables.dtype} {[*tables.shape]} and {lengths.dtype} "
             f"{[*lengths.shape]}"
         )
+    if not k.shape[1]:
+        raise ValueError(f"{_OP}: a page must hold at least one key, got k_pages {[*k.shape]}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise RuntimeError(
             f"{_OP}: has no gradient: call it under torch.no_grad(), or take flash_attention_varlen"

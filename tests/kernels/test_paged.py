@@ -107,6 +107,7 @@ def test_bad_pages_are_refused_in_words():
         ({"tables": tables[:1]}, r"tables must be int32 \[2, pages\]"),
         ({"cu_seqlens": cu + 1}, "must start at 0, got 1"),
         ({"k_pages": k[0]}, r"k_pages \[P, page, G, K\]"),
+        ({"k_pages": k[:, :0], "v_pages": v[:, :0]}, "a page must hold at least one key, got"),
         ({"v_pages": v[:, :2]}, "k and v must have one shape but for the head dimension"),
         ({"window": (-3, 0)}, "window must be"),
     ):
