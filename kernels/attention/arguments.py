@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from ..library import need_tensors
+from ..library import need_tensors, wide
 from .scores import Scores
 
+_MOST = 1 << 62  # what positions are added to
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Dense = tuple[Tensor, Tensor]
@@ -74,6 +75,36 @@ def check_documents(op: str, name: str, cu: Tensor, q: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on the device of q ({q.device}), got {cu.device}")
 
 
+def _is_integer(n: object) -> bool:
+    return isinstance(n, int | torch.SymInt) and -_MOST <= n <= _MOST
+
+
+def check_saved(op: str, q: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Refuse what a backward takes from the forward, where it is not of these tensors.
+
+    Args:
+        op: Operator, for the message.
+        q: Queries.
+        v: Values.
+        dout: Upstream gradient of the output.
+        out: The output.
+        lse: The log-sum-exp.
+
+    Raises:
+        TypeError: If one is not a tensor.
+        ValueError: If shapes or dtypes do not fit.
+    """
+    need_tensors(op, dout=dout, out=out, lse=lse)
+    shape, lse_shape = (*q.shape[:-1], v.shape[-1]), (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    fits = dout.shape == out.shape == shape and lse.shape == lse_shape
+    if not fits or not dout.dtype == out.dtype == q.dtype or lse.dtype != wide(q.dtype):
+        raise ValueError(
+            f"{op}: dout and out must be {[*shape]} in {q.dtype} and lse {[*lse_shape]} in "
+            f"{wide(q.dtype)}, got {[*dout.shape]} in {dout.dtype}, {[*out.shape]} in {out.dtype} "
+            f"and {[*lse.shape]} in {lse.dtype}"
+        )
+
+
 def scores_of(
     op: str,
     q: Tensor,
@@ -102,10 +133,17 @@ def scores_of(
         raise ValueError(f"{op}: scale must be positive and finite, got {scale}")
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"{op}: softcap must be positive and finite, or None, got {softcap}")
-    if not isinstance(window, tuple) or len(window) != 2 or min(window) < -1:
+    if (
+        not isinstance(window, tuple)
+        or len(window) != 2
+        or not all(_is_integer(n) and n >= -1 for n in window)
+    ):
         raise ValueError(
-            f"{op}: window must be (keys before, keys after), -1 for all of them, got {window!r}"
+            f"{op}: window must be (keys before, keys after) in integers, -1 for all of them, "
+            f"got {window!r}"
         )
+    if offset is not None and not _is_integer(offset):
+        raise ValueError(f"{op}: offset must be an integer, or None, got {offset!r}")
     left, right = window
     right = 0 if causal else right
     cap = 0.0 if softcap is None else float(softcap)

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from .. import peers
 from ..backends import case_key, choose
-from . import sdpa
+from ..library import need_tensors
+from . import documents, sdpa
 from .arguments import (
     Dense,
     Window,
     check_documents,
+    check_saved,
     check_sinks,
     check_tensors,
     scores_of,
@@ -105,6 +107,8 @@ def _options(
     chosen = _choose(op, q, k, v, scores, backend, **asked)
     where: tuple[Any, ...] = (None,) * 4
     if packed is not None:
+        if scores.offset is not None:
+            raise ValueError(f"{op}: offset goes with whole sequences alone, got {scores.offset}")
         other = packed.k is not packed.q
         where = packed.q, packed.k if other else None, packed.max_q, packed.max_k
     s = scores
@@ -123,6 +127,8 @@ def _attend(
         check_sinks(op, sinks, q)
     repeatable, with_lse = _repeatable(deterministic), return_lse or sinks is not None
     if backend in peers.PEERS:
+        if packed is not None and q.device.type == "cpu":
+            documents.bounds_of(op, packed, len(q), len(k))
         wanted: dict[str, Any] = {"packed": packed, "scores": scores, "deterministic": repeatable}
         found: Dense = peers.serve(op, backend, q, k, v, return_lse=with_lse, **wanted)
     else:
@@ -236,6 +242,7 @@ def flash_attention_varlen(
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     op = "flash_attention_varlen"
+    need_tensors(op, cu_seqlens=cu_seqlens)
     _check(op, q_THK, k_UGK, v_UGL, "THK")
     longest = max_seqlen, max_seqlen_k
     packed = _packed(op, q_THK, k_UGK, cu_seqlens, cu_seqlens_k, longest)
@@ -277,8 +284,7 @@ def flash_attention_backward(
         v: Values, `[B, U, G, L]` or `[U, G, L]`.
         out: Output over all keys, as `dout`.
         lse: Its log-sum-exp, `[B, H, S]` or `[H, T]`.
-        cu_seqlens: Boundaries of packed documents, as in `flash_attention_varlen`; `None` for
-            whole sequences.
+        cu_seqlens: Of packed documents, as in `flash_attention_varlen`; None for whole sequences.
         cu_seqlens_k: As in the forward.
         max_seqlen: As in the forward.
         max_seqlen_k: As in the forward.
@@ -294,14 +300,15 @@ def flash_attention_backward(
         The gradients of q, k and v.
 
     Raises:
+        TypeError: If what is saved is no tensor.
         ValueError: If shapes or dtypes are not these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     op = "flash_attention" if cu_seqlens is None else "flash_attention_varlen"
     _check(op, q, k, v, "BSHK" if cu_seqlens is None else "THK")
     packed = _packed(op, q, k, cu_seqlens, cu_seqlens_k, (max_seqlen, max_seqlen_k))
-    scores = scores_of(op, q, causal, window, scale, softcap, None if packed else offset)
-    repeatable = _repeatable(deterministic)
-    options = _options(op, q, k, v, packed, scores, repeatable, False, backend)
+    check_saved(op, q, v, dout, out, lse)
+    scores = scores_of(op, q, causal, window, scale, softcap, offset)
+    options = _options(op, q, k, v, packed, scores, _repeatable(deterministic), False, backend)
     gradients: Gradients = BACKWARD(dout, None, q, k, v, out, lse.contiguous(), *options)
     return gradients

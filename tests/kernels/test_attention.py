@@ -368,7 +368,9 @@ def test_bad_arguments_are_refused_in_words():
         ValueError, match=r"\(cu_seqlens_k\): cu_seqlens must end .* \(20\), got 18"
     ):
         flash_attention_varlen(q, k, v, _cu([0, 20]), cu_seqlens_k=_cu([0, 18]))
-    for window in ((-2, 0), (3,), 4):
+    with pytest.raises(TypeError, match="cu_seqlens must be a tensor, got NoneType"):
+        flash_attention_varlen(q, k, v, None)
+    for window in ((-2, 0), (3,), 4, (1.5, 0), ("3", 0), (1 << 70, 0)):
         with pytest.raises(ValueError, match="window must be .keys before, keys after."):
             flash_attention(q[None], k[None], v[None], window=window)
     with pytest.raises(ValueError, match="softcap must be positive and finite, or None, got 0"):

@@ -196,6 +196,23 @@ def test_infinite_scores_stay_in_their_rows(backend):
     torch.testing.assert_close(got, clean)
 
 
+@item("NaN and inf", ops=BOTH)
+@each_backend
+@pytest.mark.parametrize("keys", [1, 5, 9, 21])
+@pytest.mark.parametrize("spoilt", "qk")
+def test_a_nan_arrives_over_however_few_keys(backend, keys, spoilt):
+    """PyTorch's operator on the CPU answers 0 where all scores in the rest of a vector are NaN."""
+    q, k, v = (x.detach() for x in draw(keys, keys, heads=2, kv_heads=2, batch=1))
+    clean = flash_attention(q, k, v, window=(0, 0), return_lse=True, backend=backend)
+    (q if spoilt == "q" else k)[:, keys - 1] = torch.nan
+    out, lse = flash_attention(q, k, v, window=(0, 0), return_lse=True, backend=backend)
+    assert out[:, -1].isnan().all()
+    assert lse[..., -1].isnan().all()
+    if spoilt == "q":  # a key may spoil its whole document
+        assert torch.equal(out[:, :-1], clean[0][:, :-1])
+        assert torch.equal(lse[..., :-1], clean[1][..., :-1])
+
+
 @each_backend
 def test_sinks_and_everything_at_once_by_gradcheck(backend):
     inputs = [x[:1] for x in draw(5, 9, heads=2, kv_heads=1, width=3, values=2)]
@@ -272,6 +289,21 @@ def test_flex_attention_agrees(window, softcap):
         flash_attention(*inputs, backend="flex")
 
 
+@item("bad input", ops=("flash_attention_varlen",))
+def test_flex_attention_refuses_what_it_would_get_wrong():
+    q, k, v = (x.detach().float()[0] for x in draw(8, 8, width=16, values=16))
+    for bounds, message in (
+        ([0, 9], r"must end at the number of tokens \(8\), got 9"),
+        ([0, 5, 3, 8], "must not decrease, got 5 and then 3"),
+        ([1, 8], "must start at 0, got 1"),
+    ):
+        cu = torch.tensor(bounds, dtype=torch.int32)
+        with pytest.raises(ValueError, match=message):
+            flash_attention_varlen(q, k, v, cu, backend="flex")
+    with pytest.raises(RuntimeError, match=r"needs queries and keys: .* got q \[1, 0, 4, 16\]"):
+        flash_attention(q[None, :0], k[None], v[None], backend="flex")
+
+
 class _Largest(TorchDispatchMode):
     """Note the most elements that an operator's result has."""
 
@@ -306,3 +338,26 @@ def test_the_backward_alone_takes_the_same_window():
     want = torch.autograd.grad(out, (q, k, v), dout)
     plain = (x.detach() for x in (q, k, v, out, lse))
     torch.testing.assert_close(flash_attention_backward(dout, *plain, **options), want)
+
+
+@item("bad input", ops=BOTH)
+def test_what_the_backward_alone_cannot_take_is_refused():
+    q, k, v = (x.detach().float() for x in draw(6, 6))
+    out, lse = flash_attention(q, k, v, return_lse=True)
+    for wrong, message in (
+        ({"dout": out[:, :1]}, r"dout and out must be .*, got \[2, 1, "),
+        ({"out": out[..., :2]}, r"got .* in torch.float32, \[2, 6, 4, 2\] in torch.float32"),
+        ({"lse": lse.mT}, r"and lse \[2, 4, 6\] in torch.float32, got .* and \[2, 6, 4\]"),
+        ({"lse": lse.double()}, r"and \[2, 4, 6\] in torch.float64"),
+    ):
+        given = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse, **wrong}
+        with pytest.raises(ValueError, match=message):
+            flash_attention_backward(**given)
+    with pytest.raises(TypeError, match="lse must be a tensor, got NoneType"):
+        flash_attention_backward(out, q, k, v, out, None)
+    cu = torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(ValueError, match="offset goes with whole sequences alone, got 3"):
+        flash_attention_backward(out[0], q[0], k[0], v[0], out[0], lse[0], cu, offset=3)
+    for offset in (1.5, 1 << 63):
+        with pytest.raises(ValueError, match=f"offset must be an integer, or None, got {offset}"):
+            flash_attention(q, k, v, offset=offset)
