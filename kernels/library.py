@@ -180,19 +180,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Cast both as autocast would, if it is on: what is kept is then what is multiplied.
+def autocast(*factors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as autocast would, if it is on: what is kept is then what is multiplied.
 
     Args:
-        x: Input of a matrix product.
-        weight: Its weight.
+        factors: Of matrix products, such as an input and its weight.
 
     Returns:
-        Both in the dtype of autocast, float64 as it is; unchanged where autocast is off.
+        They in the dtype of autocast, float64 as it is; unchanged where autocast is off.
     """
-    kind = x.device.type  # meta knows no autocast
+    kind = factors[0].device.type  # meta knows no autocast
     if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
-        return x, weight
+        return factors
     dtype = torch.get_autocast_dtype(kind)
-    x, weight = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight))
-    return x, weight
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in factors)

@@ -187,7 +187,7 @@ def _decoding(shape: Sequence[int], item: int) -> Case:
         }
 
     @torch.no_grad()
-    def ours(*tensors: Tensor, backend: str | None, **where: Tensor) -> Any:
+    def ours(*tensors: Tensor, backend: str | None, **where: Any) -> Any:
         return paged_attention(*tensors, **where, backend=backend)
 
     @torch.no_grad()

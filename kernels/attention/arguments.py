@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..library import need_tensors, wide
+from ..library import autocast, need_tensors, wide
 from .scores import Scores
 
 _MOST = 1 << 62  # what positions are added to
@@ -51,6 +51,12 @@ def check_tensors(
             f"{op}: q, k and v must have one dtype of float16, bfloat16, float32 and float64, "
             f"got {q.dtype}, {k.dtype} and {v.dtype}"
         )
+
+
+def cast(op: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return q, k and v as autocast casts them; refuse what is no tensor."""
+    need_tensors(op, q=q, k=k, v=v)
+    return autocast(q, k, v)
 
 
 def check_documents(op: str, name: str, cu: Tensor, q: Tensor) -> None:

@@ -28,6 +28,7 @@ from . import documents, sdpa
 from .arguments import (
     Dense,
     Window,
+    cast,
     check_documents,
     check_saved,
     check_sinks,
@@ -176,14 +177,16 @@ def flash_attention(
             gives no log-sum-exp; None takes the fastest proven one.
 
     Returns:
-        `[B, S, H, L]` in the dtype of `q_BSHK`; with `return_lse` also the log-sum-exp
-        `[B, H, S]` in nats, float32 at least, differentiable. A query that sees no key: 0 and -inf.
+        `[B, S, H, L]` in the dtype of `q_BSHK`, or in autocast's; with `return_lse` also the
+        log-sum-exp `[B, H, S]` in nats, float32 at least, differentiable. A query that sees no key:
+        0 and -inf.
 
     Raises:
         ValueError: If shapes, dtypes or numbers are not these.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     op = "flash_attention"
+    q_BSHK, k_BUGK, v_BUGL = cast(op, q_BSHK, k_BUGK, v_BUGL)
     _check(op, q_BSHK, k_BUGK, v_BUGL, "BSHK")
     scores = scores_of(op, q_BSHK, causal, window, scale, softcap, offset)
     return _attend(
@@ -234,8 +237,8 @@ def flash_attention_varlen(
         backend: As in `flash_attention`, without `cudnn`.
 
     Returns:
-        `[T, H, L]` in the dtype of `q_THK`; with `return_lse` also the log-sum-exp `[H, T]` in
-        nats, float32 at least, differentiable.
+        `[T, H, L]` in the dtype of `q_THK`, or in autocast's; with `return_lse` also the
+        log-sum-exp `[H, T]` in nats, float32 at least, differentiable.
 
     Raises:
         ValueError: If shapes or dtypes are not these, or `cu_seqlens` is not a partition of T.
@@ -243,6 +246,7 @@ def flash_attention_varlen(
     """
     op = "flash_attention_varlen"
     need_tensors(op, cu_seqlens=cu_seqlens)
+    q_THK, k_UGK, v_UGL = cast(op, q_THK, k_UGK, v_UGL)
     _check(op, q_THK, k_UGK, v_UGL, "THK")
     longest = max_seqlen, max_seqlen_k
     packed = _packed(op, q_THK, k_UGK, cu_seqlens, cu_seqlens_k, longest)

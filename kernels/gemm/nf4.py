@@ -202,7 +202,7 @@ def nf4_linear(
             f"{[*weight.shape]}"
         )
     check("nf4_linear", weight)
-    x, bias = autocast(x, bias) if bias is not None else (autocast(x, x)[0], None)
+    x, bias = autocast(x)[0], None if bias is None else autocast(bias)[0]
     if x.dtype not in _DTYPES or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(
             "nf4_linear: x and bias must have one dtype of float16, bfloat16, float32 and float64, "

@@ -275,8 +275,7 @@ def moe_block(
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     need_tensors("moe_block", x=x, gate_up=gate_up, down=down, indices=indices, weights=weights)
-    _, down = autocast(x, down)
-    x, gate_up = autocast(x, gate_up)
+    x, gate_up, down = autocast(x, gate_up, down)
     _check(x, gate_up, down, indices, weights)
     keep = torch.is_grad_enabled() and not recompute
     y: Tensor = _FORWARD(x, gate_up, down, indices, weights, keep, backend)[0]

@@ -30,7 +30,7 @@ def test_without_a_gpu_there_is_one_sentence(tmp_path):
 def test_an_unknown_part_is_refused(tmp_path):
     done = _run("--results", str(tmp_path), "--parts", "prove,bake")
     assert done.returncode == 2
-    assert "must be among csrc, prove, train, bench, tests, got 'bake'" in done.stderr
+    assert "must be among csrc, prove, train, bench, tests, suites, got 'bake'" in done.stderr
 
 
 def test_parts_leave_files_and_a_page(tmp_path):

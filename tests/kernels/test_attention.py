@@ -429,3 +429,18 @@ def test_torch_on_a_gpu(bounds, width, with_lse):
         _assert_twice(actual, torch.autograd.grad(plain, qkv, upstream)[0], wanted)
     else:
         assert (actual - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_autocast_casts_as_sdpa_does():
+    q, k, v = (torch.randn(1, 9, n, 16) for n in (4, 2, 2))
+    q.requires_grad_()
+    want = flash_attention(*(x.bfloat16() for x in (q, k, v)))
+    cu = torch.tensor([0, 9], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(flash_attention(q, k.bfloat16(), v), want)
+        packed = flash_attention_varlen(q[0], k[0].bfloat16(), v[0], cu)
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        theirs = torch.nn.functional.scaled_dot_product_attention(*heads, enable_gqa=True)
+    assert packed.dtype == theirs.dtype == torch.bfloat16
+    packed.sum().backward()
+    assert q.grad.dtype == torch.float32

@@ -247,10 +247,10 @@ def test_without_gradients_and_under_autocast(s, device, backend):
         without = tuple_of(s.run(*leaves, backend=backend, **fixed))
     assert not differentiable(without)
     _equal([o.detach() for o in with_grad], without)
-    products = ("linear_", "fp8_linear", "nf4_linear", "grouped_gemm", "moe_block")
-    if s.op.startswith(products):  # cast as `linear` would be, but for the router's weights
+    products = ("linear_", "fp8_linear", "nf4_linear", "grouped_gemm", "moe_block", "flash_")
+    if s.op.startswith(products):  # cast as `linear` would be, but for router weights and sinks
         cast = [x.bfloat16() for x in inputs]
-        cast[3:] = inputs[3:] if s.op == "moe_block" else cast[3:]
+        cast[3:] = inputs[3:] if s.op.startswith(("moe_block", "flash_")) else cast[3:]
         without = tuple_of(s.run(*cast, backend=backend, **fixed))
     with torch.autocast(device, torch.bfloat16):
         _same(tuple_of(s.run(*inputs, backend=backend, **fixed)), without)
