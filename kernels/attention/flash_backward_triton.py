@@ -291,13 +291,13 @@ def queries_configuration(head: int, value: int, itemsize: int) -> Configuration
     return {"M": 128, "N": keys, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
-def keys_configuration(head: int, value: int, itemsize: int, plain: bool) -> Configuration:
-    """Choose the tiles of the kernel of dk and dv; `plain`: neither mask nor cap take registers."""
+def keys_configuration(head: int, value: int, itemsize: int, scores: Scores) -> Configuration:
+    """Choose the tiles of the kernel of dk and dv, smaller where mask and cap take registers."""
     size = largest(head, value)
     if itemsize == 4:
         return EXACT
-    most = 64 if size <= 64 or (size == 128 and plain) else 32
-    return {"M": most, "N": 128, "num_warps": 8, "num_stages": _stages(head, size)}
+    rows = 64 if size <= (0 if scores.softcap else 64 if scores.masked else 128) else 32
+    return {"M": rows, "N": 128, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
 def keys_parts(head: int, value: int) -> list[tuple[str, bool, bool]]:
@@ -357,11 +357,11 @@ def backward(
             DK=dk_too, DV=dv_too,
         )  # fmt: skip
 
-    item, plain = q.element_size(), not (scores.masked or scores.softcap)
+    item = q.element_size()
     choices = candidates(queries_configuration(size, value, item), "N")
     tuning.launch("flash_attention", ("dq", size, value), choices, start_queries, q)
-    choices = candidates(keys_configuration(size, value, item, plain), "M")
+    choices = candidates(keys_configuration(size, value, item, scores), "M")
     for name, dk_too, dv_too in keys_parts(size, value):
         start = functools.partial(start_keys, dk_too=dk_too, dv_too=dv_too)
-        tuning.launch("flash_attention", (name, size, value, int(plain)), choices, start, q)
+        tuning.launch("flash_attention", (name, size, value, choices[0]["M"]), choices, start, q)
     return dq, dk, dv

@@ -101,8 +101,6 @@ def seen_range(
     if RIGHT:
         high = tl.minimum(keys, last + offset + right + 1)
         clear = tl.minimum(keys, tl.maximum(start + offset + right + 1, 0))
-    high = tl.maximum(high, low)
-    full = tl.minimum(full, high + N - 1 - (high + N - 1) % N)
     clear = tl.maximum(clear - clear % N, full)
     return low, full, clear, high
 
@@ -402,5 +400,6 @@ def forward(
 
     capped = scores.softcap > 0
     choices = candidates(configuration(size, value, q.element_size(), capped), "N")
-    tuning.launch("flash_attention", ("forward", size, value, int(capped)), choices, start, q)
+    key = "forward", size, value, int(capped)
+    tuning.launch("flash_attention", key, choices, start, q)
     return out, lse
