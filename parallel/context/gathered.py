@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from warploom.kernels.library import first_derivative_only
 
 from ..collectives import (
     Group,
@@ -59,8 +60,8 @@ class _AllGather(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("all_gather_attention")
         q, k, v, whole, out, lse = ctx.saved_tensors
         split, group, causal, scale = ctx.options
         rank, size = place(group)

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from warploom.kernels.library import first_derivative_only
 
 from ..collectives import Group, exchange_begin, observers, place, watched
 from .blocks import Attention, own_keys, pair_blocks
@@ -69,8 +70,8 @@ class _Ring(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        first_derivative_only("ring_attention")
         q, k, v, out, lse = ctx.saved_tensors
         split, group, causal, scale = ctx.options
         rank, _ = place(group)

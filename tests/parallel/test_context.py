@@ -154,7 +154,10 @@ def test_rows_of_a_foreign_program(ranks, size):
 
 
 def _views():
-    """Strided views of one product, as a model has them, and an upstream without storage."""
+    """Strided views of one product, as a model has them, and an upstream without storage.
+
+    Such an upstream has no graph either: a second derivative would silently lack terms.
+    """
     group, size, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     split = Split.build([50], size)
     whole = _draw(50, 8, 8).requires_grad_()
@@ -167,6 +170,9 @@ def _views():
         (out.sum() if len(split.segments(rank)) else out.sum() * 0).backward()
         want = shard_sequence(whole.grad, split, rank)
         torch.testing.assert_close(own.grad, want, atol=1e-10, rtol=0)
+        out = kind(*own.split([4, 2, 2], 1), split, group=group)
+        with pytest.raises(RuntimeError, match="there is no second derivative"):
+            torch.autograd.grad(out.sum(), own, create_graph=True)
 
 
 def test_strided_views(ranks):
