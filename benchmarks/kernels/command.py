@@ -115,10 +115,19 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
 
     Raises:
         UserError: If a name is unknown or of a suite, no operator asked for runs in a model asked
-            for, a peer asked for has none of them, or sizes are given beside a suite.
+            for, a peer or backend asked for has none of them, or sizes are given beside a suite.
     """
-    if asked.suite:
-        return _of_suites(asked, plan)
+    cases = _of_suites(asked, plan) if asked.suite else _of_models(asked, plan)
+    ops = ", ".join(dict.fromkeys(case.op for case in cases))
+    for flag, names in (("peers", plan.peers), ("backends", plan.ours)):
+        for name in names if getattr(asked, flag) else ():
+            if not any(name in measure.contenders(case, plan) for case in cases):
+                raise UserError(f"--{flag} {name} has none of the operators asked for: {ops}")
+    return cases
+
+
+def _of_models(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
+    """Return the cases of the operators asked for at the sizes of models."""
     usual = ("llama3-8b", "deepseek-v3", "qwen3-30b-a3b")
     cuda = plan.device.type == "cuda"
     for name in (asked.op or "").split(","):
@@ -134,9 +143,6 @@ def cases_of(asked: argparse.Namespace, plan: measure.Plan) -> list[Case]:
                 found.setdefault((case.name, case.size), case)
     if not found:
         raise UserError(f"{', '.join(ops)} needs a model with experts, got {', '.join(models)}")
-    for name in plan.peers if asked.peers else ():
-        if not any(name in measure.contenders(case, plan) for case in found.values()):
-            raise UserError(f"--peers {name} has none of the operators asked for: {', '.join(ops)}")
     return list(found.values())
 
 

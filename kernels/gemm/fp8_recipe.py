@@ -75,10 +75,11 @@ class Fp8Recipe:
             raise ValueError(
                 f"Fp8Recipe: delayed scaling goes with scaling 'tensor', got {self.scaling!r}"
             )
-        if self.history < 1 or self.margin < 0:
+        steps, margin = self.history, self.margin
+        if not (isinstance(steps, int) and isinstance(margin, int) and steps > 0 <= margin):
             raise ValueError(
-                f"Fp8Recipe: history must be at least 1 and margin at least 0, got {self.history} "
-                f"and {self.margin}"
+                f"Fp8Recipe: history must be an integer of at least 1 and margin one of at least "
+                f"0, got {steps!r} and {margin!r}"
             )
 
     @property
@@ -223,7 +224,8 @@ def amax_history_update(
         ValueError: If the shapes do not fit.
     """
     need_tensors("amax_history_update", history=history, amax=amax, scale=scale)
-    if history.shape[:-1] != amax.shape or scale.shape != amax.shape or not history.numel():
+    shape = *amax.shape, history.shape[-1] if history.dim() else 0
+    if history.shape != shape or scale.shape != amax.shape or not history.numel():
         raise ValueError(
             f"amax_history_update: history must be [..., H], H at least 1, where amax and scale "
             f"are [...], got {[*history.shape]}, {[*amax.shape]} and {[*scale.shape]}"

@@ -119,6 +119,17 @@ def test_a_peer_that_was_named_and_has_none_of_the_operators(capsys, monkeypatch
         error
         == "warploom: --peers bitsandbytes has none of the operators asked for: rms_norm, relu2\n"
     )
+    words = ["--device", "cpu", "--suite", "moe_layer,grouped", "--peers", "bitsandbytes"]
+    assert cli.main(["bench", "kernels", *words]) == 2
+    assert "bitsandbytes has none of the operators asked for: moe_block" in capsys.readouterr().err
+
+
+def test_a_backend_that_was_named_and_has_none_of_the_operators(capsys, monkeypatch):
+    monkeypatch.setattr(command, "run", None)
+    words = ["--device", "cpu", "--op", "rms_norm", "--backends", "reference,torch"]
+    assert cli.main(["bench", "kernels", *words]) == 2
+    error = capsys.readouterr().err
+    assert error == "warploom: --backends torch has none of the operators asked for: rms_norm\n"
 
 
 def test_a_library_that_cannot_run_here_is_left_out_unless_named():

@@ -277,7 +277,8 @@ def test_layers_that_do_not_fit_are_refused():
         ),
         ({"forward": "e3m4"}, "must be e4m3 or e5m2, got 'e3m4' and None"),
         ({"delayed": True}, "delayed scaling goes with scaling 'tensor', got 'block'"),
-        ({"history": 0}, "history must be at least 1 and margin at least 0, got 0 and 0"),
+        ({"history": 0}, "history must be an integer of at least 1 .*, got 0 and 0"),
+        ({"history": 1.5}, "history must be an integer of at least 1 .*, got 1.5 and 0"),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(options, text):
