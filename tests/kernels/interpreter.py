@@ -94,7 +94,7 @@ def _check_first(builder, name, memory):
         pointers = args[1] if name == "create_atomic_rmw" else args[0]
         addresses = np.atleast_1d(pointers.data)
         if name in masks:
-            mask = np.atleast_1d(args[masks[name]].data)
+            mask = np.atleast_1d(args[masks[name]].data) != 0  # some are of int32
             addresses = addresses[np.broadcast_to(mask, addresses.shape)]
         size = pointers.get_element_ty().primitive_bitwidth // 8
         memory["now"].check(f"{name[7:]} of {size} bytes", addresses, size)
