@@ -16,7 +16,7 @@ ones. Writes at most eight files, a part's as soon as it is over.
              the same as a picture, where matplotlib is there                  kernels.png
     tests    pytest -m gpu                                                     tests.json
     suites   every case of the suites, in a run of its own (--parts suites)    suites.json
-    all      one page                                                          summary.md
+    all      one page                                                          summary.md, suites.md
 
 Backends that were the fastest in a suite's case are those that the dispatcher takes there
 (`kernels/fastest.json`).
@@ -417,6 +417,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked.results = asked.results.resolve()
     asked.results.mkdir(parents=True, exist_ok=True)
     session, failed = Session(asked), 0
+    page = "suites.md" if session.parts == ["suites"] else "summary.md"
     for part in session.parts:
         until = session.deadline(part)
         left = until - time.monotonic()
@@ -433,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--- {part}: {f'{wrong} failed' if wrong else 'done'}", flush=True)
         failed += wrong
         text = "\n".join([f"# make gpu, {report.about(session.device)}", "", *session.summary])
-        (asked.results / "summary.md").write_text(text + "\n")
+        (asked.results / page).write_text(text + "\n")
     print("\n".join(session.summary))
     return int(failed > 0)
 

@@ -87,7 +87,7 @@ def test_every_case_of_a_suite_is_timed_in_a_part_of_its_own(tmp_path):
         ("paged_attention", "decode"),
         ("paged_attention", "chunk"),
     }
-    assert "## suites" in (tmp_path / "summary.md").read_text()
+    assert "## suites" in (tmp_path / "suites.md").read_text()
 
 
 @pytest.mark.slow
