@@ -291,12 +291,12 @@ def queries_configuration(head: int, value: int, itemsize: int) -> Configuration
     return {"M": 128, "N": keys, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
-def keys_configuration(head: int, value: int, itemsize: int, scores: Scores) -> Configuration:
-    """Choose the tiles of the kernel of dk and dv, smaller where mask and cap take registers."""
+def keys_configuration(head: int, value: int, itemsize: int, capped: bool) -> Configuration:
+    """Choose the tiles of the kernel of dk and dv, smaller where a soft cap takes registers."""
     size = largest(head, value)
     if itemsize == 4:
         return EXACT
-    rows = 64 if size <= (0 if scores.softcap else 64 if scores.masked else 128) else 32
+    rows = 64 if size <= 64 and not capped else 32
     return {"M": rows, "N": 128, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
@@ -357,11 +357,11 @@ def backward(
             DK=dk_too, DV=dv_too,
         )  # fmt: skip
 
-    item = q.element_size()
+    item, capped = q.element_size(), scores.softcap > 0
     choices = candidates(queries_configuration(size, value, item), "N")
     tuning.launch("flash_attention", ("dq", size, value), choices, start_queries, q)
-    choices = candidates(keys_configuration(size, value, item, scores), "M")
+    choices = candidates(keys_configuration(size, value, item, capped), "M")
     for name, dk_too, dv_too in keys_parts(size, value):
         start = functools.partial(start_keys, dk_too=dk_too, dv_too=dv_too)
-        tuning.launch("flash_attention", (name, size, value, choices[0]["M"]), choices, start, q)
+        tuning.launch("flash_attention", (name, size, value, int(capped)), choices, start, q)
     return dq, dk, dv
