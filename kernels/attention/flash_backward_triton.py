@@ -26,9 +26,9 @@ from .. import tuning
 from ..launch import next_power_of_two
 from ..toolchain import pipelines_two_tiles
 from .flash_triton import (
-    EXACT,
     Configuration,
     candidates,
+    exact,
     factors,
     find_tile,
     is_seen,
@@ -282,20 +282,21 @@ def _stages(head: int, size: int) -> int:
     return 3 if size <= 192 else 2
 
 
-def queries_configuration(head: int, value: int, itemsize: int) -> Configuration:
+def queries_configuration(head: int, value: int, itemsize: int, capped: bool) -> Configuration:
     """Choose the tiles of the kernel of dq, as `flash_triton.configuration` does."""
     size = largest(head, value)
     if itemsize == 4:
-        return EXACT
+        return exact(head)
     keys = 64 if size <= 128 else 32
-    return {"M": 128, "N": keys, "num_warps": 8, "num_stages": _stages(head, size)}
+    rows = 64 if capped and tiles_of(head)[1] else 128
+    return {"M": rows, "N": keys, "num_warps": 8, "num_stages": _stages(head, size)}
 
 
 def keys_configuration(head: int, value: int, itemsize: int, capped: bool) -> Configuration:
     """Choose the tiles of the kernel of dk and dv, smaller where a soft cap takes registers."""
     size = largest(head, value)
     if itemsize == 4:
-        return EXACT
+        return exact(head)
     rows = 64 if size <= 64 and not capped else 32
     return {"M": rows, "N": 128, "num_warps": 8, "num_stages": _stages(head, size)}
 
@@ -358,8 +359,8 @@ def backward(
         )  # fmt: skip
 
     item, capped = q.element_size(), scores.softcap > 0
-    choices = candidates(queries_configuration(size, value, item), "N")
-    tuning.launch("flash_attention", ("dq", size, value), choices, start_queries, q)
+    choices = candidates(queries_configuration(size, value, item, capped), "N")
+    tuning.launch("flash_attention", ("dq", size, value, int(capped)), choices, start_queries, q)
     choices = candidates(keys_configuration(size, value, item, capped), "M")
     for name, dk_too, dv_too in keys_parts(size, value):
         start = functools.partial(start_keys, dk_too=dk_too, dv_too=dv_too)

@@ -41,8 +41,6 @@ _FAR = 1 << 30  # a window as wide as any sequence, whose sums with positions fi
 _NEAR = 1 << 28  # an offset beyond any sequence; what is more goes into the window
 
 Configuration = dict[str, int]
-# Of float32 as IEEE 754 has it, which the matrix units cannot do: what registers hold.
-EXACT: Configuration = {"M": 16, "N": 16, "num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
@@ -263,6 +261,11 @@ def tiles_of(size: int) -> tuple[int, int]:
     return max(16, next_power_of_two(size)), 0
 
 
+def exact(head: int) -> Configuration:
+    """Choose for float32 as IEEE 754 has it, without the matrix units: what registers hold."""
+    return {"M": 16, "N": 16, "num_warps": 8 if tiles_of(head)[1] else 4, "num_stages": 1}
+
+
 def largest(head: int, value: int) -> int:
     """Return the padded size of the wider of two heads."""
     return max(sum(tiles_of(head)), next_power_of_two(value))
@@ -288,7 +291,7 @@ def configuration(head: int, value: int, itemsize: int, capped: bool) -> Configu
     """
     size = largest(head, value)
     if itemsize == 4:
-        return EXACT
+        return exact(head)
     keys = 64 if size <= 128 else 32
     stages = 2 if capped and size > 128 else 3
     return {"M": 128 if size <= 192 else 64, "N": keys, "num_warps": 8, "num_stages": stages}

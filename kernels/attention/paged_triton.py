@@ -22,9 +22,9 @@ from torch import Tensor
 from .. import tuning
 from ..launch import next_power_of_two, on_device
 from .flash_triton import (
-    EXACT,
     Configuration,
     candidates,
+    exact,
     factors,
     finish,
     is_seen,
@@ -193,8 +193,8 @@ def configuration(head: int, value: int, itemsize: int, rows: int) -> Configurat
     Returns:
         M, N, num_warps and num_stages.
     """
-    if itemsize == 4:  # with 4 warps Triton 3.6 keeps a stack for two tiles
-        return EXACT | {"num_warps": 8 if tiles_of(head)[1] else 4}
+    if itemsize == 4:
+        return exact(head)
     first = flash_configuration(head, value, itemsize, False)
     first |= {"N": 64 if largest(head, value) <= 64 else 32, "num_stages": 5}
     if rows > 64:
