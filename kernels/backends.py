@@ -372,12 +372,10 @@ def _status(op: str, backend: str) -> str:
         return lack
     if backend in peers.PEERS:
         return "theirs: when named"
-    if backend not in (*_DEVICE, "cudnn"):
-        return "proven on every device"
-    if not torch.cuda.is_available():
+    if backend in (*_DEVICE, "cudnn") and not torch.cuda.is_available():
         return "needs a CUDA device"
-    if backend == "cudnn":
-        return "theirs: when named"
+    if backend not in _DEVICE:
+        return "proven on every device"
     device = torch.device("cuda", torch.cuda.current_device())
     entry = proof(op, _capability(device), backend)
     return f"proven on {entry['device']}" if entry else "unproven"
@@ -388,7 +386,7 @@ def available() -> dict[str, dict[str, str]]:
 
     Returns:
         For each operator, backend -> "proven on <device>", "unproven" (works when named, is not
-        the default), "theirs: when named" (a peer, or cuDNN) or "needs <what is missing>".
+        the default), "theirs: when named" (a peer) or "needs <what is missing>".
     """
     return {
         op: {backend: _status(op, backend) for backend in operator.listed(op)}

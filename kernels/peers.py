@@ -180,9 +180,6 @@ def _flash_attn(
     return module.flash_attn_varlen_func(q, k, v, packed.q, packed.k, *longest, **rest), None
 
 
-_NO_ROWS = "flash_attention: backend 'flex' needs queries and keys: take backend 'torch'"
-
-
 @functools.cache
 def _flex(compiled: bool) -> Any:
     module = importlib.import_module("torch.nn.attention.flex_attention")
@@ -201,14 +198,17 @@ def _flex_attention(
     deterministic: bool,
 ) -> Any:  # fmt: skip
     """Attend by flex attention, compiled on CUDA; its mask of blocks is made anew each call."""
+    op = "flash_attention" if packed is None else "flash_attention_varlen"
     if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        op = "flash_attention" if packed is None else "flash_attention_varlen"
         raise RuntimeError(
             f"{op}: backend 'flex' has no gradient on the CPU, and q, k or v requires one: take "
             f"backend='torch', or call it under torch.no_grad()"
         )
     if not (q.shape[-3] and k.shape[-3]):
-        raise RuntimeError(f"{_NO_ROWS}, got q {[*q.shape]} and k {[*k.shape]}")
+        raise RuntimeError(
+            f"{op}: backend 'flex' needs queries and keys: take backend 'torch', got q "
+            f"{[*q.shape]} and k {[*k.shape]}"
+        )
     module = importlib.import_module("torch.nn.attention.flex_attention")
     if packed is not None:
         (doc_q, at_q), (doc_k, at_k) = (

@@ -6,8 +6,8 @@ the tile alone. What neither knows (a soft cap; other dtypes on CUDA) is compute
 tile by tile. Memory grows with the sequence, never with its square.
 
 PyTorch's operator on the CPU takes a query whose scores are all NaN, over keys that do not fill a
-vector, for one that sees no key: output and log-sum-exp are 0. Such queries are computed again, in
-explicit maths, so that the NaN arrives.
+vector, for one that sees no key: output and log-sum-exp are 0. The tiles of such queries are
+computed again, in explicit maths, so that the NaN arrives.
 
 Tiles of 128 queries took 81 ms where one causal call took 90 (2,048 tokens, 8 heads of 64, one
 core), 64 took 97 and 512 took 102.
@@ -117,7 +117,8 @@ def forward(q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor, scores: Scores) -> D
     lost_BSH = (lse == 0).mT & (out == 0).all(-1)  # or a score of 0 and a value of 0
     if lost_BSH.any():
         small = tiles(q_BSHK.shape[1], k_BUGK.shape[1], scores, squares=False, windows=False)
-        exact, exact_lse = _run(attention_reference, q_BSHK, k_BUGK, v_BUGL, small)
+        again = (tile for tile in small if lost_BSH[:, tile.rows].any())
+        exact, exact_lse = _run(attention_reference, q_BSHK, k_BUGK, v_BUGL, again)
         out = out.where(~lost_BSH[..., None], exact)
         lse = lse.where(~lost_BSH.mT, exact_lse)
     return out, lse

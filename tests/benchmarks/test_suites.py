@@ -107,6 +107,14 @@ def test_a_suite_that_is_not_there(capsys):
     assert "--suite must be among attention, paged, fp8" in capsys.readouterr().err
 
 
+def test_on_a_gpu_the_table_may_hold_cudnn_and_no_peer(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(backends, "_capability", lambda device: "9.0")
+    allowed = [fastest._may_choose("flash_attention", b, "9.0") for b in ("cudnn", "torch", "flex")]
+    assert allowed == [True, True, False]
+
+
 def test_an_operator_of_a_suite_names_it(capsys):
     assert cli.main(["bench", "kernels", "--op", "relu2,fp8_gemm", "--device", "cpu"]) == 2
     assert "--op fp8_gemm is timed in a suite: add --suite fp8\n" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from warploom.kernels.attention import (
     flash_attention,
     flash_attention_backward,
     flash_attention_varlen,
+    tiled,
 )
 from warploom.kernels.attention.scores import Scores
 
@@ -211,6 +212,22 @@ def test_a_nan_arrives_over_however_few_keys(backend, keys, spoilt):
     if spoilt == "q":  # a key may spoil its whole document
         assert torch.equal(out[:, :-1], clean[0][:, :-1])
         assert torch.equal(lse[..., :-1], clean[1][..., :-1])
+
+
+def test_only_the_tile_of_a_query_that_may_be_lost_is_computed_again(monkeypatch):
+    """A first token of zeros looks lost: its log-sum-exp and its output are 0."""
+    rows, run = [], tiled.attention_reference
+
+    def noted(q, k, v, scores):
+        rows.append(q.shape[1])
+        return run(q, k, v, scores)
+
+    monkeypatch.setattr(tiled, "attention_reference", noted)
+    q, k, v = (x.detach().clone() for x in draw(300, 300))
+    q[:, 0] = k[:, 0] = v[:, 0] = 0
+    out = flash_attention(q, k, v, backend="torch")
+    assert rows == [128]
+    torch.testing.assert_close(out, flash_attention(q, k, v, backend="reference"))
 
 
 @each_backend
