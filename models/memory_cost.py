@@ -423,7 +423,7 @@ def _parameters(
     for n in sorted(n for stage in held for n in stages.blocks(stage)):
         yield _Parameter(n, queries + 2 * keys, a.width, projects=True)
         yield _Parameter(n, a.width, queries, projects=True)
-        norms = [a.width, a.width, *[a.head_dim] * (2 * a.qk_norm)]
+        norms = [a.width, a.width, *[a.head_dim] * (2 if a.qk_norm else 0)]
         yield from (_Parameter(n, width, 1) for width in norms)
         experts = a.routed(n)
         dense = a.hidden if experts is None else experts.shared

@@ -32,7 +32,7 @@ def stdlib() -> Run:
             hidden=512,
             vocabulary=2048,
             max_positions=1024,
-            qk_norm=True,
+            qk_norm="head",
         ),
         corpus=Corpus(paths=("stdlib",), held_out=0.1),
         optimizer=Muon(rest_rate=3.0),

@@ -19,7 +19,7 @@ unsupported = llama.unsupported
 
 def writes(architecture: Architecture) -> bool:
     """Say whether a config.json of this family can describe an architecture."""
-    return architecture.experts is None and architecture.qk_norm
+    return architecture.experts is None and architecture.qk_norm == "head"
 
 
 def read(config: Mapping[str, Any]) -> Architecture:
@@ -29,7 +29,7 @@ def read(config: Mapping[str, Any]) -> Architecture:
         KeyError: If a size is missing.
     """
     defaults = {"head_dim": 128, "max_position_embeddings": 32_768}
-    return replace(llama.read({**defaults, **config}), qk_norm=True)
+    return replace(llama.read({**defaults, **config}), qk_norm="head")
 
 
 def write(architecture: Architecture) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
 
 def tiny() -> Architecture:
     """Return the tiny Llama with norms of queries and keys."""
-    return replace(llama.tiny(), qk_norm=True)
+    return replace(llama.tiny(), qk_norm="head")
 
 
 def _qwen3(layers: int, width: int, heads: int, hidden: int, *, tied: bool) -> Architecture:
@@ -51,7 +51,7 @@ def _qwen3(layers: int, width: int, heads: int, hidden: int, *, tied: bool) -> A
         "kv_heads": 8,
         "hidden": hidden,
     }
-    outer: dict[str, Any] = {"rope_base": 1e6, "norm_eps": 1e-6, "qk_norm": True, "tied": tied}
+    outer: dict[str, Any] = {"rope_base": 1e6, "norm_eps": 1e-6, "qk_norm": "head", "tied": tied}
     return Architecture(**sizes, **outer, head_dim=128, vocabulary=151_936, max_positions=40_960)
 
 

@@ -39,7 +39,7 @@ def built_in(degrees: Degrees, stages: int) -> Architecture:
         hidden=_ODD * degrees.tp,
         vocabulary=37,
         max_positions=64,
-        qk_norm=True,
+        qk_norm="head",
         tied=True,
         experts=experts,
     )

@@ -19,7 +19,7 @@ SIZES = Architecture(
     hidden=24,
     vocabulary=37,
     max_positions=16,
-    qk_norm=True,
+    qk_norm="head",
 )
 
 

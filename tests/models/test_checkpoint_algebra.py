@@ -31,7 +31,7 @@ DENSE = Architecture(
     hidden=24,
     vocabulary=37,  # no tp divides it
     max_positions=16,
-    qk_norm=True,
+    qk_norm="head",
 )
 ROUTED = replace(
     DENSE,
@@ -307,7 +307,7 @@ def test_a_run_goes_on_on_every_mesh(pool, tmp_path, made, world, muon):
 def test_another_model_is_refused_in_one_sentence(tmp_path):
     run = _run("dp1", DENSE)
     path = save(tmp_path, run.entries(), _state(0), run.mesh)
-    other = _run("dp1", replace(DENSE, hidden=32, layers=5, qk_norm=False))
+    other = _run("dp1", replace(DENSE, hidden=32, layers=5, qk_norm=None))
     before = other.logical()
     with pytest.raises(ValueError, match="lacks") as caught:
         other.resume(path)

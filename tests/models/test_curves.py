@@ -32,7 +32,7 @@ SIZES = Architecture(
     hidden=128,
     vocabulary=256,
     max_positions=LENGTH,
-    qk_norm=True,
+    qk_norm="head",
 )
 MESHES = [
     ("dp2", {}),

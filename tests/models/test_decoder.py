@@ -28,8 +28,8 @@ SHAPES = {
     "llama, tied": replace(SMALL, tied=True, rope_base=500_000.0),
     "llama, no sharing of heads": replace(SMALL, kv_heads=6),
     "llama, one key head": replace(SMALL, kv_heads=1, norm_eps=1e-6),
-    "qwen3": replace(SMALL, qk_norm=True, head_dim=16),
-    "qwen3, tied": replace(SMALL, qk_norm=True, tied=True, heads=4),
+    "qwen3": replace(SMALL, qk_norm="head", head_dim=16),
+    "qwen3, tied": replace(SMALL, qk_norm="head", tied=True, heads=4),
 }
 every_shape = pytest.mark.parametrize("architecture", SHAPES.values(), ids=SHAPES.keys())
 
@@ -119,7 +119,7 @@ def test_packed_documents_equal_separate_runs(made, tmp_path):
 
 @pytest.mark.parametrize("lengths", [None, [7, 17, 24]])
 def test_gradients_equal_finite_differences(lengths):
-    made = replace(SMALL, qk_norm=True)
+    made = replace(SMALL, qk_norm="head")
     model = _spread(Decoder.create(made, dtype=torch.float64, z_loss=0.01))
     batch = _batch(made, lengths=lengths)
 
@@ -303,7 +303,7 @@ def _equals_one_rank(made, rows, length, lengths):
 
 
 def _two_ranks():
-    tied = replace(SMALL, tied=True, qk_norm=True)
+    tied = replace(SMALL, tied=True, qk_norm="head")
     _equals_one_rank(SMALL, 2, 24, None)
     _equals_one_rank(tied, 2, 24, [20, 4, 24])
     _equals_one_rank(tied, 1, 13, None)  # an odd number of tokens is padded

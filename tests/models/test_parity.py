@@ -73,7 +73,7 @@ def _mesh_equals_one_process(text, made, options):
     assert failures(differences(got, want)) == {}
 
 
-DENSE = Architecture(**SIZES, qk_norm=True)
+DENSE = Architecture(**SIZES, qk_norm="head")
 TIED = Architecture(**SIZES, tied=True)
 ROUTED = Architecture(
     **SIZES | {"layers": 4},

@@ -41,7 +41,7 @@ FACTORS = {
     "tied": (True, False),
     "offload": (False, True),
     "uneven": (False, True),
-    "qk_norm": (True, False),
+    "qk_norm": ("head", None),
 }
 
 

@@ -232,12 +232,12 @@ def test_a_folder_is_read_for_its_sizes_alone(family, tmp_path):
 )
 def test_shrinking_keeps_what_layers_trip_over(mesh, stages):
     experts = Experts(count=256, top_k=8, hidden=2048, groups=8, top_groups=4, dense_layers=3)
-    a = replace(llama.llama3_70b(), experts=experts, tied=True, qk_norm=True)
+    a = replace(llama.llama3_70b(), experts=experts, tied=True, qk_norm="head")
     d = replace(Degrees.parse(mesh), dp=Degrees.parse(mesh).dp or 1)
     small = shrink(a, d, stages)
     assert small.heads // small.kv_heads == a.heads // a.kv_heads
     assert (small.kv_heads % d.tp == 0) == (a.kv_heads % d.tp == 0)
-    assert (small.tied, small.qk_norm) == (True, True)
+    assert (small.tied, small.qk_norm) == (True, "head")
     assert small.layers >= max(stages, 2)
     assert small.routed(0) is None
     assert small.routed(small.layers - 1) is not None
