@@ -96,6 +96,7 @@ def plant_outliers(model: Decoder, seed: int) -> None:
             (block.feed_forward_norm, block.feed_forward.gate_up),
         ):
             chosen = torch.randperm(model.architecture.width, generator=g)[:4]
+            assert norm is not None
             norm.weight[chosen] *= _OUTLIER
             layer.weight[:, chosen] /= _OUTLIER
 

@@ -241,12 +241,14 @@ class Architecture:
         for name in ("softcap", "logit_softcap", "predict", "predict_weight"):
             if not 0 <= (value := getattr(self, name)) < float("inf"):
                 raise ValueError(f"{name} must be at least 0 and finite; got {value}")
-        if self.positions == "rotary" and (self.rotated % 2 or self.rotated > self.head_dim):
-            name = "head_dim" if self.rope_dim is self.latent is None else "the rotated dimensions"
+        if self.rotated > self.head_dim:
             raise ValueError(
-                f"{name} must be even for rotary positions, and at most head_dim "
-                f"({self.head_dim}); got {self.rotated}"
+                f"the dimensions that rotate ({self.rotated}) must be at most head_dim "
+                f"({self.head_dim})"
             )
+        if self.positions == "rotary" and self.rotated % 2:
+            name = "head_dim" if self.rotated == self.head_dim else "rope_dim"
+            raise ValueError(f"{name} must be even for rotary positions; got {self.rotated}")
         for kind, field in (("sliding", "window"), ("ssm", "ssm")):
             if (kind in self.kinds) != (getattr(self, field) is not None):
                 raise ValueError(

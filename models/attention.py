@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries and rotary positions, sharded by heads.
+"""Causal self-attention with grouped queries, sharded by heads.
 
     qkv -> (norms of q and k) -> rotary -> flash attention -> out
 
@@ -8,15 +8,18 @@ its key head on its own rank. Where G < R, R/G ranks hold the same key/value hea
 gradients of it are summed once a step (`spread` in its layout).
 
 Shapes: T tokens of the flattened batch, D model width, H query heads, G key/value heads, K head
-dimension, J = K/2, R tensor-parallel ranks.
+dimension, J half the dimensions that rotate, R tensor-parallel ranks.
 
 Source: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245 (grouped queries); Su et al. 2021,
 https://arxiv.org/abs/2104.09864 (rotary positions); Yang et al. 2025,
-https://arxiv.org/abs/2505.09388, section 2 (the norms of queries and keys).
+https://arxiv.org/abs/2505.09388, section 2 (the norms of queries and keys); Beltagy et al. 2020,
+https://arxiv.org/abs/2004.05150 (windows); Xiao et al. 2023, https://arxiv.org/abs/2309.17453
+(sinks).
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
@@ -24,102 +27,174 @@ from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.rope import rotary
 from warploom.parallel import context as context_parallel
 from warploom.parallel.collectives import Group, place
+from warploom.parallel.sharding import Layout, rows
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
-from .norm import RMSNorm
+from .architecture import Architecture, Kind
+from .norm import RMSNorm, ShardedRMSNorm
 from .sequences import Sequences
+
+
+def attend(
+    layer: int,
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGL: Tensor,
+    sequences: Sequences,
+    *,
+    ring: Group,
+    ulysses: Group,
+    context: str,
+    **options: Any,
+) -> Tensor:
+    """Attend to one's own document: of this pass, over the context ranks, or in a cache's pages.
+
+    Args:
+        layer: Number of the block, under which a cache keeps its keys.
+        q_THK: Rotated queries `[T, H, K]`.
+        k_TGK: Rotated keys `[T, G, K]`.
+        v_TGL: Values `[T, G, L]`.
+        sequences: Where the sequences lie.
+        ring: As in `Attention`.
+        ulysses: As in `Attention`.
+        context: As in `Attention`.
+        options: `scale`, `window`, `softcap` and `sinks` of flash attention.
+
+    Returns:
+        `[T, H L]`.
+    """
+    mixed: Any  # without return_lse a tensor
+    if sequences.cache is not None:
+        mixed = sequences.cache.attend(layer, q_THK, k_TGK, v_TGL, **options)
+    elif sequences.split is not None:
+        if "window" in options:
+            options["window"] = options["window"][0] + 1
+        mixed = context_parallel.attention(
+            q_THK,
+            k_TGK,
+            v_TGL,
+            sequences.split,
+            ring=ring,
+            ulysses=ulysses,
+            kind=context,
+            **options,
+        )
+    elif sequences.cu_seqlens is None:
+        qkv = (x.unflatten(0, (sequences.batch, -1)) for x in (q_THK, k_TGK, v_TGL))
+        mixed = flash_attention(*qkv, **options)
+    else:
+        bounds, longest = sequences.cu_seqlens, sequences.max_seqlen
+        mixed = flash_attention_varlen(q_THK, k_TGK, v_TGL, bounds, max_seqlen=longest, **options)
+    y: Tensor = mixed.reshape(len(q_THK), -1)
+    return y
 
 
 class Attention(nn.Module):
     """Grouped-query attention over tokens that are sharded on entry and exit.
 
     Args:
-        width: Model width D.
-        heads: Query heads H, over all ranks.
-        kv_heads: Key/value heads G, over all ranks.
-        head_dim: Head dimension K.
+        a: Sizes and choices.
+        kind: `full`, or `sliding` with the window of `a`.
+        layer: Number of the block.
         group: The tensor-parallel process group; `None` for one rank.
         ring: The context-parallel ranks between which keys and values travel.
         ulysses: The context-parallel ranks that exchange heads.
         context: How keys and values travel, `ring` or `all_gather`.
-        qk_norm: Whether each query and key head is normalised before its rotation.
-        norm_eps: Epsilon of these norms.
         fp8: How both projections are rounded to FP8; `None` multiplies in the model's dtype.
 
     Raises:
-        ValueError: If the group's size does not divide `heads`, or neither divides `kv_heads` nor
-            is a multiple of it, or a rank's widths do not fit `fp8`.
+        ValueError: If the group's size does not divide the heads, or neither divides the key/value
+            heads nor is a multiple of them, or a rank's widths do not fit `fp8`.
     """
 
     def __init__(
         self,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
+        a: Architecture,
+        kind: Kind = "full",
+        layer: int = 0,
         *,
         group: Group,
         ring: Group = None,
         ulysses: Group = None,
         context: str = "ring",
-        qk_norm: bool = False,
-        norm_eps: float = 1e-6,
         fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         _, size = place(group)
-        if heads % size or (kv_heads % size and size % kv_heads):
+        if a.heads % size or (a.kv_heads % size and size % a.kv_heads):
             raise ValueError(
-                f"the tensor-parallel size ({size}) must divide heads ({heads}), and divide "
-                f"kv_heads ({kv_heads}) or be a multiple of them: choose another tp"
+                f"the tensor-parallel size ({size}) must divide heads ({a.heads}), and divide "
+                f"kv_heads ({a.kv_heads}) or be a multiple of them: choose another tp"
             )
-        self.head_dim = head_dim
-        self.ring, self.ulysses, self.context = ring, ulysses, context
-        parts = {"q": heads * head_dim, "k": kv_heads * head_dim, "v": kv_heads * head_dim}
+        self.head_dim, self.layer, self.kind = a.head_dim, layer, kind
+        self.across: dict[str, Any] = {"ring": ring, "ulysses": ulysses, "context": context}
+        self.rotates = a.positions == "rotary"
+        heads = {"q": a.heads, "k": a.kv_heads, "v": a.kv_heads}
+        parts = {name: n * a.head_dim for name, n in heads.items()}
         self.qkv = ColumnLinear(
-            width,
+            a.width,
             sum(parts.values()),
             group=group,
+            bias=a.qkv_bias,
             parts=parts,
-            heads={"q": heads, "k": kv_heads, "v": kv_heads},
+            heads=heads,
             fp8=fp8,
         )
         self.widths = self.qkv.split
-        self.q_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim, eps=norm_eps, group=group) if qk_norm else None
-        self.out = RowLinear(heads * head_dim, width, group=group, fp8=fp8)
+        self.whole = a.qk_norm == "full"
+        self.q_norm, self.k_norm = (_qk_norm(a, n, group) for n in (a.heads, a.kv_heads))
+        self.options: dict[str, Any] = {"scale": a.attention_scale, "softcap": a.softcap or None}
+        self.options["window"] = (a.window - 1, 0) if kind == "sliding" and a.window else None
+        self.options = {name: x for name, x in self.options.items() if x is not None}
+        self.heads, self.first = a.heads, place(group)[0] * (a.heads // size)
+        self.sinks = nn.Parameter(torch.zeros(a.heads // size)) if a.sinks else None
+        self.out = RowLinear(a.heads * a.head_dim, a.width, group=group, bias=a.out_bias, fp8=fp8)
+
+    def initial(self, name: str) -> float:
+        """Return what the sinks start as."""
+        return 0.0
+
+    def declare_layouts(self) -> dict[str, Layout]:
+        """Say which heads' sinks this rank holds."""
+        if self.sinks is None:
+            return {}
+        held = len(self.sinks)
+        piece = rows("sinks", (self.heads,), self.first, self.first + held)
+        return {"sinks": Layout((held,), (piece,))}
 
     def forward(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Map `[T/R, D]` to `[T/R, D]`."""
         y: Tensor = self.out(self.mix(self.qkv(x), sequences))
         return y
 
+    def into(self, x: Tensor, sequences: Sequences) -> tuple[Tensor, ...]:
+        """Map `[T/R, D]` to this rank's queries, keys and values `[T, (H + 2 G) K / R]`."""
+        return (self.qkv(x),)
+
     def mix(self, qkv: Tensor, sequences: Sequences) -> Tensor:
-        """Map this rank's queries, keys and values `[T, (H + 2 G) K / R]` to `[T, H K / R]`."""
-        parts = qkv.split(self.widths, dim=-1)
-        q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
-        if self.q_norm is not None and self.k_norm is not None:
+        """Map this rank's queries, keys and values to `[T, H K / R]`."""
+        q, k, v = qkv.split(self.widths, dim=-1)
+        if self.whole and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None and not self.whole:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        else:  # nothing else keeps the fused output: a copy of v, the smallest part, frees it
+        elif self.rotates:  # nothing else keeps the fused output: a copy of v frees it
             v_TGK = v_TGK.contiguous()
-        q_THK, k_TGK = rotary(q_THK, k_TGK, sequences.cos_TJ, sequences.sin_TJ)
-        mixed: Any  # without return_lse a tensor
-        if sequences.split is not None:
-            mixed = context_parallel.attention(
-                q_THK,
-                k_TGK,
-                v_TGK,
-                sequences.split,
-                ring=self.ring,
-                ulysses=self.ulysses,
-                kind=self.context,
-            )
-        elif sequences.cu_seqlens is None:
-            rows = (x.unflatten(0, (sequences.batch, -1)) for x in (q_THK, k_TGK, v_TGK))
-            mixed = flash_attention(*rows)
-        else:
-            mixed = flash_attention_varlen(
-                q_THK, k_TGK, v_TGK, sequences.cu_seqlens, max_seqlen=sequences.max_seqlen
-            )
-        y: Tensor = mixed.reshape(len(q_THK), -1)
-        return y
+        if self.rotates:
+            q_THK, k_TGK = rotary(q_THK, k_TGK, *sequences.angles[self.kind])
+        options = self.options if self.sinks is None else self.options | {"sinks": self.sinks}
+        return attend(self.layer, q_THK, k_TGK, v_TGK, sequences, **self.across, **options)
+
+    def cache(self, pages: int, page_size: int, slots: int) -> tuple[Tensor, ...]:
+        """Allocate the pages of this rank's keys and values, `[P, page, G/R, K]` each."""
+        shape = (pages, page_size, self.widths[1] // self.head_dim, self.head_dim)
+        return tuple(self.qkv.weight.new_zeros(shape) for _ in range(2))
+
+
+def _qk_norm(a: Architecture, heads: int, group: Group) -> RMSNorm | None:
+    """Build the norm of queries or keys."""
+    options: dict[str, Any] = {"eps": a.norm_eps, "plus_one": a.norm == "rms_plus_one"}
+    if a.qk_norm == "full":
+        return ShardedRMSNorm(heads * a.head_dim, heads, group=group, **options)
+    return RMSNorm(a.head_dim, group=group, **options) if a.qk_norm == "head" else None

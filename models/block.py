@@ -1,4 +1,11 @@
-"""One block of a decoder: attention and feed-forward, each behind a norm."""
+"""One block of a decoder: attention and feed-forward, with a norm before or after each, or both.
+
+before    stream += f(norm(stream))
+after     stream += norm(f(stream))
+both      stream += norm(f(norm(stream)))
+"""
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +18,7 @@ from .architecture import Architecture
 from .attention import Attention
 from .feed_forward import FeedForward
 from .moe import route_and_serve, routed_feed_forward
-from .norm import RMSNorm
+from .norm import RMSNorm, block_norm
 from .sequences import Sequences
 
 Sums = dict[str, Tensor]
@@ -21,7 +28,7 @@ NOTHING = Recompute()
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each behind a norm and added to the residual stream.
+    """Attention (or what mixes tokens in its place) and feed-forward, added to the stream.
 
     Args:
         architecture: Sizes.
@@ -45,29 +52,30 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         a = architecture
-        self.recompute = recompute
+        self.recompute, self.residual_scale = recompute, a.residual_scale
         group = None if mesh is None else mesh.tp
-        self.attention_norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
+        before, after = a.norm_at != "after", a.norm_at != "before"
+        self.attention_norm = block_norm(a, group=group) if before else None
         self.attention = Attention(
-            a.width,
-            a.heads,
-            a.kv_heads,
-            a.head_dim,
+            a,
+            a.kind(layer),
+            layer,
             group=group,
             ring=None if mesh is None else mesh.ring,
             ulysses=None if mesh is None else mesh.ulysses,
             context=context,
-            qk_norm=a.qk_norm,
-            norm_eps=a.norm_eps,
             fp8=fp8,
         )
-        self.feed_forward_norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
+        self.attention_post_norm = block_norm(a, group=group) if after else None
+        self.feed_forward_norm = block_norm(a, group=group) if before else None
         experts = a.routed(layer)
         self.feed_forward: FeedForward | MoE
         if experts is None:
-            self.feed_forward = FeedForward(a.width, a.hidden, group=group, fp8=fp8)
+            how: dict[str, Any] = {"activation": a.activation, "bias": a.mlp_bias}
+            self.feed_forward = FeedForward(a.width, a.hidden, group=group, **how, fp8=fp8)
         else:
             self.feed_forward = routed_feed_forward(a.width, experts, mesh=mesh)
+        self.feed_forward_post_norm = block_norm(a, group=group) if after else None
 
     def forward(
         self, added: Tensor, stream: Tensor | None, sequences: Sequences
@@ -83,22 +91,31 @@ class Block(nn.Module):
             What this block adds, the stream, and the sums of the routers' losses by name.
         """
         added, stream = self._attend(added, stream, sequences)
+        added = self._leave(added, self.attention_post_norm)
+        sums: Sums = {}
         if isinstance(self.feed_forward, MoE):
-            h, stream = self.feed_forward_norm.add(added, stream)
+            h, stream = _enter(self.feed_forward_norm, added, stream)
             run = self.recompute.run
-            y, sums = run("moe", route_and_serve, self.feed_forward, h, sequences)
-            return y, stream, sums
-        return *self._feed(added, stream), {}
+            added, sums = run("moe", route_and_serve, self.feed_forward, h, sequences)
+        else:
+            added, stream = self._feed(added, stream)
+        return self._leave(added, self.feed_forward_post_norm), stream, sums
+
+    def _leave(self, y: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Normalise and scale what attention or feed-forward adds to the stream."""
+        y = y if norm is None else norm(y)
+        return y if self.residual_scale == 1 else y * self.residual_scale
 
     def _attend(
         self, added: Tensor, stream: Tensor | None, sequences: Sequences
     ) -> tuple[Tensor, Tensor]:
+        mixer = self.attention
         if not self.recompute.operators & {"norm", "attention"}:
-            h, stream = self.attention_norm.add(added, stream)
-            return self.attention(h, sequences), stream
-        qkv, stream = self.recompute.run("norm", self._into_attention, added, stream)
-        mixed = self.recompute.run("attention", self.attention.mix, qkv, sequences)
-        return self.attention.out(mixed), stream
+            h, stream = _enter(self.attention_norm, added, stream)
+            return mixer(h, sequences), stream
+        run = self.recompute.run
+        parts, stream = run("norm", self._into_attention, added, stream, sequences)
+        return mixer.out(run("attention", mixer.mix, *parts, sequences)), stream
 
     def _feed(self, added: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         if "feed_forward" in self.recompute.operators:
@@ -109,15 +126,25 @@ class Block(nn.Module):
         gate_up, stream = self.recompute.run("norm", self._into_feed_forward, added, stream)
         return self.feed_forward.leave(gate_up), stream
 
-    def _into_attention(self, added: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
-        h, stream = self.attention_norm.add(added, stream)
-        return self.attention.qkv(h), stream
+    def _into_attention(
+        self, added: Tensor, stream: Tensor | None, sequences: Sequences
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        h, stream = _enter(self.attention_norm, added, stream)
+        return self.attention.into(h, sequences), stream
 
     def _into_feed_forward(self, added: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         assert isinstance(self.feed_forward, FeedForward)
-        h, stream = self.feed_forward_norm.add(added, stream)
+        h, stream = _enter(self.feed_forward_norm, added, stream)
         return self.feed_forward.gate_up(h), stream
 
     def _gated(self, added: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-        h, stream = self.feed_forward_norm.add(added, stream)
+        h, stream = _enter(self.feed_forward_norm, added, stream)
         return self.feed_forward(h), stream
+
+
+def _enter(norm: RMSNorm | None, added: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Add to the stream, and return it normalised and as it is."""
+    if norm is not None:
+        return norm.add(added, stream)
+    total = added if stream is None else added + stream
+    return total, total

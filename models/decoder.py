@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.parallel import sharding
 from warploom.parallel.checkpoint import Entry
+from warploom.parallel.collectives import gather
 from warploom.parallel.context import unshard
 from warploom.parallel.expert import bias_entries, update_biases
 from warploom.parallel.initialise import normal_
@@ -41,7 +42,8 @@ from warploom.parallel.tensor import VocabEmbedding, VocabHead, scale_entries, u
 from .architecture import Architecture, Experts
 from .batch import Batch
 from .block import Block, Sums
-from .norm import RMSNorm
+from .embedding import LearnedPositions
+from .norm import RMSNorm, block_norm
 from .sequences import Sequences, sequences
 from .stages import Stages
 
@@ -79,6 +81,7 @@ class Decoder(nn.Module):
     """
 
     embedding: VocabEmbedding
+    positions: LearnedPositions | None
     norm: RMSNorm
     head: VocabHead
 
@@ -127,6 +130,10 @@ class Decoder(nn.Module):
             )
         if 0 in self.held:
             self.embedding = VocabEmbedding(a.vocabulary, a.width, group=group)
+            learned = a.positions == "learned"
+            self.positions = (
+                LearnedPositions(a.max_positions, a.width, group=group) if learned else None
+            )
         numbers = [n for stage in self.held for n in self.stages.blocks(stage)]
         self.blocks = nn.ModuleDict(
             {
@@ -135,9 +142,10 @@ class Decoder(nn.Module):
             }
         )
         if self.stages.last in self.held:
-            self.norm = RMSNorm(a.width, eps=a.norm_eps, group=group)
+            self.norm = block_norm(a, group=group)
             tied = self.embedding if a.tied and 0 in self.held else None
-            self.head = VocabHead(a.vocabulary, a.width, group=group, tied=tied)
+            softcap = a.logit_softcap or None
+            self.head = VocabHead(a.vocabulary, a.width, group=group, tied=tied, softcap=softcap)
 
     @classmethod
     def create(cls, architecture: Architecture, *, seed: int = 0, **options: Any) -> "Decoder":
@@ -169,15 +177,19 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> "Decoder":
-        """Draw every weight from N(0, 0.02), residual projections 1/sqrt(2 L) smaller; norms are 1.
+        """Draw every weight from N(0, 0.02), residual projections 1/sqrt(2 L) smaller.
+
+        Scales of norms are 1, biases and sinks 0.
 
         The values depend on the seed and the logical names alone: on no mesh, and not on `names`.
         """
         made = self.logical_layouts()
         residual = INIT_STD / (2 * self.architecture.layers) ** 0.5
         for path, parameter in self.named_parameters():
+            owner, _, name = path.rpartition(".")
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                initial = getattr(self.get_submodule(owner), "initial", None)
+                parameter.fill_(0.0 if initial is None else initial(name))
                 continue
             normal_(parameter, made[path], seed=seed, std=residual if _adds(path) else INIT_STD)
         return self
@@ -332,7 +344,7 @@ class Decoder(nn.Module):
         """Run the blocks of a stage: its stream, normalised by the last, and the routers' sums."""
         sums: Sums = {}
         stream: Tensor | None = None
-        added = self.embedding(where.cut(tokens.flatten(), 0)) if x is None else x
+        added = self._embed(where.cut(tokens.flatten(), 0), where) if x is None else x
         for number in self.stages.blocks(stage):
             block = self.blocks[str(number)]
             if "block" in self.recompute.operators:
@@ -342,7 +354,39 @@ class Decoder(nn.Module):
                 sums[name] = sums[name] + value if name in sums else value
         if stage < self.stages.last:
             return _plus(added, stream), sums
-        return self.norm.add(added, stream)[0], sums
+        hidden = self.norm.add(added, stream)[0]
+        scale = self.architecture.logit_scale
+        return hidden if scale == 1 else hidden * scale, sums
+
+    def _embed(self, ids: Tensor, where: Sequences) -> Tensor:
+        """Map ids `[T]` to the first stream `[T/R, D]`."""
+        x: Tensor = self.embedding(ids)
+        if self.architecture.embedding_scale != 1:  # rounded as the weights are
+            x = x * float(torch.tensor(self.architecture.embedding_scale, dtype=x.dtype))
+        return x if self.positions is None else x + self.positions(where.positions)
+
+    def advance(self, tokens: Tensor, where: Sequences) -> Tensor:
+        """Run new tokens of cached sequences through the model; their keys and values are kept.
+
+        Args:
+            tokens: Ids `[N]`, int64, sequence after sequence, equal on all tensor-parallel ranks.
+            where: What `Cache.step` says of them.
+
+        Returns:
+            Normalised hidden states `[N, D]`, on every tensor-parallel rank, for `logits`.
+
+        Raises:
+            RuntimeError: If the model is split into pipeline stages.
+        """
+        self._refuse_stages("advance")
+        hidden, _ = self._stage(0, None, tokens, where)
+        group = None if self.mesh is None else self.mesh.tp
+        whole: Tensor = gather(hidden, group)
+        return whole[: len(tokens)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Map hidden states `[M, D]` of `advance` to logits `[M, V]`, on every rank."""
+        return self.head.project(hidden)
 
     def _sequences_of(self, batch: Batch) -> Sequences:
         if (known := self._made.get(batch)) is not None:

@@ -7,18 +7,26 @@ is a document of its own that nothing trains, routes or counts.
 Shapes: B batch, S sequence, T tokens that this rank holds, J half the head dimension, N documents.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from warploom.kernels.rope import rotary_tables
+from warploom.kernels.rope import DynamicNtk, rotary_tables
 from warploom.parallel.context import Split
 from warploom.parallel.mesh import Mesh
 
-from .architecture import Architecture
+from .architecture import Architecture, Kind
+
+if TYPE_CHECKING:
+    from .cache import Paged
+
+Angles = Mapping[Kind, tuple[Tensor, Tensor]]
+"""Cosines and sines `[T, J]` of the rotary angles, float32, for each kind of block."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,8 +35,8 @@ class Sequences:
 
     Attributes:
         batch: Number B of rows of equal length; read where `cu_seqlens` and `split` are `None`.
-        cos_TJ: Cosines of the rotary angles, float32 at least.
-        sin_TJ: Sines of the rotary angles, float32 at least.
+        angles: Of the rotary positions; empty without them.
+        positions: Place of each token in its document `[T]`, int64.
         documents: Number of the document of each token `[T]`, int64; -1 is padding.
         count: Documents N of the micro-batch, over all ranks.
         padding: Tokens of padding at the end, without context parallelism.
@@ -37,11 +45,12 @@ class Sequences:
         max_seqlen: Length of the longest document.
         split: What the context-parallel ranks hold; `None` without context parallelism.
         indices: Place of each token in the flat batch `[T]`, int64, -1 for padding; with `split`.
+        cache: Where the tokens before these lie, in generation; `None` in training.
     """
 
     batch: int
-    cos_TJ: Tensor
-    sin_TJ: Tensor
+    angles: Angles
+    positions: Tensor
     documents: Tensor
     count: int
     padding: int = 0
@@ -49,6 +58,7 @@ class Sequences:
     max_seqlen: int | None = None
     split: Split | None = None
     indices: Tensor | None = None
+    cache: "Paged | None" = None
 
     def cut(self, x: Tensor, fill: int) -> Tensor:
         """Take this rank's tokens of a flat tensor `[B S]`, with `fill` where they are padding."""
@@ -95,14 +105,18 @@ def sequences(
     documents = F.pad(numbers, (0, padding), value=-1).to(device)
     padded = [*sizes, padding] if padding else sizes
     positions = torch.cat([torch.arange(n) for n in padded]).to(device)
-    cos_TJ, sin_TJ = _tables(positions, architecture)
-    common = Sequences(batch, cos_TJ, sin_TJ, documents, len(sizes), padding)
-    if lengths is None and not padding:
-        return common
-    ends = torch.tensor([0, *accumulate(padded)], dtype=torch.int32, device=device)
-    return Sequences(
-        batch, cos_TJ, sin_TJ, documents, len(sizes), padding, ends, max(padded, default=0)
+    made = Sequences(
+        batch=batch,
+        angles=rotary_angles(positions, architecture, max(sizes)),
+        positions=positions,
+        documents=documents,
+        count=len(sizes),
+        padding=padding,
     )
+    if lengths is None and not padding:
+        return made
+    ends = torch.tensor([0, *accumulate(padded)], dtype=torch.int32, device=device)
+    return replace(made, cu_seqlens=ends, max_seqlen=max(padded, default=0))
 
 
 def _shared(
@@ -121,11 +135,11 @@ def _shared(
     indices = split.indices(rank)
     numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     documents = torch.where(indices < 0, -1, numbers[indices.clamp(min=0)])
-    cos_TJ, sin_TJ = _tables(split.positions(rank).to(device), architecture)
+    positions = split.positions(rank).to(device)
     return Sequences(
         batch=1,
-        cos_TJ=cos_TJ,
-        sin_TJ=sin_TJ,
+        angles=rotary_angles(positions, architecture, max(sizes)),
+        positions=positions,
         documents=documents.to(device),
         count=len(sizes),
         split=split,
@@ -133,9 +147,24 @@ def _shared(
     )
 
 
-def _tables(positions: Tensor, architecture: Architecture) -> tuple[Tensor, Tensor]:
-    cos_TJ, sin_TJ = rotary_tables(positions, architecture.head_dim, base=architecture.rope_base)
-    return cos_TJ, sin_TJ
+def rotary_angles(positions: Tensor, a: Architecture, longest: int) -> Angles:
+    """Tabulate the angles of tokens for each kind of block.
+
+    Args:
+        positions: Place of each token in its document `[T]`, integers.
+        a: Sizes and choices.
+        longest: Tokens of the longest document, which dynamic NTK scaling goes by.
+    """
+    if a.positions != "rotary":
+        return {}
+    scaling = a.rope_scaling
+    if isinstance(scaling, DynamicNtk):
+        scaling = replace(scaling, length=longest)
+    full = rotary_tables(positions, a.rotated, base=a.rope_base, scaling=scaling)
+    if a.sliding_rope_base is None:
+        return {"full": full, "sliding": full}
+    sliding = rotary_tables(positions, a.rotated, base=a.sliding_rope_base)
+    return {"full": full, "sliding": sliding}
 
 
 def _check_documents(sizes: list[int], batch: int, length: int) -> None:

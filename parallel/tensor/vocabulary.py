@@ -101,6 +101,7 @@ class VocabHead(_Vocabulary):
         group: The tensor-parallel process group; `None` for one rank.
         sequence_parallel: Whether the input is sharded over its tokens.
         tied: The embedding whose weight this head uses; `None` for a weight of its own.
+        softcap: Bound c of the logits, c tanh(logit / c); `None` for none.
 
     Raises:
         ValueError: If the tied embedding has another vocabulary or width.
@@ -114,8 +115,10 @@ class VocabHead(_Vocabulary):
         group: Group,
         sequence_parallel: bool = True,
         tied: VocabEmbedding | None = None,
+        softcap: float | None = None,
     ) -> None:
         super().__init__(vocabulary, width, group=group)
+        self.softcap = softcap
         self.enter = gather if sequence_parallel else copy
         if tied is not None and (tied.vocabulary, tied.width) != (vocabulary, width):
             raise ValueError(
@@ -131,10 +134,16 @@ class VocabHead(_Vocabulary):
             ValueError: If `x` has another width.
         """
         self._check(x)
-        local = linear(self.enter(x, self.group), self.weight)
+        return self.project(self.enter(x, self.group))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Map `[T, D]`, whole and equal on all ranks, to logits `[T, V]`, equal on all ranks."""
+        logits = linear(x, self.weight)
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
         if self.group is None:
-            return local
-        return join(local.t().contiguous(), self.group).t()[:, : self.vocabulary]
+            return logits
+        return join(logits.t().contiguous(), self.group).t()[:, : self.vocabulary]
 
     def loss(
         self, x: Tensor, targets: Tensor, *, z_loss: bool = False
@@ -159,5 +168,11 @@ class VocabHead(_Vocabulary):
         hidden = self.enter(x, self.group)
         weight = self.weight[: self.stop - self.start]
         return linear_cross_entropy(
-            hidden, weight, targets, group=self.group, start=self.start, z_loss=z_loss
+            hidden,
+            weight,
+            targets,
+            group=self.group,
+            start=self.start,
+            softcap=self.softcap,
+            z_loss=z_loss,
         )

@@ -1,23 +1,40 @@
 """Attention with fewer key/value heads than ranks: output, dX and every dW of the unsharded one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 from tests.parallel.test_tensor_linear import draw, gradients, near, slices
 from torch.distributed import ProcessGroup
 
+from warploom.models.architecture import Architecture
 from warploom.models.attention import Attention
 from warploom.models.sequences import Sequences
+from warploom.parallel.sharding import layouts
 
 T, D, H, K = 16, 8, 4, 4
+SIZES = Architecture(
+    layers=1, width=D, heads=H, kv_heads=H, head_dim=K, hidden=8, vocabulary=8, max_positions=16
+)
+OPTIONS = (
+    {},
+    {"qk_norm": "head", "qkv_bias": True, "out_bias": True, "softcap": 2.0},
+    {"qk_norm": "full", "attention_scale": 0.7, "sinks": True},
+    {"qk_norm": "head", "norm": "rms_plus_one", "kinds": ("sliding",), "window": 3, "sinks": True},
+    {"qk_norm": "full", "positions": "none"},
+)
 
 
-def _attention(group, kv_heads, qk_norm):
+def _attention(group, kv_heads, options):
     torch.manual_seed(0)
-    layer = Attention(D, H, kv_heads, K, group=group, qk_norm=qk_norm).double()
+    a = replace(SIZES, kv_heads=kv_heads, **options)
+    layer = Attention(a, "sliding" if a.window else "full", group=group).double()
     with torch.no_grad():
-        for p in layer.parameters():
-            p.mul_(8)
+        for path, layout in layouts(layer).items():
+            for piece in layout.pieces:
+                values = draw(*piece.shape, seed=len(piece.name))
+                piece.of_local(layer.get_parameter(path)).copy_(piece.of_logical(values) / 4 + 0.1)
     return layer
 
 
@@ -26,12 +43,15 @@ def _equals_unsharded():
     angles = torch.arange(T // 2).double()[:, None] * torch.tensor([1.0, 0.1]).double()
     angles = torch.cat((angles, angles))
     sequences = Sequences(
-        2, angles.cos(), angles.sin(), torch.arange(2).repeat_interleave(T // 2), 2
+        batch=2,
+        angles=dict.fromkeys(("full", "sliding"), (angles.cos(), angles.sin())),
+        positions=torch.arange(T // 2).repeat(2),
+        documents=torch.arange(2).repeat_interleave(T // 2),
+        count=2,
     )
     for kv_heads in (1, 2, 4):
-        for qk_norm in ("head", None):
-            alone = _attention(None, kv_heads, qk_norm)
-            model = _attention(group, kv_heads, qk_norm)
+        for options in OPTIONS:
+            alone, model = _attention(None, kv_heads, options), _attention(group, kv_heads, options)
             x, dy = draw(T, D, seed=1), draw(T, D, seed=2)
             whole = x.clone().requires_grad_()
             local = slices(x, group, 0).clone().requires_grad_()
@@ -43,7 +63,7 @@ def _equals_unsharded():
             found, expected = gradients(model, group), gradients(alone, None)
             assert found.keys() == expected.keys()
             for name, gradient in expected.items():
-                near(found[name], gradient, f"{kv_heads} heads: d{name}")
+                near(found[name], gradient, f"{kv_heads} heads, {options}: d{name}")
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -55,4 +75,4 @@ def test_heads_that_fit_no_way_get_one_sentence():
     with pytest.raises(
         ValueError, match=r"size \(3\) must divide heads \(6\), and divide kv_heads \(2\) or"
     ):
-        Attention(D, 6, 2, K, group=ProcessGroup(0, 3))
+        Attention(replace(SIZES, heads=6, kv_heads=2), group=ProcessGroup(0, 3))

@@ -145,12 +145,13 @@ def test_gradients_equal_finite_differences(lengths):
 def test_positions_start_again_with_each_document():
     # attention sees differences of positions only, so that the logits alone would not tell
     model, lengths = Decoder.create(SMALL), [10, 14, 5, 19]
-    tables = model._sequences(torch.zeros(2, 24), torch.tensor(lengths))
+    cos, sin = model._sequences(torch.zeros(2, 24), torch.tensor(lengths)).angles["full"]
     first = [0, 10, 24, 29]
-    assert (tables.cos_TJ[first] == 1).all()
-    assert (tables.sin_TJ[first] == 0).all()
-    assert (tables.sin_TJ[:, 0] == 0).sum() == len(first)
-    assert torch.equal(tables.cos_TJ[29:], model._sequences(torch.zeros(1, 19), None).cos_TJ)
+    assert (cos[first] == 1).all()
+    assert (sin[first] == 0).all()
+    assert (sin[:, 0] == 0).sum() == len(first)
+    alone, _ = model._sequences(torch.zeros(1, 19), None).angles["full"]
+    assert torch.equal(cos[29:], alone)
 
 
 def test_only_batches_that_train_keep_their_tables():

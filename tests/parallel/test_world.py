@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from warploom.models.architecture import Architecture
 from warploom.models.attention import Attention
 from warploom.parallel.collectives import observed
 from warploom.parallel.collectives.ledger import Ledger, Total
@@ -69,6 +70,18 @@ def test_one_axis_over_the_whole_world(text, monkeypatch):
         dist.destroy_process_group()
 
 
+LAYER = Architecture(
+    layers=1,
+    width=8192,
+    heads=64,
+    kv_heads=4,
+    head_dim=128,
+    hidden=8,
+    vocabulary=8,
+    max_positions=8,
+)
+
+
 def test_layers_and_layouts_on_meta(rank):
     mesh = Mesh.build(TEXT)
     keep = {"group": mesh.tp}
@@ -78,7 +91,7 @@ def test_layers_and_layouts_on_meta(rank):
                 "embed": VocabEmbedding(128_001, 8192, **keep),
                 "up": ColumnLinear(8192, 2 * 28_672, bias=True, chunks=4, regather=True, **keep),
                 "down": RowLinear(28_672, 8192, chunks=4, **keep),
-                "attention": Attention(8192, 64, 4, 128, **keep),  # 4 key heads on 8 ranks
+                "attention": Attention(LAYER, **keep),  # 4 key heads on 8 ranks
                 "moe": MoE(8192, 4096, 64, 4, group=mesh.ep, etp_group=mesh.etp, tp_group=mesh.tp),
                 "head": VocabHead(128_001, 8192, **keep),
             }

@@ -1,0 +1,162 @@
+"""Keys, values and states of sequences that are being generated, in pages, for all layers.
+
+A sequence n lies in pages tables[n, 0], tables[n, 1], ... of every layer alike: its key j in row
+j % page of page tables[n, j // page]. Who owns which page is the caller's to say (an engine);
+sequences may share pages. What has one state a sequence, not a key a token, lies in a slot.
+
+    cache = Cache(model, pages=256, page_size=16, slots=8)
+    where = cache.step(starts, counts, tables, slots)
+    logits = model.logits(model.advance(tokens, where)[last])
+
+Shapes: N sequences, T new tokens of all of them, P pages, G key/value heads of a rank, K head
+dimension.
+
+Source: Kwon et al. 2023, https://arxiv.org/abs/2309.06180, section 4.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from warploom.kernels.attention import paged_attention
+
+from .block import Block
+from .sequences import Sequences, rotary_angles
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paged:
+    """Where the keys and values of this pass's sequences lie.
+
+    Attributes:
+        layers: Tensors of each layer by its number: pages `[P, page, ...]`, or states by slot.
+        places: Row of each new token `[T]` in the flattened pages, int64.
+        tables: Pages of each sequence `[N, pages]`, int32.
+        lengths: Keys of each sequence `[N]`, int32, with the new ones.
+        cu_seqlens: Boundaries of the new tokens `[N + 1]`, int32.
+        slots: Slot of each sequence `[N]`, int64.
+        fresh: Whether a sequence begins with these tokens `[N]`, so that its state is zero.
+    """
+
+    layers: dict[int, tuple[Tensor, ...]]
+    places: Tensor
+    tables: Tensor
+    lengths: Tensor
+    cu_seqlens: Tensor
+    slots: Tensor
+    fresh: Tensor
+
+    def write(self, pages: Tensor, rows: Tensor) -> None:
+        """Put the new tokens' rows `[T, ...]`, without padding, into pages `[P, page, ...]`."""
+        pages.flatten(0, 1).index_copy_(0, self.places, rows[: len(self.places)])
+
+    def attend(self, layer: int, q_THK: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """Keep new keys `[T, G, K]` and values, and attend to all of each sequence: `[T, H, L]`."""
+        k_pages, v_pages = self.layers[layer]
+        self.write(k_pages, k)
+        self.write(v_pages, v)
+        n = len(self.places)
+        where = self.tables, self.lengths, self.cu_seqlens
+        out: Any = paged_attention(q_THK[:n], k_pages, v_pages, *where, **options)
+        mixed: Tensor = out
+        return F.pad(mixed, (0, 0, 0, 0, 0, len(q_THK) - n)) if len(q_THK) > n else mixed
+
+
+class Cache:
+    """Pages and slots of every layer that a rank holds, in the model's dtype.
+
+    Args:
+        model: Whose layers; not split into pipeline stages or over context ranks.
+        pages: Pages P of each layer.
+        page_size: Keys of a page.
+        slots: Sequences that may have a state at a time.
+
+    Raises:
+        ValueError: If a size is not positive, or the model is split over pp or cp.
+    """
+
+    def __init__(
+        self, model: "Decoder", *, pages: int, page_size: int = 16, slots: int = 1
+    ) -> None:
+        if min(pages, page_size, slots) < 1:
+            raise ValueError(
+                f"pages, page_size and slots must be at least 1; got {pages}, {page_size}, {slots}"
+            )
+        mesh = model.mesh
+        if mesh is not None and (mesh.degree("pp") > 1 or mesh.degree("cp") > 1):
+            raise ValueError(
+                f"generation needs whole sequences and layers on a rank: leave pp "
+                f"({mesh.degree('pp')}) and cp ({mesh.degree('cp')}) out of the mesh"
+            )
+        self.architecture, self.size = model.architecture, model.size
+        self.pages, self.page_size, self.slots = pages, page_size, slots
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
+        for n, block in model.blocks.items():
+            assert isinstance(block, Block)
+            self.layers[int(n)] = block.attention.cache(pages, page_size, slots)
+        self.states = [n for n in self.layers if model.architecture.kind(n) == "ssm"]
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a page of every layer."""
+        for n, tensors in self.layers.items():
+            for x in () if n in self.states else tensors:
+                x[target].copy_(x[source])
+
+    def copy_slot(self, source: int, target: int) -> None:
+        """Copy the state of a sequence in every layer that has one."""
+        for n in self.states:
+            for x in self.layers[n]:
+                x[target].copy_(x[source])
+
+    def step(
+        self, starts: Tensor, counts: Tensor, tables: Tensor, slots: Tensor | None = None
+    ) -> Sequences:
+        """Say where the new tokens of N sequences go.
+
+        Args:
+            starts: Tokens that each sequence has in the cache `[N]`, int64, on the CPU.
+            counts: New tokens of each `[N]`, int64, at least 1, on the CPU.
+            tables: Pages of each sequence in order `[N, pages]`, int32, with room for the new ones.
+            slots: Slot of each `[N]`, int64; `None` for 0 to N - 1.
+
+        Returns:
+            What `Decoder.advance` takes beside the tokens.
+        """
+        device = next(iter(self.layers.values()))[0].device
+        total = int(counts.sum())
+        number = torch.arange(len(counts)).repeat_interleave(counts)
+        before = counts.cumsum(0) - counts
+        positions = torch.arange(total) - before[number] + starts[number]
+        pages = tables[number, (positions // self.page_size).to(tables.device)]
+        places = pages.long() * self.page_size + (positions % self.page_size).to(tables.device)
+        ends = torch.tensor([0, *accumulate(counts.tolist())], dtype=torch.int32)
+        lengths = starts + counts
+        padding = -total % self.size
+        paged = Paged(
+            layers=self.layers,
+            places=places.to(device),
+            tables=tables.to(device),
+            lengths=lengths.to(torch.int32).to(device),
+            cu_seqlens=ends.to(device),
+            slots=(torch.arange(len(counts)) if slots is None else slots).to(device),
+            fresh=(starts == 0).to(device),
+        )
+        places_of = F.pad(positions, (0, padding)).to(device)
+        return Sequences(
+            batch=1,
+            angles=rotary_angles(places_of, self.architecture, int(lengths.max())),
+            positions=places_of,
+            documents=F.pad(number, (0, padding), value=-1).to(device),
+            count=len(counts),
+            padding=padding,
+            cu_seqlens=paged.cu_seqlens,
+            max_seqlen=int(counts.max()),
+            cache=paged,
+        )

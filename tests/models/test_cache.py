@@ -1,0 +1,55 @@
+"""Keys and values in pages: hidden states of a sequence in chunks are those of the whole pass."""
+
+import pytest
+import torch
+
+from warploom.models.architecture import Architecture
+from warploom.models.cache import Cache
+from warploom.models.decoder import Decoder
+from warploom.models.families import llama, mixtral, qwen3
+
+SIZES = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48}
+SIZES |= {"vocabulary": 90, "max_positions": 64}
+CASES = {
+    "llama": llama.tiny(),
+    "qwen3": qwen3.tiny(),
+    "mixtral": mixtral.tiny(),
+    "windows": Architecture(
+        **SIZES, kinds=("sliding", "full"), window=5, softcap=3.0, sinks=True, norm_at="both"
+    ),
+    "positions": Architecture(
+        **SIZES, positions="learned", norm="layer", activation="gelu", qkv_bias=True, mlp_bias=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_through_pages_give_the_logits_of_the_whole(name):
+    model = Decoder.create(CASES[name], seed=1, dtype=torch.float64)
+    with torch.no_grad():
+        for p in model.parameters():  # norms, biases and sinks too
+            p.add_(torch.randn(p.shape, dtype=p.dtype) / 10)
+        g = torch.Generator().manual_seed(0)
+        vocabulary = model.architecture.vocabulary
+        rows = [torch.randint(vocabulary, (n,), generator=g) for n in (23, 9, 14)]
+        want = [model(row[None])[0] for row in rows]
+        cache = Cache(model, pages=20, page_size=4, slots=3)
+        for tensors in cache.layers.values():
+            for x in tensors:
+                x.fill_(torch.nan)
+        free = torch.randperm(20, generator=g, dtype=torch.int32)
+        tables = free[:18].view(3, 6)
+        got = [[], [], []]
+        place = [0, 0, 0]
+        while live := [n for n in range(3) if place[n] < len(rows[n])]:
+            counts = [min(1 + (place[n] + n) % 5, len(rows[n]) - place[n]) for n in live]
+            tokens = [rows[n][place[n] : place[n] + c] for n, c in zip(live, counts, strict=True)]
+            where = cache.step(
+                torch.tensor([place[n] for n in live]), torch.tensor(counts), tables[live]
+            )
+            logits = model.logits(model.advance(torch.cat(tokens), where))
+            for n, c, part in zip(live, counts, logits.split(counts), strict=True):
+                got[n].append(part)
+                place[n] += c
+    for n in range(3):
+        torch.testing.assert_close(torch.cat(got[n]), want[n], atol=1e-10, rtol=0)
