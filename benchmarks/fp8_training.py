@@ -35,8 +35,9 @@ from torch import Tensor
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.models.batch import Batch
 from warploom.models.block import Block
-from warploom.models.decoder import Architecture, Decoder, is_hidden
+from warploom.models.decoder import Architecture, Decoder
 from warploom.models.feed_forward import FeedForward
+from warploom.models.mup import is_hidden
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.step import Step

@@ -168,7 +168,7 @@ class Architecture:
         qkv_bias: Whether queries, keys and values have a bias.
         out_bias: Whether attention's output projection has one.
         mlp_bias: Whether the products of a dense feed-forward have one.
-        attention_scale: Multiplies the scores; `None` for 1 / sqrt(K).
+        attention_scale: Multiplies the scores; `None` for 1 / sqrt(K), with muP for 8 / K.
         window: Keys that a query of a `sliding` block sees, itself included.
         softcap: Bound c of the attention scores, c tanh(score / c); 0 for none.
         sinks: Whether each head has a learned score that takes its share of the softmax.
@@ -183,8 +183,8 @@ class Architecture:
         predict: Further tokens that are predicted at each position while training, each by a block
             of its own.
         predict_weight: Weight of their loss, shared by all of them.
-        mup_base: Width at which the maximal-update parametrisation changes nothing; `None` for the
-            standard one.
+        mup_base: Width at which the maximal-update parametrisation changes nothing (see `mup.py`);
+            `None` for the standard one.
 
     Raises:
         ValueError: If a size, base, scale or epsilon is not positive, `kv_heads` does not divide
@@ -255,6 +255,11 @@ class Architecture:
                     f"kinds {self.kinds} and {field} ({getattr(self, field)}) contradict each "
                     f"other: {field} is given where some blocks are {kind}, and only there"
                 )
+
+    @property
+    def multiple(self) -> float:
+        """How many times wider this is than where muP changes nothing; 1 without muP."""
+        return self.width / (self.mup_base or self.width)
 
     @property
     def rotated(self) -> int:

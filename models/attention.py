@@ -143,7 +143,8 @@ class Attention(nn.Module):
         self.widths = self.qkv.split
         self.whole = a.qk_norm == "full"
         self.q_norm, self.k_norm = (_qk_norm(a, n, group) for n in (a.heads, a.kv_heads))
-        self.options: dict[str, Any] = {"scale": a.attention_scale, "softcap": a.softcap or None}
+        scale = a.attention_scale or (8 / a.head_dim if a.mup_base else None)
+        self.options: dict[str, Any] = {"scale": scale, "softcap": a.softcap or None}
         self.options["window"] = (a.window - 1, 0) if kind == "sliding" and a.window else None
         self.options = {name: x for name, x in self.options.items() if x is not None}
         self.heads, self.first = a.heads, place(group)[0] * (a.heads // size)

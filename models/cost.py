@@ -15,6 +15,7 @@ Source: Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section 2.1; Chowd
 https://arxiv.org/abs/2204.02311, appendix B (MFU).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from warploom.kernels.attention import Scores
 
 from .architecture import Architecture
+from .block import Block
 from .memory_cost import Memory, activations, memory
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "parameters",
 ]
 
+_KINDS = ("norm", "router", "experts", "feed_forward", "attention", "embedding", "head")
+
 
 def parameters(architecture: Architecture) -> dict[str, int]:
     """Return the number of parameters by kind of block; their sum is that of the model.
@@ -49,24 +53,37 @@ def parameters(architecture: Architecture) -> dict[str, int]:
         architecture: Sizes.
 
     Returns:
-        `embedding`, `attention`, `feed_forward` (dense ones and shared experts), `router`,
-        `experts`, `norm` and `head`, over all layers and ranks, without padding; a tied head has
-        none of its own.
+        `embedding` (and learned positions), `attention` (and what mixes tokens in its place),
+        `feed_forward` (dense ones and shared experts), `router`, `experts`, `norm` and `head`, over
+        all layers and ranks, without padding; a tied head has none of its own.
     """
-    a = architecture
-    attention = a.width * a.head_dim * (2 * a.heads + 2 * a.kv_heads)
-    qk_norm = 2 * a.head_dim if a.qk_norm else 0
-    routed = [e for e in map(a.routed, range(a.layers)) if e is not None]
-    dense = (a.layers - len(routed)) * a.hidden + sum(e.shared or 0 for e in routed)
-    return {
-        "embedding": a.vocabulary * a.width,
-        "attention": a.layers * attention,
-        "feed_forward": 3 * a.width * dense,
-        "router": a.width * sum(e.count for e in routed),
-        "experts": 3 * a.width * sum(e.count * e.hidden for e in routed),
-        "norm": a.layers * (2 * a.width + qk_norm) + a.width,
-        "head": 0 if a.tied else a.vocabulary * a.width,
-    }
+    return {kind: sum(sizes) for kind, sizes in _counted(architecture).items()}
+
+
+def _counted(a: Architecture) -> dict[str, tuple[int, int]]:
+    """Count parameters by kind of block: those of matrices that multiply every token, the rest.
+
+    One block of each sort is built, without memory.
+    """
+    found = {kind: (0, 0) for kind in _KINDS}
+    alike = Counter((a.kind(n), a.routed(n)) for n in range(a.layers))
+    first = {(a.kind(n), a.routed(n)): n for n in reversed(range(a.layers))}
+    with torch.device("meta"):
+        blocks = [(Block(a, first[sort], mesh=None), times) for sort, times in alike.items()]
+    ends = a.vocabulary * a.width
+    norm = a.width * (2 if a.norm == "layer" else 1)
+    positions = a.max_positions * a.width if a.positions == "learned" else 0
+    found |= {"embedding": (0, ends + positions), "norm": (0, norm)}
+    found["head"] = (0 if a.tied else ends, 0)
+    for block, times in blocks:
+        for path, p in block.named_parameters():
+            kind = next(k for k in _KINDS if k in path)
+            before, matrix = found[kind], p.dim() > 1
+            found[kind] = (
+                before[0] + matrix * times * p.numel(),
+                before[1] + (not matrix) * times * p.numel(),
+            )
+    return found
 
 
 def active_parameters(architecture: Architecture) -> int:
@@ -113,14 +130,25 @@ def flops_per_token(
     lengths = [sequence] if document_lengths is None else list(document_lengths)
     if not lengths or min(lengths) < 1:
         raise ValueError(f"sequence and document_lengths must be at least 1; got {lengths[:8]}")
-    count = parameters(a)
-    matrices = count["attention"] + count["feed_forward"] + count["router"]
+    count = {kind: sizes[0] for kind, sizes in _counted(a).items()}
     if a.experts is not None:
-        matrices += count["experts"] * a.experts.top_k // a.experts.count
-    matrices += a.vocabulary * a.width
-    context = sum(n * n for n in lengths) / sum(lengths) * (0.5 if halve else 1.0)
-    forward = 2.0 * matrices + 4.0 * a.layers * a.heads * a.head_dim * context
+        count["experts"] = count["experts"] * a.experts.top_k // a.experts.count
+    matrices = sum(count.values()) + (a.vocabulary * a.width if a.tied else 0)
+    both = a.head_dim + (a.head_dim if a.latent is None else a.latent.values)
+    scores = sum(_context(lengths, a, n, halve) for n in range(a.layers)) * 2 * a.heads * both
+    forward = 2.0 * matrices + scores
     return Flops(forward, 3 * forward)
+
+
+def _context(lengths: Sequence[int], a: Architecture, layer: int, halve: bool) -> float:
+    """Return the keys that a token of a layer meets, on average."""
+    kind = a.kind(layer)
+    if kind == "ssm":
+        return 0.0
+    window = a.window if kind == "sliding" and halve else None
+    w = [min(n, window or n) for n in lengths]
+    pairs = sum(n * m - m * m / 2 if halve else n * m for n, m in zip(lengths, w, strict=True))
+    return pairs / sum(lengths)
 
 
 def mfu(tokens_per_s: float, training_flops_per_token: float, peak_flops: float) -> float:

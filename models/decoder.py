@@ -43,11 +43,12 @@ from .architecture import Architecture, Experts
 from .batch import Batch
 from .block import Block, Sums
 from .embedding import LearnedPositions
+from .mup import initial_scale
 from .norm import RMSNorm, block_norm
 from .sequences import Sequences, sequences
 from .stages import Stages
 
-__all__ = ["Architecture", "Decoder", "Experts", "is_hidden"]
+__all__ = ["Architecture", "Decoder", "Experts"]
 
 INIT_STD = 0.02
 IGNORED = -100  # the target of a position that is not trained
@@ -179,19 +180,20 @@ class Decoder(nn.Module):
     def initialise(self, seed: int) -> "Decoder":
         """Draw every weight from N(0, 0.02), residual projections 1/sqrt(2 L) smaller.
 
-        Scales of norms are 1, biases and sinks 0.
+        Scales of norms are 1, biases and sinks 0; with muP hidden matrices are smaller (`mup.py`).
 
         The values depend on the seed and the logical names alone: on no mesh, and not on `names`.
         """
         made = self.logical_layouts()
-        residual = INIT_STD / (2 * self.architecture.layers) ** 0.5
+        residual = (2 * self.architecture.layers) ** -0.5
         for path, parameter in self.named_parameters():
             owner, _, name = path.rpartition(".")
             if parameter.dim() == 1:
                 initial = getattr(self.get_submodule(owner), "initial", None)
                 parameter.fill_(0.0 if initial is None else initial(name))
                 continue
-            normal_(parameter, made[path], seed=seed, std=residual if _adds(path) else INIT_STD)
+            std = INIT_STD * initial_scale(self.architecture, path, parameter)
+            normal_(parameter, made[path], seed=seed, std=std * residual if _adds(path) else std)
         return self
 
     def forward(self, tokens: Tensor, document_lengths: Tensor | None = None) -> Tensor:
@@ -355,7 +357,7 @@ class Decoder(nn.Module):
         if stage < self.stages.last:
             return _plus(added, stream), sums
         hidden = self.norm.add(added, stream)[0]
-        scale = self.architecture.logit_scale
+        scale = self.architecture.logit_scale / self.architecture.multiple
         return hidden if scale == 1 else hidden * scale, sums
 
     def _embed(self, ids: Tensor, where: Sequences) -> Tensor:
@@ -406,11 +408,6 @@ class Decoder(nn.Module):
             balance=self.balance,
             device=tokens.device,
         )
-
-
-def is_hidden(path: str, parameter: Tensor) -> bool:
-    """Whether a parameter of a decoder is a hidden matrix, as Muon takes them: of a block."""
-    return path.startswith("blocks.") and parameter.dim() == 2
 
 
 def _plus(added: Tensor, stream: Tensor | None) -> Tensor:

@@ -32,6 +32,8 @@ class AdamW(ShardedOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay, times the learning rate.
         decay: Which parameters decay; by default those of two dimensions or more.
+        rate: What a parameter's learning rate is multiplied by, and its weight decay divided by,
+            given path and parameter; by default 1.
         offload: Whether masters and moments are kept in host memory.
     """
 
@@ -45,10 +47,12 @@ class AdamW(ShardedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         decay: Callable[[str, Tensor], bool] = decays,
+        rate: Callable[[str, Tensor], float] | None = None,
         offload: bool = False,
     ) -> None:
         self.betas = betas
         self.eps = eps
+        self.rates = {path: rate(path, p) if rate else 1.0 for path, p in parameters.items()}
         super().__init__(
             parameters, layouts, mesh, weight_decay=weight_decay, decay=decay, offload=offload
         )
@@ -72,13 +76,15 @@ class AdamW(ShardedOptimizer):
         self, shards: Sequence[Shard], gradients: Mapping[str, Tensor], learning_rate: float
     ) -> None:
         """Change masters and rows of `shards` in place."""
-        kinds: dict[tuple[bool, bool, torch.dtype, torch.dtype], list[Shard]] = {}
+        kinds: dict[tuple[bool, float, float, torch.dtype, torch.dtype], list[Shard]] = {}
         for s in shards:
             if s.master.numel():
                 apart = s.master is not s.rows and s.master.device == s.rows.device
-                kind = (apart, s.decay, s.rows.dtype, gradients[s.path].dtype)
+                rate = self.rates[s.path]
+                decay = self.weight_decay / rate if s.decay else 0.0
+                kind = (apart, rate, decay, s.rows.dtype, gradients[s.path].dtype)
                 kinds.setdefault(kind, []).append(s)
-        for (apart, decay, *_), alike in kinds.items():
+        for (apart, rate, decay, *_), alike in kinds.items():
             masters = [s.master for s in alike]
             adamw_(
                 [s.rows for s in alike] if apart else masters,
@@ -87,10 +93,10 @@ class AdamW(ShardedOptimizer):
                 [self.squares[s.path] for s in alike],
                 masters=masters if apart else None,
                 step=torch.tensor(float(self.steps - 1), device=masters[0].device),
-                learning_rate=learning_rate,
+                learning_rate=learning_rate * rate,
                 betas=self.betas,
                 eps=self.eps,
-                weight_decay=self.weight_decay if decay else 0.0,
+                weight_decay=decay,
             )
             if not apart:
                 self.bring(alike)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warploom.models.decoder import Decoder, is_hidden
+from warploom.models.decoder import Decoder
+from warploom.models.mup import is_hidden, learning_rates
 from warploom.parallel import optimizer as optimizers
 from warploom.parallel.checkpoint import AsyncSaver, CheckpointError, Entry, latest, load
 from warploom.parallel.collectives import gather_json
@@ -106,6 +107,7 @@ def make_optimizer(run: Run, model: Decoder, mesh: Mesh) -> ShardedOptimizer:
             betas=chosen.betas,
             eps=chosen.eps,
             weight_decay=chosen.weight_decay,
+            rate=learning_rates(run.architecture),
             offload=run.parallel.offload,
         )
     return optimizers.Muon(

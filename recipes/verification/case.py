@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from warploom.models.batch import Batch
-from warploom.models.decoder import Decoder, is_hidden
+from warploom.models.decoder import Decoder
+from warploom.models.mup import is_hidden, learning_rates
 from warploom.parallel import optimizer as optimizers
 from warploom.parallel.collectives import all_reduce_, observed
 from warploom.parallel.collectives.ledger import Ledger
@@ -55,8 +56,14 @@ def build(case: Case, mesh: Mesh) -> tuple[Decoder, ShardedOptimizer]:
     _spread(model, case.seed)
     parameters, made = dict(model.named_parameters()), model.layouts()
     if case.optimizer == "adamw":
-        adamw = optimizers.AdamW(parameters, made, mesh, eps=EPSILON, offload=case.parallel.offload)
-        return model, adamw
+        return model, optimizers.AdamW(
+            parameters,
+            made,
+            mesh,
+            eps=EPSILON,
+            rate=learning_rates(case.architecture),
+            offload=case.parallel.offload,
+        )
     return model, optimizers.Muon(
         parameters,
         made,

@@ -95,6 +95,12 @@ def _bench_kernels(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def _bench_mup(argv: list[str]) -> int:
+    from warploom.benchmarks import coordinates
+
+    return coordinates.main(argv)
+
+
 COMMANDS: Mapping[str, Command] = MappingProxyType(
     {
         "doctor": Command("[--json]", "what this machine has, and what is missing", _doctor),
@@ -102,6 +108,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "verify": Command("[RUN|FOLDER] --mesh ...", "prove a mesh on CPU processes", _verify),
         "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
+        "bench mup": Command("[--FLAG VALUE ...]", "muP's coordinate check", _bench_mup),
         "bench kernels": Command(
             "[--FLAG VALUE ...]", "time operators against peers and the roof", _bench_kernels
         ),

@@ -14,7 +14,8 @@ import torch
 
 from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
-from warploom.models.decoder import Decoder, is_hidden
+from warploom.models.decoder import Decoder
+from warploom.models.mup import is_hidden
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import Muon
