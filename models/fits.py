@@ -31,6 +31,18 @@ def check(architecture: Architecture, degrees: Degrees, *, stages: int | None = 
     )
     if dense:
         _need(d.tp, "tp", f"hidden ({a.hidden})", lambda tp: a.hidden % tp == 0)
+    if a.ssm is not None:
+        heads, groups = a.ssm.heads, a.ssm.groups
+        what = f"ssm.heads ({heads}), and divide or be divided by ssm.groups ({groups})"
+        _need(
+            d.tp,
+            "tp",
+            what,
+            lambda tp: heads % tp == 0 and (groups % tp == 0 or tp % groups == 0),
+        )
+        held = heads // d.tp
+        what = f"the ssm heads of a tensor-parallel rank ({held})"
+        _need(d.cp, "cp", what, lambda cp: held % cp == 0)
     if a.experts is not None and (shared := a.experts.shared):
         _need(d.tp, "tp", f"experts.shared ({shared})", lambda tp: shared % tp == 0)
     _need(d.uly, "uly", f"cp ({d.cp})", lambda uly: d.cp % uly == 0)

@@ -54,7 +54,10 @@ def test_version(capsys):
         (["docter"], "got 'docter': did you mean doctor?"),
         (["train"], "train needs the run first, as recipe/name"),
         (["train", "--steps"], "got --steps"),
-        (["bench", "kernel"], "bench must be followed by one of train, kernels, got 'kernel': did"),
+        (
+            ["bench", "kernel"],
+            "bench must be followed by one of train, mup, kernels, got 'kernel': did",
+        ),
         (["train", "stdlib"], "a run is recipe/name, such as pretrain/stdlib; got 'stdlib'"),
         (["train", "pretrian/stdlib"], "got 'pretrian': did you mean pretrain?"),
     ],

@@ -3,13 +3,14 @@
 Kept: query heads a key/value head; whether key/value heads are split or shared by tensor-parallel
 ranks, and one or several of them a rank; whether the width is that of all heads; the vocabulary's
 remainder; experts a rank, experts a token, their groups; dense layers before them; a remainder of
-layers over stages; tied embeddings, norms of queries and keys, the weights of all losses.
+layers over stages; every kind of block; tied embeddings, norms of queries and keys, the weights of
+all losses.
 """
 
 from dataclasses import replace
 from math import lcm
 
-from warploom.models.architecture import Architecture, Experts
+from warploom.models.architecture import Architecture, Experts, Kind, Latent, StateSpace
 from warploom.models.fits import check
 from warploom.parallel.mesh import Degrees
 
@@ -62,9 +63,15 @@ def shrink(architecture: Architecture, degrees: Degrees, stages: int) -> Archite
     dense = 0 if experts is None else experts.dense_layers or 0
     remainder = 1 if a.layers % stages else 0
     layers = max(stages + remainder, dense + (experts is not None), 2)
+    layers = max(layers, len(set(a.kinds)) + (experts is not None and dense > 0))
     made = replace(
         a,
         layers=min(layers, a.layers),
+        kinds=_shrink_kinds(a, min(layers, a.layers)),
+        rope_dim=None if not a.rope_dim else 2,
+        window=None if a.window is None else 3,
+        latent=None if a.latent is None else _shrink_latent(a.latent),
+        ssm=None if a.ssm is None else _shrink_ssm(a.ssm, d),
         width=heads * head_dim + (0 if a.width == a.heads * a.head_dim else 6),
         heads=heads,
         kv_heads=kv_heads,
@@ -76,6 +83,24 @@ def shrink(architecture: Architecture, degrees: Degrees, stages: int) -> Archite
     )
     check(made, d, stages=stages)
     return made
+
+
+def _shrink_kinds(a: Architecture, layers: int) -> tuple[Kind, ...]:
+    """Keep each kind of block, in the order in which they first come."""
+    found = tuple(dict.fromkeys(map(a.kind, range(a.layers))))
+    return tuple(found[n % len(found)] for n in range(layers)) if a.kinds else ()
+
+
+def _shrink_latent(latent: Latent) -> Latent:
+    queries = None if latent.queries is None else 6
+    return replace(latent, keys=5, queries=queries, rotated=2, values=3)
+
+
+def _shrink_ssm(ssm: StateSpace, degrees: Degrees) -> StateSpace:
+    """Keep whether groups are shared by tensor-parallel ranks."""
+    split = degrees.tp * degrees.cp
+    groups = min(ssm.groups, 2 * degrees.tp)
+    return replace(ssm, heads=lcm(split, groups), groups=groups, head_dim=HEAD_DIM, state=3)
 
 
 def _shrink_experts(experts: Experts, degrees: Degrees) -> Experts:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
-from warploom.models.architecture import Experts
+from warploom.models.architecture import Architecture, Experts
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Group, gather_json, place
 from warploom.parallel.collectives.ledger import Ledger, ring_bytes
@@ -131,7 +131,7 @@ def micro_batch(
     Returns:
         Calls and bytes by axis, collective and phase; `None` where there is no formula.
     """
-    if (recompute := case.recompute) not in RECOMPUTED:
+    if (recompute := case.recompute) not in RECOMPUTED or _irregular(model.architecture):
         return None
     a, theory, tokens = model.architecture, _Theory(ledger), seen.tokens
     ranks, routed = mesh.degree("tp"), iter(seen.routed)
@@ -167,6 +167,12 @@ def micro_batch(
                 mesh.tp, REDUCE, "forward", 1, ring_bytes(REDUCE, ranks, parts * tokens * ITEM)
             )
     return dict(theory.found)
+
+
+def _irregular(a: Architecture) -> bool:
+    """Whether layers of an architecture send what there is no formula for here."""
+    states = a.latent is not None or a.ssm is not None or a.predict > 0
+    return states or a.qk_norm == "full" or a.window is not None or a.sinks
 
 
 def _attention(theory: _Theory, model: Decoder, mesh: Mesh, case: Case, tokens: int) -> None:
