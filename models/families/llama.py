@@ -5,118 +5,67 @@ https://arxiv.org/abs/2407.21783, table 3 (release 3.0: rotary positions are not
 al. 2025, https://arxiv.org/abs/2502.02737 (SmolLM2).
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ..architecture import Architecture
+from .family import Family
 
-MODEL_TYPE = "llama"
-CLASS_NAME = "LlamaForCausalLM"
-
-_OUTER = {
-    "embedding.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
-_BLOCK = {
-    "attention_norm": "input_layernorm",
-    "attention.qkv.q": "self_attn.q_proj",
-    "attention.qkv.k": "self_attn.k_proj",
-    "attention.qkv.v": "self_attn.v_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "attention.out": "self_attn.o_proj",
-    "feed_forward_norm": "post_attention_layernorm",
-    "feed_forward.gate_up.gate": "mlp.gate_proj",
-    "feed_forward.gate_up.up": "mlp.up_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-
-
-def rename(name: str) -> str:
-    """Map a logical name of `Decoder`, such as `blocks.0.attention.qkv.q.weight`, to the Hub's.
-
-    Raises:
-        KeyError: If `Decoder` has no such name.
-    """
-    if name in _OUTER:
-        return _OUTER[name]
-    _, layer, rest = name.split(".", 2)
-    module, leaf = rest.rsplit(".", 1)
-    return f"model.layers.{layer}.{_BLOCK[module]}.{leaf}"
-
-
-def writes(architecture: Architecture) -> bool:
-    """Say whether a config.json of this family can describe an architecture."""
-    return architecture.experts is None and not architecture.qk_norm
-
-
-def unsupported(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json whose values `Decoder` cannot honour."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    allowed: dict[str, tuple[Any, ...]] = {
-        "hidden_act": (None, "silu", "swish"),
-        "attention_bias": (None, False),
-        "mlp_bias": (None, False),
-        "attention_dropout": (None, 0, 0.0),
-        "partial_rotary_factor": (None, 1, 1.0),
-        "rope_interleaved": (None, False),
-        "quantization_config": (None,),
-        "use_sliding_window": (None, False),
+SILU = MappingProxyType(
+    {"hidden_act": (("silu", "swish"), "the feed-forward would use another activation")}
+)
+FIELDS = MappingProxyType(
+    {
+        "num_hidden_layers": "layers",
+        "hidden_size": "width",
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "head_dim": "head_dim",
+        "intermediate_size": "hidden",
+        "vocab_size": "vocabulary",
+        "max_position_embeddings": "max_positions",
+        "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tied",
     }
-    found = {k: config[k] for k, values in allowed.items() if config.get(k) not in values}
-    if rope_type != "default" or rope.get("partial_rotary_factor", 1) != 1:
-        found["rope_parameters" if config.get("rope_parameters") else "rope_scaling"] = dict(rope)
-    kinds = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
-    return {**found, "layer_types": kinds} if kinds else found
-
-
-def read(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that a config.json describes; `KeyError` if a size is missing."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    heads = config["num_attention_heads"]
-    return Architecture(
-        layers=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        hidden=config["intermediate_size"],
-        vocabulary=config["vocab_size"],
-        max_positions=config.get("max_position_embeddings", 2048),
-        rope_base=float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        tied=config.get("tie_word_embeddings", False),
-    )
-
-
-def write(architecture: Architecture) -> dict[str, Any]:
-    """Return the fields of a config.json that transformers 4 and 5 both read."""
-    a = architecture
-    return {
-        "architectures": [CLASS_NAME],
-        "model_type": MODEL_TYPE,
-        "num_hidden_layers": a.layers,
-        "hidden_size": a.width,
-        "num_attention_heads": a.heads,
-        "num_key_value_heads": a.kv_heads,
-        "head_dim": a.head_dim,
-        "intermediate_size": a.hidden,
-        "vocab_size": a.vocabulary,
-        "max_position_embeddings": a.max_positions,
-        "rope_theta": a.rope_base,
-        "rope_parameters": {"rope_type": "default", "rope_theta": a.rope_base},
-        "rms_norm_eps": a.norm_eps,
-        "tie_word_embeddings": a.tied,
-        "hidden_act": "silu",
+)
+DEFAULTS = MappingProxyType(
+    {
+        "num_key_value_heads": lambda config: config["num_attention_heads"],
+        "head_dim": lambda config: config["hidden_size"] // config["num_attention_heads"],
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
         "attention_bias": False,
         "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
     }
+)
+NAMES = MappingProxyType(
+    {
+        "embedding": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+        "blocks.*.attention_norm": "model.layers.*.input_layernorm",
+        "blocks.*.attention.qkv.q": "model.layers.*.self_attn.q_proj",
+        "blocks.*.attention.qkv.k": "model.layers.*.self_attn.k_proj",
+        "blocks.*.attention.qkv.v": "model.layers.*.self_attn.v_proj",
+        "blocks.*.attention.q_norm": "model.layers.*.self_attn.q_norm",
+        "blocks.*.attention.k_norm": "model.layers.*.self_attn.k_norm",
+        "blocks.*.attention.out": "model.layers.*.self_attn.o_proj",
+        "blocks.*.feed_forward_norm": "model.layers.*.post_attention_layernorm",
+        "blocks.*.feed_forward.gate_up.gate": "model.layers.*.mlp.gate_proj",
+        "blocks.*.feed_forward.gate_up.up": "model.layers.*.mlp.up_proj",
+        "blocks.*.feed_forward.down": "model.layers.*.mlp.down_proj",
+    }
+)
+
+FAMILY = Family(
+    model_type="llama",
+    class_name="LlamaForCausalLM",
+    fields={**FIELDS, "attention_bias": "qkv_bias out_bias", "mlp_bias": "mlp_bias"},
+    names=NAMES,
+    defaults=DEFAULTS,
+    fixed={**SILU, "rope_interleaved": ((None, False), "neighbours would rotate together")},
+)
 
 
 def _llama(

@@ -7,97 +7,65 @@ per document and 1 when perfectly balanced, that of `transformers` per batch and
 Source: Jiang et al. 2024, https://arxiv.org/abs/2401.04088, table 1 and section 2.1.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ..architecture import Architecture, Experts
 from . import llama
+from .family import Config, Family
 
-MODEL_TYPE = "mixtral"
-CLASS_NAME = "MixtralForCausalLM"
-
-_WEIGHTS = {"gate": "w1", "up": "w3", "down": "w2"}
+_EXPERT = "model.layers.*.block_sparse_moe.experts.*"
 
 
-def rename(name: str) -> str:
-    """Map a logical name of `Decoder` to the Hub's.
-
-    Raises:
-        KeyError: If `Decoder` has no such name.
-    """
-    if ".feed_forward." not in name:
-        return llama.rename(name)
-    layer, _, inner = name.removeprefix("blocks.").partition(".feed_forward.")
-    place = f"model.layers.{layer}.block_sparse_moe"
-    if inner == "router.weight":
-        return f"{place}.gate.weight"
-    _, expert, weight, leaf = inner.split(".")
-    return f"{place}.experts.{expert}.{_WEIGHTS[weight]}.{leaf}"
+def read_balance(config: Config) -> dict[str, Any]:
+    """Return the weight of the balancing loss, 0 where it is not wanted."""
+    weight = config["router_aux_loss_coef"] * config["num_experts_per_tok"]
+    return {"experts.balance": weight if config["output_router_logits"] else 0.0}
 
 
-def writes(architecture: Architecture) -> bool:
-    """Say whether a config.json of this family can describe an architecture."""
-    a, experts = architecture, architecture.experts
-    if experts is None or a.qk_norm:
-        return False
-    as_here = replace(
-        Experts(count=experts.count, top_k=experts.top_k, hidden=a.hidden),
-        score="softmax_after",
-        balance=experts.balance,
-    )
-    return experts == as_here
+def write_balance(architecture: Architecture) -> dict[str, Any]:
+    """Say the same in fields of config.json."""
+    assert architecture.experts is not None
+    balance, top_k = architecture.experts.balance, architecture.experts.top_k
+    weight = {"router_aux_loss_coef": balance / top_k} if balance else {}
+    return {"output_router_logits": balance > 0, **weight}
 
 
-def unsupported(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of a config.json whose values `Decoder` cannot honour."""
-    found: dict[str, Any] = llama.unsupported(config)
-    allowed: dict[str, tuple[Any, ...]] = {
-        "sliding_window": (None,),
-        "router_jitter_noise": (None, 0, 0.0),
-    }
-    more = {k: config[k] for k, values in allowed.items() if config.get(k) not in values}
-    return found | more
-
-
-def read(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that a config.json describes.
-
-    Raises:
-        KeyError: If a size is missing.
-    """
-    defaults = {"num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
-    given = {**defaults, **config}
-    made = llama.read(given)
-    wanted = given.get("output_router_logits", False)
-    weight = given.get("router_aux_loss_coef", 0.001) * given["num_experts_per_tok"]
-    experts = Experts(
-        count=given["num_local_experts"],
-        top_k=given["num_experts_per_tok"],
-        hidden=given["intermediate_size"],
-        score="softmax_after",
-        balance=weight if wanted else 0.0,
-    )
-    return replace(made, experts=experts)
-
-
-def write(architecture: Architecture) -> dict[str, Any]:
-    """Return the fields of a config.json that transformers 4 and 5 both read."""
-    experts = architecture.experts
-    assert experts is not None
-    fields = llama.write(architecture)
-    del fields["attention_bias"], fields["mlp_bias"]
-    routing = {"router_aux_loss_coef": experts.balance / experts.top_k} if experts.balance else {}
-    return {
-        **fields,
-        "architectures": [CLASS_NAME],
-        "model_type": MODEL_TYPE,
-        "num_local_experts": experts.count,
-        "num_experts_per_tok": experts.top_k,
-        "output_router_logits": experts.balance > 0,
-        "sliding_window": None,
-        **routing,
-    }
+BALANCE = MappingProxyType({"router_aux_loss_coef": 0.001, "output_router_logits": False})
+FAMILY = Family(
+    model_type="mixtral",
+    class_name="MixtralForCausalLM",
+    fields={
+        **llama.FIELDS,
+        "intermediate_size": "hidden experts.hidden",
+        "num_local_experts": "experts.count",
+        "num_experts_per_tok": "experts.top_k",
+    },
+    names={
+        **llama.NAMES,
+        "blocks.*.feed_forward.router": "model.layers.*.block_sparse_moe.gate",
+        "blocks.*.feed_forward.experts.*.gate": f"{_EXPERT}.w1",
+        "blocks.*.feed_forward.experts.*.up": f"{_EXPERT}.w3",
+        "blocks.*.feed_forward.experts.*.down": f"{_EXPERT}.w2",
+    },
+    defaults={
+        **llama.DEFAULTS,
+        **BALANCE,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    },
+    always={"experts.score": "softmax_after"},
+    fixed={
+        **llama.SILU,
+        "sliding_window": ((None,), "every block would have a window"),
+        "router_jitter_noise": ((0.0,), "routers would see noise while training"),
+    },
+    read=read_balance,
+    write=write_balance,
+)
 
 
 def tiny() -> Architecture:

@@ -3,39 +3,53 @@
 Source: Yang et al. 2025, https://arxiv.org/abs/2505.09388, table 1.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from ..architecture import Architecture
 from . import llama
-
-MODEL_TYPE = "qwen3"
-CLASS_NAME = "Qwen3ForCausalLM"
-
-rename = llama.rename
-unsupported = llama.unsupported
+from .family import Config, Family
 
 
-def writes(architecture: Architecture) -> bool:
-    """Say whether a config.json of this family can describe an architecture."""
-    return architecture.experts is None and architecture.qk_norm == "head"
+def slides(config: Config) -> list[str]:
+    """Name the kind of each block where config.json gives the first one with a window."""
+    first = (
+        config["max_window_layers"] if config["use_sliding_window"] else config["num_hidden_layers"]
+    )
+    return [
+        "sliding_attention" if layer >= first else "full_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
 
 
-def read(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture that a config.json describes.
-
-    Raises:
-        KeyError: If a size is missing.
-    """
-    defaults = {"head_dim": 128, "max_position_embeddings": 32_768}
-    return replace(llama.read({**defaults, **config}), qk_norm="head")
+def windows(architecture: Architecture) -> dict[str, Any]:
+    """Say whether there are blocks with a window, beside their list."""
+    return {
+        "use_sliding_window": architecture.window is not None,
+        "max_window_layers": architecture.layers,
+    }
 
 
-def write(architecture: Architecture) -> dict[str, Any]:
-    """Return the fields of a config.json that transformers 4 and 5 both read."""
-    names = {"architectures": [CLASS_NAME], "model_type": MODEL_TYPE}
-    return {**llama.write(architecture), **names, "use_sliding_window": False}
+WINDOW = MappingProxyType(
+    {
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "use_sliding_window": False,
+        "layer_types": slides,
+    }
+)
+FAMILY = Family(
+    model_type="qwen3",
+    class_name="Qwen3ForCausalLM",
+    fields={**llama.FIELDS, "attention_bias": "qkv_bias out_bias", "sliding_window": "window"},
+    names=llama.NAMES,
+    defaults={**llama.DEFAULTS, "head_dim": 128, "max_position_embeddings": 32_768, **WINDOW},
+    always={"qk_norm": "head"},
+    fixed=llama.SILU,
+    ignored=("max_window_layers", "use_sliding_window"),
+    write=windows,
+)
 
 
 def tiny() -> Architecture:
