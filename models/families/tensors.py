@@ -58,11 +58,12 @@ class Part:
             for dim, base in enumerate(self.slices)
         )
 
-    def logically(self, stored: Tensor) -> Tensor:
-        """View a slice of the Hub's tensor as one of the logical tensor."""
-        for dim in reversed(self.dropped):
-            stored = stored.squeeze(dim)
-        return stored.t() if self.swapped else stored
+    def as_stored(self, logical: Tensor) -> Tensor:
+        """View the logical tensor, or a slice of it, with the dimensions of the Hub's."""
+        view = logical.t() if self.swapped else logical
+        for dim in self.dropped:
+            view = view.unsqueeze(dim)
+        return view
 
 
 def _slice_of(base: Slice, own: Slice) -> Slice:
