@@ -156,7 +156,7 @@ def measure(setting: Setting, rounds: int, say: Callable[[str], None]) -> dict[s
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        hf.save(Decoder.create(_MODELS[setting.model](), seed=0, names=llama.rename), folder)
+        hf.save(Decoder.create(_MODELS[setting.model](), seed=0, names=llama.FAMILY.rename), folder)
         pipes: dict[str, Connection] = {}
         workers = []
         for side in SIDES:

@@ -7,6 +7,8 @@ from ..architecture import Architecture
 from . import llama, mixtral, qwen3
 from .family import Family
 
+__all__ = ["Family", "of_architecture", "of_model_type"]
+
 _FAMILIES = (llama.FAMILY, qwen3.FAMILY, mixtral.FAMILY)
 
 

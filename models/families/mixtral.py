@@ -13,7 +13,8 @@ from typing import Any
 
 from ..architecture import Architecture, Experts
 from . import llama
-from .family import Config, Family
+from .family import Family
+from .fields import Config
 
 _EXPERT = "model.layers.*.block_sparse_moe.experts.*"
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from ..architecture import Architecture
 from . import llama
-from .family import Config, Family
+from .family import Family
+from .fields import Config
 
 
 def slides(config: Config) -> list[str]:

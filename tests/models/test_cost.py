@@ -67,9 +67,9 @@ def test_planned_flops_are_those_of_transformers(made):
     family = of_architecture(made)
     import transformers
 
-    config = getattr(transformers, family.CLASS_NAME.replace("ForCausalLM", "Config"))
+    config = getattr(transformers, family.class_name.replace("ForCausalLM", "Config"))
     peer = AutoModelForCausalLM.from_config(
-        config(**family.write(made)), attn_implementation="eager"
+        config(**family.config(made)), attn_implementation="eager"
     )
     batch = _batch(made, 2, 24)
     with FlopCounterMode(display=False) as forward, torch.no_grad():

@@ -22,7 +22,7 @@ EXEMPT = {
     "parallel/parity.py": "compares",
     "parallel/pipeline/simulator.py": "predicts times, and draws them",
     "parallel/mesh.py": "makes the groups: its tests name every rank",
-    "models/hf.py": "moves bytes, not gradients",
+    "models/hf": "moves bytes, not gradients",
     "models/cost.py": "predicts",
     "models/memory_cost.py": "predicts",
 }

@@ -219,7 +219,7 @@ def test_a_folder_is_read_for_its_sizes_alone(family, tmp_path):
     a = replace(llama.llama3_8b(), tied=True)
     if family is mixtral:
         a = replace(a, experts=Experts(count=8, top_k=2, hidden=a.hidden, score="softmax_after"))
-    (tmp_path / "config.json").write_text(json.dumps(family.write(a)))
+    (tmp_path / "config.json").write_text(json.dumps(family.FAMILY.config(a)))
     mesh = "tp2,ep4,dp2" if family is mixtral else "tp2,dp2"
     case = verify.plan(verify.Verify(subject=str(tmp_path), mesh=mesh))
     assert case.architecture.tied

@@ -104,7 +104,10 @@ class Reader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self._stack.close()
 
@@ -158,9 +161,7 @@ class Reader:
             done += length * size
 
 
-def _stretches(
-    shape: tuple[int, ...], hull: list[tuple[int, int]]
-) -> Iterator[tuple[int, int]]:
+def _stretches(shape: tuple[int, ...], hull: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     """Yield begin and length, in elements, of what a box of a tensor is in the file."""
     cut = max((d for d, box in enumerate(hull) if box != (0, shape[d])), default=0)
     strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
@@ -186,7 +187,9 @@ class Writer:
         shard_bytes: int,
     ) -> None:
         self.folder = folder
-        sizes = {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()}
+        sizes = {
+            name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()
+        }
         self._where: dict[str, tuple[Path, int]] = {}
         self._index: dict[str, str] = {}
         plan = _plan(sizes, shard_bytes)

@@ -1,0 +1,70 @@
+"""A decoder from a folder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from warploom.parallel.mesh import Mesh
+
+from ..decoder import Decoder
+from .files import DTYPES, Reader
+from .tensors import checked, held, refuse_nan, stored_dtype, targets
+from .texts import architecture, check_tokenizer
+
+
+def load(
+    folder: str | Path,
+    mesh: Mesh | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Decoder:
+    """Build a decoder from a Hugging Face folder.
+
+    Args:
+        folder: Holds config.json and model.safetensors, or its parts with their index.
+        mesh: Groups of ranks; `None` for one rank.
+        dtype: Of the parameters; `None` for that of the file.
+        device: Where the parameters go; `None` for the CPU.
+        options: Others of `Decoder`, such as `recompute` and `z_loss`.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If the config cannot be honoured; tensors are missing, unknown, of another shape
+            (all are listed) or hold NaN or infinity; or the tokenizer has more ids than the
+            vocabulary.
+    """
+    made = architecture(folder)
+    check_tokenizer(Path(folder), made)
+    if dtype is None:
+        dtype = stored_dtype(folder, made)
+    model = Decoder(made, mesh=mesh, dtype=dtype, device=device or "cpu", **options)
+    load_into(model, folder)
+    return model
+
+
+@torch.no_grad()
+def load_into(model: Decoder, folder: str | Path) -> None:
+    """Overwrite the parameters of `model`, and its routers' biases, with those of a folder.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If tensors are missing, unknown or of another shape: nothing is changed then. If
+            one holds NaN or infinity: then some are changed.
+    """
+    found = checked(model.architecture, folder)
+    for _, layout, tensor in held(model):
+        covered = sum(math.prod(piece.sizes) for piece in layout.pieces)
+        if covered < tensor.numel():
+            tensor.zero_()  # padding
+    with Reader() as reader:
+        for name, entry, piece, target in targets(model, found):
+            own = target.is_contiguous() and target.device.type == "cpu"
+            own &= target.dtype == DTYPES[entry.kind] and all(s[2] == 1 for s in piece)
+            for rows, block in reader.blocks(entry, piece, target if own else None):
+                refuse_nan(block, name, entry)
+                if not own:
+                    target[rows if entry.shape else ...].copy_(block)

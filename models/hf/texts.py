@@ -1,0 +1,88 @@
+"""What is in a folder beside tensors: config.json, the tokenizer, the settings of generation."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..architecture import Architecture
+from ..families import of_model_type
+from .files import read_json, write_json
+
+_TOKENIZER = ("*token*.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.*")
+
+
+def architecture(folder: str | Path) -> Architecture:
+    """Read the architecture of a folder's config.json.
+
+    Raises:
+        FileNotFoundError: If there is no config.json.
+        ValueError: If no family has its `model_type`, a field is missing, or fields are there that
+            cannot be honoured; all of them are named, with what they would change.
+    """
+    config = read_json(Path(folder) / "config.json")
+    family = of_model_type(config.get("model_type", ""))
+    try:
+        return family.architecture(config)
+    except KeyError as error:
+        raise ValueError(f"{folder}/config.json must have {error.args[0]!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from None
+
+
+def check_tokenizer(folder: Path, made: Architecture) -> None:
+    """Compare the ids of a folder's tokenizer.json, where there is one, with the vocabulary.
+
+    Raises:
+        ValueError: If an id is outside of it.
+    """
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return
+    read = read_json(path)
+    known = read.get("model", {}).get("vocab") or {}
+    ids = list(known.values()) if isinstance(known, dict) else [len(known) - 1]
+    most = max([*ids, *(token["id"] for token in read.get("added_tokens", ()))], default=-1)
+    if most >= made.vocabulary:
+        raise ValueError(
+            f"{path} has ids up to {most}, which must be below the vocabulary of the model "
+            f"({made.vocabulary}): it is the tokenizer of another model, or the embedding was not "
+            "made larger for its new tokens"
+        )
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """List what of a folder belongs to its tokenizer."""
+    return sorted({p for glob in _TOKENIZER for p in folder.glob(glob) if p.is_file()})
+
+
+def _special_ids(tokenizer: Path) -> dict[str, int]:
+    """Return `bos_token_id` and `eos_token_id`, as far as a tokenizer's files name them."""
+    config, vocabulary = tokenizer / "tokenizer_config.json", tokenizer / "tokenizer.json"
+    if not (config.exists() and vocabulary.exists()):
+        return {}
+    added = {t["content"]: t["id"] for t in read_json(vocabulary).get("added_tokens", ())}
+    named = read_json(config)
+    ids = {}
+    for key in ("bos_token", "eos_token"):
+        token = named.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if text in added:
+            ids[f"{key}_id"] = added[text]
+    return ids
+
+
+def write_texts(
+    folder: Path, config: dict[str, Any], tokenizer: Path | None, card: str | None
+) -> None:
+    """Write everything but the tensors."""
+    special = _special_ids(tokenizer) if tokenizer is not None else {}
+    write_json(folder / "config.json", config | special)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in tokenizer_files(tokenizer) if tokenizer is not None else ():
+        shutil.copyfile(path, folder / path.name)
+    given = None if tokenizer is None else tokenizer / "generation_config.json"
+    if given is not None and given.exists():
+        shutil.copyfile(given, folder / given.name)
+    elif "eos_token_id" in special:
+        write_json(folder / "generation_config.json", special)
