@@ -1,4 +1,4 @@
-"""What a decoder costs: exact parameters, floating-point operations a token, bytes.
+"""What a decoder costs: exact parameters, floating-point operations a token.
 
 FLOPs are of the model, not of the machine: two a multiply-add of each matrix product, three times
 the forward for a training step (the backward differentiates both factors), nothing for norms,
@@ -29,19 +29,6 @@ from warploom.kernels.attention import Scores
 
 from .architecture import Architecture
 from .block import Block
-from .memory_cost import Memory, activations, memory
-
-__all__ = [
-    "Flops",
-    "Memory",
-    "activations",
-    "active_parameters",
-    "flops_per_token",
-    "measured_flops",
-    "memory",
-    "mfu",
-    "parameters",
-]
 
 _KINDS = ("norm", "router", "experts", "feed_forward", "attention", "embedding", "head")
 

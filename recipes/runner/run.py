@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 
 from warploom.models.architecture import Architecture
-from warploom.models.cost import memory
 from warploom.models.families import of_architecture
 from warploom.parallel.context import Split
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import NAMED, Degrees
 
 from ..errors import UserError
+from ..plan.memory import memory
 from .fp8 import Fp8, check_device, check_sizes, recipe
 from .learning_rate import WSD, Schedule
 from .parallel import Parallel, check_mesh, schedule, stages

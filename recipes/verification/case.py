@@ -219,7 +219,7 @@ class Outcome:
             of the forward pass: found, and of one process. Padding counts.
         traffic: What all ranks send, and what they should.
         peak: Bytes that rank 0 saves for the backward of one micro-batch: the most at a time, and
-            what models/cost.py predicts; NaN without a prediction.
+            what recipes/plan/memory.py predicts; NaN without a prediction.
     """
 
     differences: dict[str, float]

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from warploom.models.batch import Batch
-from warploom.models.cost import activations
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
 from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.expert import Experts, record_routing
 from warploom.parallel.memory import track
 
+from ..plan.memory import activations
 from . import traffic
 from .plan import Case
 

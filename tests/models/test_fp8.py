@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.models import test_memory
 
 from warploom.benchmarks import fp8_training
 from warploom.kernels.gemm import Fp8Recipe
@@ -197,40 +196,6 @@ def _codes_go_with_the_parameters():
 
 def test_codes_go_with_the_parameters(pool):
     pool(2, _codes_go_with_the_parameters)
-
-
-@pytest.mark.parametrize(
-    "name", ["block", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tensor", "row", "mx"))]
-)
-def test_memory_is_what_was_predicted(name, monkeypatch):
-    recipe, activations = RECIPES[name], cost.activations
-    monkeypatch.setattr(
-        test_memory.cost, "activations", lambda *a, **k: activations(*a, fp8=recipe, **k)
-    )
-    made = replace(SMALL, max_positions=64)
-    batch = test_memory._batch(made, length=40)
-    for recompute in ("none", "full", "selective", "attention,feed_forward"):
-        got, want = test_memory._both(
-            made, batch, None, torch.float32, recompute=recompute, fp8=recipe
-        )
-        assert got == want, recompute
-    assert [*test_memory._both(made, batch, None, torch.bfloat16, fp8=recipe)] == [
-        activations(made, 160, dtype=torch.bfloat16, fp8=recipe)
-    ] * 2
-
-
-@pytest.mark.parametrize("name", ["tensor", "row", "block", "mx"])
-def test_both_copies_of_the_weights_are_planned(name):
-    recipe = RECIPES[name]
-    model = Decoder.create(SMALL, fp8=recipe)
-    held = {}
-    for layer in model.modules():
-        if isinstance(getattr(layer, "fp8", None), Fp8Product):
-            q = layer.fp8.codes(layer.weight, copy=True)
-            for t in (q.data, q.scale, q.data_t, q.scale_t):
-                held[t.data_ptr()] = t.nbytes
-    plans = [cost.memory(SMALL, 48, fp8=r).parameters for r in (recipe, None)]
-    assert sum(held.values()) == pytest.approx(plans[0] - plans[1], rel=1e-3)
 
 
 def test_flops_count_the_products_in_fp8():

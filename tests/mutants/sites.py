@@ -24,7 +24,6 @@ EXEMPT = {
     "parallel/mesh.py": "makes the groups: its tests name every rank",
     "models/hf": "moves bytes, not gradients",
     "models/cost.py": "predicts",
-    "models/memory_cost.py": "predicts",
 }
 NO_GRADIENT = {"barrier", "device_of", "gather_json", "place"}  # exported, carry no gradient
 ROWS = ("all_gather_rows", "reduce_scatter_rows", "all_to_all_rows")

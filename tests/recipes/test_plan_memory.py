@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.models.test_fp8 import RECIPES
+from tests.models.test_fp8 import SMALL as NARROW
 
 from warploom.models import cost
 from warploom.models.architecture import Experts
@@ -14,10 +16,12 @@ from warploom.models.stages import Stages
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.expert import MoE, record_routing
 from warploom.parallel.memory import track
-from warploom.parallel.mesh import Mesh
+from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.pipeline import Schedule
 from warploom.parallel.step import Step
+from warploom.parallel.tensor import Fp8Product
+from warploom.recipes.plan import memory
 
 DENSE = replace(llama.tiny(), layers=3)
 NORMS = replace(qwen3.tiny(), layers=2)
@@ -70,7 +74,7 @@ def _both(made, batch, mesh, dtype=torch.float32, **options):
         padded = tokens > batch.tokens.numel()
         documents = (documents or len(batch.tokens)) + 1 if padded else documents
     sent = [int((indices >= 0).sum()) for indices in chosen]
-    predicted = cost.activations(
+    predicted = memory.activations(
         made,
         tokens,
         dtype=dtype,
@@ -147,7 +151,7 @@ def test_every_rank_saves_what_was_predicted(pool, size, cases):
 
 def test_rows_are_one_pair_for_each_routed_block():
     with pytest.raises(ValueError, match=r"each routed block that is held \(2\), got 1"):
-        cost.activations(MOE, 8, rows=[(8, 8)])
+        memory.activations(MOE, 8, rows=[(8, 8)])
 
 
 def _tensor_and_context():
@@ -191,7 +195,7 @@ def _pipelined(name, microbatches, recompute):
     with track(model=model, optimizer=optimizer) as seen:
         step(batches, learning_rate=1e-3)
     step.close()
-    plan = cost.memory(
+    plan = memory.memory(
         made,
         4 * 26,
         degrees=mesh.degrees,
@@ -245,7 +249,7 @@ def _sharded(made, dtype):
             gradients.reduce()
         with track(model=model, gradients=gradients) as after:
             most = max(seen.highest["gradients"], after.live["gradients"])
-        plan = cost.memory(made, 26, dtype=dtype, degrees=mesh.degrees, zero=zero)
+        plan = memory.memory(made, 26, dtype=dtype, degrees=mesh.degrees, zero=zero)
         states = [held["parameters"], most, held["optimizer"]]
         found.append((states, plan, seen.peak.total, max(there)))
     return found
@@ -272,3 +276,79 @@ def test_zero_divides_states(pool, dtype):
     assert there == plan - unit < 0.75 * zeroth[0]
     peaks = [peak for _, _, peak, _ in found[:3]]
     assert peaks[0] > peaks[1] > peaks[2]
+
+
+def _saved_bytes(model, batch):
+    """Sum the storages that autograd keeps, each once, without the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, total = {}, 0
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # alive, so that no address is used twice
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        term = model.loss(batch)[0]
+    total = sum(storage.nbytes() for storage in kept.values())
+    assert term.sum.grad_fn is not None
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "made",
+    [replace(llama.tiny(), tied=False), llama.tiny(), qwen3.tiny()],
+    ids=["llama", "tied", "qwen3"],
+)
+def test_planned_activations_are_what_autograd_saves(made, dtype):
+    made = replace(made, layers=3)
+    model = Decoder.create(made, dtype=dtype)
+    plan = memory.activations(made, 48, dtype=dtype)
+    assert _saved_bytes(model, _batch(made, 2, 24)) == plan
+
+
+def test_planned_memory():
+    made = llama.smollm2_135m()
+    plan = memory.memory(made, 2048, dtype=torch.bfloat16, degrees=Degrees(dp=4))
+    count = 134_515_008
+    assert plan.parameters == 2 * count
+    assert plan.gradients == 4 * count + count  # accumulated, and own rows of the sum
+    assert plan.optimizer == 12 * count // 4
+    assert plan.total == sum((plan.parameters, plan.gradients, plan.optimizer, plan.activations))
+    assert memory.memory(made, 2048).optimizer == 8 * count
+    full = memory.activations(made, 2048, recompute="full")
+    assert full < 0.2 * memory.activations(made, 2048)
+    with pytest.raises(ValueError, match="recompute must be none, full.* got 'half'"):
+        memory.activations(made, 2048, recompute="half")
+
+
+@pytest.mark.parametrize(
+    "name", ["block", *(pytest.param(s, marks=pytest.mark.slow) for s in ("tensor", "row", "mx"))]
+)
+def test_memory_in_fp8_is_what_was_predicted(name, monkeypatch):
+    recipe, activations = RECIPES[name], memory.activations
+    monkeypatch.setattr(memory, "activations", lambda *a, **k: activations(*a, fp8=recipe, **k))
+    made = replace(NARROW, max_positions=64)
+    batch = _batch(made, length=40)
+    for recompute in ("none", "full", "selective", "attention,feed_forward"):
+        got, want = _both(made, batch, None, torch.float32, recompute=recompute, fp8=recipe)
+        assert got == want, recompute
+    assert [*_both(made, batch, None, torch.bfloat16, fp8=recipe)] == [
+        activations(made, 160, dtype=torch.bfloat16, fp8=recipe)
+    ] * 2
+
+
+@pytest.mark.parametrize("name", ["tensor", "row", "block", "mx"])
+def test_both_copies_of_the_weights_are_planned(name):
+    recipe = RECIPES[name]
+    model = Decoder.create(NARROW, fp8=recipe)
+    held = {}
+    for layer in model.modules():
+        if isinstance(getattr(layer, "fp8", None), Fp8Product):
+            q = layer.fp8.codes(layer.weight, copy=True)
+            for t in (q.data, q.scale, q.data_t, q.scale_t):
+                held[t.data_ptr()] = t.nbytes
+    plans = [memory.memory(NARROW, 48, fp8=r).parameters for r in (recipe, None)]
+    assert sum(held.values()) == pytest.approx(plans[0] - plans[1], rel=1e-3)

@@ -39,12 +39,11 @@ import torch
 
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.quant.formats import BLOCK, MX_BLOCK
+from warploom.models.architecture import Architecture, Experts
+from warploom.models.stages import Stages
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule, simulate
-
-from .architecture import Architecture, Experts
-from .stages import Stages
 
 Rows = tuple[int, int]
 Kept = dict[str, int]
