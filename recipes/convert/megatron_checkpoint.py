@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.boxes import Box, meet, uncovered, within
-from ..sharding import Layout, Piece
+from warploom.parallel.checkpoint.boxes import Box, meet, uncovered, within
+from warploom.parallel.sharding import Layout, Piece
+
 from .torch_dist import index, pieces
 
 

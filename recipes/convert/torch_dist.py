@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint.boxes import Box, meet, within
+from warploom.parallel.checkpoint.boxes import Box, meet, within
+
 from .pickled import Record, plain, read
 
 _META = "torch.distributed.checkpoint.metadata"
