@@ -75,14 +75,9 @@ def _value(
 
 
 def _gemm_cpu(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    types: tuple[torch.dtype, torch.dtype],
-    scaling: Product,
-    y: Tensor,
-) -> None:
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, types: tuple[torch.dtype, torch.dtype],
+    scaling: Product, y: Tensor,
+) -> None:  # fmt: skip
     """Multiply block by block of rows of both, so that few of them are numbers at a time."""
     group, to = MX_BLOCK if scaling == "mx" else BLOCK, wide(y.dtype)
 
@@ -108,13 +103,9 @@ def _gemm_cpu(
 
 
 def _choose(
-    a: Tensor,
-    b: Tensor,
-    types: tuple[torch.dtype, torch.dtype],
-    scaling: Product,
-    dtype: torch.dtype,
-    backend: str | None,
-) -> str:
+    a: Tensor, b: Tensor, types: tuple[torch.dtype, torch.dtype], scaling: Product,
+    dtype: torch.dtype, backend: str | None,
+) -> str:  # fmt: skip
     """Choose a backend; on CUDA by default PyTorch's, and on a device without FP8 none."""
     device = a.device
     case = None

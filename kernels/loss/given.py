@@ -43,13 +43,9 @@ def _check_range(logits_TV: Tensor, targets_T: Tensor, ignore_index: int) -> Non
 
 
 def _statistics(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    moments: bool,
+    logits_TV: Tensor, targets_T: Tensor, ignore_index: int, softcap: float | None, moments: bool,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     served = choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
     _check_range(logits_TV, targets_T, ignore_index)
     if served == "reference" and logits_TV.device.type == "cpu" and not moments:
@@ -74,25 +70,17 @@ def _statistics_cpu(logits_TV: Tensor, targets_T: Tensor, softcap: float | None)
 
 
 def _statistics_fake(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    moments: bool,
+    logits_TV: Tensor, targets_T: Tensor, ignore_index: int, softcap: float | None, moments: bool,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     shape = 4 if moments else 2, logits_TV.shape[0]
     return logits_TV.new_empty(shape, dtype=wide(logits_TV.dtype))
 
 
 def _backward(
-    g: Tensor,
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    statistics: Tensor,
-    softcap: float | None,
+    g: Tensor, logits_TV: Tensor, targets_T: Tensor, statistics: Tensor, softcap: float | None,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     dlogits_TV = torch.empty_like(logits_TV, memory_format=torch.contiguous_format)
     args = statistics[1], coefficients(statistics, g), softcap, dlogits_TV, backend
     write_gradient(logits_TV, targets_T, 0, *args, whole=True)
@@ -115,13 +103,9 @@ class _Statistics(torch.autograd.Function):
 
 
 def _overwrite(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    smoothing: float,
-    backend: str | None,
-) -> Tensor:
+    logits_TV: Tensor, targets_T: Tensor, ignore_index: int, softcap: float | None,
+    smoothing: float, backend: str | None,
+) -> Tensor:  # fmt: skip
     choose(_NAME, logits_TV.device, logits_TV.dtype, backend)
     _check_range(logits_TV, targets_T, ignore_index)
     return nll_and_gradient_(

@@ -211,13 +211,9 @@ def cross_entropy_gradient_reference(
 
 
 def _nll_and_gradient_reference_(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    ignore: int,
-    softcap: float | None,
-    smoothing: float,
+    logits_CV: Tensor, targets_C: Tensor, ignore: int, softcap: float | None, smoothing: float,
     gradient: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     nll_C = logits_CV.new_empty(logits_CV.shape[0], dtype=wide(logits_CV.dtype))
     for rows in _blocks(logits_CV):
         z_CV = capped(logits_CV[rows].to(nll_C.dtype), softcap)
@@ -281,13 +277,9 @@ def nll_and_gradient_(
 
 
 def _partials(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    softcap: float | None,
-    moments: bool,
+    logits_CV: Tensor, targets_C: Tensor, start: int, softcap: float | None, moments: bool,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     if choose(_OP, logits_CV.device, logits_CV.dtype, backend) == "triton":
         from .logits_triton import partials
 
@@ -296,13 +288,9 @@ def _partials(
 
 
 def _partials_fake(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    softcap: float | None,
-    moments: bool,
+    logits_CV: Tensor, targets_C: Tensor, start: int, softcap: float | None, moments: bool,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     shape = 5 if moments else 3, logits_CV.shape[0]
     return logits_CV.new_empty(shape, dtype=wide(logits_CV.dtype))
 
@@ -341,14 +329,9 @@ def write_gradient(
 
 
 def _gradient_(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    lse_C: Tensor,
-    g: Tensor,
-    softcap: float | None,
-    backend: str | None,
-) -> None:
+    logits_CV: Tensor, targets_C: Tensor, start: int, lse_C: Tensor, g: Tensor,
+    softcap: float | None, backend: str | None,
+) -> None:  # fmt: skip
     write_gradient(logits_CV, targets_C, start, lse_C, g, softcap, logits_CV, backend)
 
 

@@ -252,14 +252,9 @@ def partials(
 
 
 def write_gradient(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    lse_C: Tensor,
-    g: Tensor,
-    softcap: float | None,
-    out_CV: Tensor,
-) -> None:
+    logits_CV: Tensor, targets_C: Tensor, start: int, lse_C: Tensor, g: Tensor,
+    softcap: float | None, out_CV: Tensor,
+) -> None:  # fmt: skip
     """Launch `gradient_kernel`; as `cross_entropy_gradient_reference`.
 
     Args:
@@ -285,13 +280,9 @@ def write_gradient(
 
 
 def nll_and_gradient_(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    label_smoothing: float,
-    gradient: bool,
-) -> Tensor:
+    logits_CV: Tensor, targets_C: Tensor, ignore_index: int, softcap: float | None,
+    label_smoothing: float, gradient: bool,
+) -> Tensor:  # fmt: skip
     """Launch `nll_and_gradient_kernel`.
 
     Args:

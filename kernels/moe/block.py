@@ -70,14 +70,9 @@ def _serve(
 
 
 def _forward(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    keep: bool,
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool,
     backend: str | None,
-) -> _Four:
+) -> _Four:  # fmt: skip
     """Return y, h (empty unless it is to be kept), the counts and the order."""
     experts = gate_up.shape[0]
     if indices.is_cpu and indices.numel() and int(indices.max()) >= experts:
@@ -96,14 +91,9 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    keep: bool,
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool,
     backend: str | None,
-) -> _Four:
+) -> _Four:  # fmt: skip
     rows = indices.numel()
     h = x.new_empty(rows, gate_up.shape[1]) if keep else x.new_empty(0)
     counts, order = indices.new_empty(gate_up.shape[0]), indices.new_empty(rows)

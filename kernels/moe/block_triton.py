@@ -100,17 +100,9 @@ def forward(
 
 
 def backward(
-    dy_TD: Tensor,
-    x_TD: Tensor,
-    gate_up_EFD: Tensor,
-    down_EDF: Tensor,
-    weights_TK: Tensor,
-    h_MF: Tensor,
-    counts_E: Tensor,
-    order_M: Tensor,
-    kept: bool,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy_TD: Tensor, x_TD: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, weights_TK: Tensor,
+    h_MF: Tensor, counts_E: Tensor, order_M: Tensor, kept: bool, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward of `moe_block`.
 
     Args:

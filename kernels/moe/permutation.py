@@ -170,13 +170,9 @@ def _unpermute_cpu(rows_MD: Tensor, places_TK: Tensor, weights_TK: Tensor | None
 
 
 def _unpermute(
-    rows: Tensor,
-    order: Tensor,
-    weights: Tensor | None,
-    tokens: int,
-    top_k: int,
+    rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, top_k: int,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Weights of None are ones."""
     if choose("unpermute", rows.device, rows.dtype, backend) == "triton":
         from .permutation_triton import unpermute
@@ -189,13 +185,9 @@ def _unpermute(
 
 
 def _unpermute_fake(
-    rows: Tensor,
-    order: Tensor,
-    weights: Tensor | None,
-    tokens: int,
-    top_k: int,
+    rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, top_k: int,
     backend: str | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return rows.new_empty(tokens, rows.shape[1])
 
 

@@ -273,14 +273,9 @@ def permute_fp8(
 
 
 def _copy(
-    x_TD: Tensor,
-    places: Tensor,
-    rows: Tensor,
-    scale: Tensor,
-    top_k: int,
-    scaling: str,
+    x_TD: Tensor, places: Tensor, rows: Tensor, scale: Tensor, top_k: int, scaling: str,
     power_of_two: bool,
-) -> None:
+) -> None:  # fmt: skip
     """Fill rows, and scale where `scaling` is not empty."""
     x_TD, (tokens, width) = _strided(x_TD), x_TD.shape
     if not places.numel():
@@ -288,20 +283,9 @@ def _copy(
 
     def start(chosen: dict[str, int]) -> None:
         copy_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
-            x_TD,
-            places,
-            rows,
-            scale,
-            tokens,
-            width,
-            x_TD.stride(0),
-            scale.shape[1],
-            K=top_k,
-            SCALING=scaling,
-            MAX=MAXIMA[torch.float8_e4m3fn],
-            POWER_OF_TWO=power_of_two,
-            **chosen,
-        )
+            x_TD, places, rows, scale, tokens, width, x_TD.stride(0), scale.shape[1], K=top_k,
+            SCALING=scaling, MAX=MAXIMA[torch.float8_e4m3fn], POWER_OF_TWO=power_of_two, **chosen,
+        )  # fmt: skip
 
     first = configuration(width, least=BLOCK if scaling == "block" else 1)
     key = scaling, width, top_k
@@ -351,18 +335,9 @@ def unpermute(
 
     def start(chosen: dict[str, int]) -> None:
         gather_kernel[(triton.cdiv(tokens, chosen["TOKENS"]) * pieces,)](
-            rows_MD,
-            places,
-            weights,
-            y_TD,
-            tokens,
-            width,
-            pieces,
-            rows_MD.stride(0),
-            WEIGHTED=weights_TK is not None,
-            K=top_k,
-            **chosen,
-        )
+            rows_MD, places, weights, y_TD, tokens, width, pieces, rows_MD.stride(0),
+            WEIGHTED=weights_TK is not None, K=top_k, **chosen,
+        )  # fmt: skip
 
     key = "forward", width, top_k
     tuning.launch("unpermute", key, tuning.by_warps(first), start, rows_MD)
@@ -395,19 +370,9 @@ def unpermute_backward(
 
     def start(chosen: dict[str, int]) -> None:
         backward_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
-            dy_TD,
-            rows_MD,
-            places,
-            weights,
-            drows_MD,
-            dweights_TK,
-            tokens,
-            width,
-            dy_TD.stride(0),
-            rows_MD.stride(0),
-            K=top_k,
-            **chosen,
-        )
+            dy_TD, rows_MD, places, weights, drows_MD, dweights_TK, tokens, width, dy_TD.stride(0),
+            rows_MD.stride(0), K=top_k, **chosen,
+        )  # fmt: skip
 
     key, first = ("backward", width, top_k), configuration(width)
     tuning.launch("unpermute", key, tuning.by_warps(first), start, rows_MD)

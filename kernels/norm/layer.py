@@ -79,13 +79,9 @@ def _sum(x_TD: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def _forward(
-    x: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
+    x: Tensor, weight_D: Tensor, bias_D: Tensor | None, residual: Tensor | None, eps: float,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     x_TD = x.reshape(-1, x.shape[-1])
     other = None if residual is None else residual.reshape(x_TD.shape)
     if choose("layer_norm", x.device, x.dtype, backend) == "triton":
@@ -242,26 +238,16 @@ _BACKWARD = register(
 
 @overload
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    *,
-    residual: None = None,
-    eps: float = ...,
-    backend: str | None = ...,
-) -> Tensor: ...
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, residual: None = None,
+    eps: float = ..., backend: str | None = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = ...,
-    *,
-    residual: Tensor,
-    eps: float = ...,
+    x: Tensor, weight: Tensor, bias: Tensor | None = ..., *, residual: Tensor, eps: float = ...,
     backend: str | None = ...,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def layer_norm(

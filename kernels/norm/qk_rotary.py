@@ -127,14 +127,9 @@ def _backward(
 
 
 def _backward_fake(
-    dq_THK: Tensor,
-    dk_TGK: Tensor,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_THK: Tensor, dk_TGK: Tensor, q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor,
+    k_weight_K: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     q, k = q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
     return q, k, q_weight_K.new_empty(q_THK.shape[2]), k_weight_K.new_empty(q_THK.shape[2])
 

@@ -132,37 +132,13 @@ def forward_kernel(
     here = token < tokens
     c, s = _angles(cos, sin, token, here, pairs, cos_stride, sin_stride, PAIRS)
     _heads(
-        q,
-        q_weight,
-        q_out,
-        token,
-        here,
-        q_heads,
-        pairs,
-        q_stride,
-        q_head_stride,
-        c,
-        s,
-        eps,
-        HEADS,
+        q, q_weight, q_out, token, here, q_heads, pairs, q_stride, q_head_stride, c, s, eps, HEADS,
         PAIRS,
-    )
+    )  # fmt: skip
     _heads(
-        k,
-        k_weight,
-        k_out,
-        token,
-        here,
-        k_heads,
-        pairs,
-        k_stride,
-        k_head_stride,
-        c,
-        s,
-        eps,
-        HEADS,
+        k, k_weight, k_out, token, here, k_heads, pairs, k_stride, k_head_stride, c, s, eps, HEADS,
         PAIRS,
-    )
+    )  # fmt: skip
 
 
 @triton.jit
@@ -191,60 +167,21 @@ def backward_kernel(
         here = token < tokens
         c, s = _angles(cos, sin, token, here, pairs, cos_stride, sin_stride, PAIRS)
         q_first, q_second = _heads_backward(
-            dq,
-            q,
-            q_weight,
-            q_out,
-            token,
-            here,
-            q_heads,
-            pairs,
-            dq_stride,
-            dq_head_stride,
-            q_stride,
-            q_head_stride,
-            c,
-            s,
-            eps,
-            q_first,
-            q_second,
-            HEADS,
-            PAIRS,
-        )
+            dq, q, q_weight, q_out, token, here, q_heads, pairs, dq_stride, dq_head_stride,
+            q_stride, q_head_stride, c, s, eps, q_first, q_second, HEADS, PAIRS,
+        )  # fmt: skip
         k_first, k_second = _heads_backward(
-            dk,
-            k,
-            k_weight,
-            k_out,
-            token,
-            here,
-            k_heads,
-            pairs,
-            dk_stride,
-            dk_head_stride,
-            k_stride,
-            k_head_stride,
-            c,
-            s,
-            eps,
-            k_first,
-            k_second,
-            HEADS,
-            PAIRS,
-        )
+            dk, k, k_weight, k_out, token, here, k_heads, pairs, dk_stride, dk_head_stride,
+            k_stride, k_head_stride, c, s, eps, k_first, k_second, HEADS, PAIRS,
+        )  # fmt: skip
     _store_share(q_shares, q_first, q_second, pairs, PAIRS)
     _store_share(k_shares, k_first, k_second, pairs, PAIRS)
 
 
 def forward(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_TJ: Tensor,
+    sin_TJ: Tensor, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launch the forward.
 
     Args:
@@ -268,24 +205,10 @@ def forward(
 
     def start(chosen: dict[str, int]) -> None:
         forward_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
-            q_THK,
-            k_TGK,
-            *weights,
-            cos_TJ,
-            sin_TJ,
-            q_out,
-            k_out,
-            tokens,
-            heads,
-            k_TGK.shape[1],
-            head_dim // 2,
-            *q_THK.stride()[:2],
-            *k_TGK.stride()[:2],
-            cos_TJ.stride(0),
-            sin_TJ.stride(0),
-            eps,
-            **chosen,
-        )
+            q_THK, k_TGK, *weights, cos_TJ, sin_TJ, q_out, k_out, tokens, heads, k_TGK.shape[1],
+            head_dim // 2, *q_THK.stride()[:2], *k_TGK.stride()[:2], cos_TJ.stride(0),
+            sin_TJ.stride(0), eps, **chosen,
+        )  # fmt: skip
 
     first = configuration(max(heads, k_TGK.shape[1]), head_dim // 2)
     key = "forward", heads, head_dim, k_TGK.shape[1]
@@ -294,16 +217,9 @@ def forward(
 
 
 def backward(
-    dq_THK: Tensor,
-    dk_TGK: Tensor,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq_THK: Tensor, dk_TGK: Tensor, q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor,
+    k_weight_K: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the backward and the addition of the shares.
 
     Args:
@@ -335,19 +251,11 @@ def backward(
 
     def start(chosen: dict[str, int]) -> None:
         backward_kernel[(programs,)](
-            *(dq_THK, dk_TGK, q_THK, k_TGK),
-            *weights,
-            *(cos_TJ, sin_TJ, q_out, k_out, q_shares, k_shares),
-            tokens,
-            heads,
-            k_TGK.shape[1],
-            head_dim // 2,
-            *(n for x in (dq_THK, dk_TGK, q_THK, k_TGK) for n in x.stride()[:2]),
-            cos_TJ.stride(0),
-            sin_TJ.stride(0),
-            eps,
-            **chosen,
-        )
+            *(dq_THK, dk_TGK, q_THK, k_TGK), *weights,
+            *(cos_TJ, sin_TJ, q_out, k_out, q_shares, k_shares), tokens, heads, k_TGK.shape[1],
+            head_dim // 2, *(n for x in (dq_THK, dk_TGK, q_THK, k_TGK) for n in x.stride()[:2]),
+            cos_TJ.stride(0), sin_TJ.stride(0), eps, **chosen,
+        )  # fmt: skip
 
     key = "backward", heads, head_dim, k_TGK.shape[1]
     tuning.launch("qk_norm_rotary", key, tuning.by_warps(first), start, q_THK)

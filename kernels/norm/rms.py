@@ -142,13 +142,8 @@ def _forward_fake(
 
 
 def _backward(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight_D: Tensor,
-    rstd: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight_D: Tensor, rstd: Tensor, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (-1, h.shape[-1])
     args = (
         dy.reshape(shape),
@@ -170,25 +165,15 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight_D: Tensor,
-    rstd: Tensor,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, dh: Tensor | None, h: Tensor, weight_D: Tensor, rstd: Tensor, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return h.new_empty(h.shape), weight_D.new_empty(weight_D.shape)
 
 
 def _forward_fp8(
-    x: Tensor,
-    weight_D: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    scaling: Grouping,
-    power_of_two: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, scaling: Grouping,
+    power_of_two: bool, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     x_TD = x.reshape(-1, x.shape[-1])
     if quantiser("rms_norm", x, scaling, backend) == "triton":
         from .rms_triton import normalise
@@ -214,14 +199,9 @@ def _forward_fp8(
 
 
 def _forward_fp8_fake(
-    x: Tensor,
-    weight_D: Tensor,
-    residual: Tensor | None,
-    eps: float,
-    scaling: Grouping,
-    power_of_two: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+    x: Tensor, weight_D: Tensor, residual: Tensor | None, eps: float, scaling: Grouping,
+    power_of_two: bool, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     _, h, rstd = _forward_fake(x, weight_D, residual, eps, backend)
     return carrier_of(x), h, rstd, *fp8_rows_fake(x, x.shape, scaling)
 
@@ -339,28 +319,16 @@ def rms_norm(
 
 @overload
 def rms_norm_fp8(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    residual: None = None,
-    eps: float = ...,
-    scaling: Grouping = ...,
-    power_of_two: bool = ...,
-    backend: str | None = ...,
-) -> Fp8: ...
+    x: Tensor, weight: Tensor, *, residual: None = None, eps: float = ..., scaling: Grouping = ...,
+    power_of_two: bool = ..., backend: str | None = ...,
+) -> Fp8: ...  # fmt: skip
 
 
 @overload
 def rms_norm_fp8(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    residual: Tensor,
-    eps: float = ...,
-    scaling: Grouping = ...,
-    power_of_two: bool = ...,
-    backend: str | None = ...,
-) -> tuple[Fp8, Tensor]: ...
+    x: Tensor, weight: Tensor, *, residual: Tensor, eps: float = ..., scaling: Grouping = ...,
+    power_of_two: bool = ..., backend: str | None = ...,
+) -> tuple[Fp8, Tensor]: ...  # fmt: skip
 
 
 def rms_norm_fp8(

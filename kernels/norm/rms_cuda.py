@@ -42,22 +42,11 @@ def forward(
     rstd_T = x_TD.new_empty(tokens, dtype=torch.float32)
     with on_device(x_TD):
         call(
-            "rms_norm_forward",
-            x_TD,
-            pointer(x_TD),
-            pointer(residual),
-            pointer(weight_D),
-            pointer(y_TD),
-            0 if residual is None else pointer(h_TD),
-            pointer(rstd_T),
-            tokens,
-            width,
-            x_TD.stride(0),
-            0 if residual is None else residual.stride(0),
-            eps,
-            code(x_TD.dtype),
+            "rms_norm_forward", x_TD, pointer(x_TD), pointer(residual), pointer(weight_D),
+            pointer(y_TD), 0 if residual is None else pointer(h_TD), pointer(rstd_T), tokens, width,
+            x_TD.stride(0), 0 if residual is None else residual.stride(0), eps, code(x_TD.dtype),
             code(weight_D.dtype),
-        )
+        )  # fmt: skip
     return y_TD, h_TD, rstd_T
 
 
@@ -90,24 +79,9 @@ def backward(
     shares = h_TD.new_empty(parts, width, dtype=torch.float32)
     with on_device(h_TD):
         call(
-            "rms_norm_backward",
-            h_TD,
-            pointer(dy_TD),
-            pointer(dh),
-            pointer(h_TD),
-            pointer(weight_D),
-            pointer(rstd_T),
-            pointer(dx_TD),
-            pointer(dweight_D),
-            pointer(shares),
-            tokens,
-            width,
-            dy_TD.stride(0),
-            0 if dh is None else dh.stride(0),
-            h_TD.stride(0),
-            parts,
-            code(h_TD.dtype),
-            code(weight_D.dtype),
-            code(dweight_D.dtype),
-        )
+            "rms_norm_backward", h_TD, pointer(dy_TD), pointer(dh), pointer(h_TD),
+            pointer(weight_D), pointer(rstd_T), pointer(dx_TD), pointer(dweight_D), pointer(shares),
+            tokens, width, dy_TD.stride(0), 0 if dh is None else dh.stride(0), h_TD.stride(0),
+            parts, code(h_TD.dtype), code(weight_D.dtype), code(dweight_D.dtype),
+        )  # fmt: skip
     return dx_TD, dweight_D.to(given)

@@ -265,16 +265,9 @@ def _empty(x_TD: Tensor, fused: bool, centred: bool, group: int) -> Normed:
 
 
 def normalise(
-    x_TD: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    residual_TD: Tensor | None,
-    eps: float,
-    *,
-    centred: bool,
-    scaling: str | None = None,
-    power_of_two: bool = False,
-) -> Normed:
+    x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None, residual_TD: Tensor | None, eps: float,
+    *, centred: bool, scaling: str | None = None, power_of_two: bool = False,
+) -> Normed:  # fmt: skip
     """Launch the forward.
 
     Args:
@@ -298,26 +291,12 @@ def normalise(
 
         def start(chosen: dict[str, int]) -> None:
             forward_kernel[(triton.cdiv(tokens, chosen["ROWS"]),)](
-                x_TD,
-                residual,
-                weight,
-                out.y,
-                out.h,
-                out.rstd,
-                tokens,
-                width,
-                *(rows.stride(0) for rows in (x_TD, residual)),
-                eps,
-                FUSED=fused,
-                bias=bias,
-                mean=out.mean if centred else None,
-                scales=out.scales if group else None,
-                CENTRED=centred,
-                GROUP=group,
-                MAX=MAXIMA[_TYPE] if group else 0,
-                POWER_OF_TWO=power_of_two,
-                **chosen,
-            )
+                x_TD, residual, weight, out.y, out.h, out.rstd, tokens, width,
+                *(rows.stride(0) for rows in (x_TD, residual)), eps, FUSED=fused, bias=bias,
+                mean=out.mean if centred else None, scales=out.scales if group else None,
+                CENTRED=centred, GROUP=group, MAX=MAXIMA[_TYPE] if group else 0,
+                POWER_OF_TWO=power_of_two, **chosen,
+            )  # fmt: skip
 
         key, op = ("forward", width, int(fused), group), "layer_norm" if centred else "rms_norm"
         tuning.launch(op, key, candidates, start, x_TD)
@@ -325,28 +304,15 @@ def normalise(
 
 
 def _column_shares(
-    dy_TD: Tensor,
-    h_TD: Tensor,
-    rstd_T: Tensor,
-    mean_T: Tensor | None,
-    shares: Tensor,
+    dy_TD: Tensor, h_TD: Tensor, rstd_T: Tensor, mean_T: Tensor | None, shares: Tensor,
     bias_shares: Tensor | None,
-) -> None:
+) -> None:  # fmt: skip
     """Fill the shares, `[parts, D]`, whose rows add up to dweight and dbias."""
     tokens, width = h_TD.shape
     column_kernel[(triton.cdiv(width, COLUMN_TILE["COLUMNS"]), shares.shape[0])](
-        dy_TD,
-        h_TD,
-        rstd_T,
-        shares,
-        tokens,
-        width,
-        dy_TD.stride(0),
-        h_TD.stride(0),
-        mean=mean_T,
-        bias_shares=bias_shares,
-        **COLUMN_TILE,
-    )
+        dy_TD, h_TD, rstd_T, shares, tokens, width, dy_TD.stride(0), h_TD.stride(0), mean=mean_T,
+        bias_shares=bias_shares, **COLUMN_TILE,
+    )  # fmt: skip
 
 
 def add_shares(shares: Tensor, like: Tensor | None) -> Tensor:
@@ -368,14 +334,9 @@ def add_shares(shares: Tensor, like: Tensor | None) -> Tensor:
 
 
 def gradients(
-    dy_TD: Tensor,
-    dh_TD: Tensor | None,
-    h_TD: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None,
-    rstd_T: Tensor,
-    mean_T: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    dy_TD: Tensor, dh_TD: Tensor | None, h_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None,
+    rstd_T: Tensor, mean_T: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Launch the backward and the addition of the shares.
 
     Args:
@@ -407,17 +368,11 @@ def gradients(
 
     def start(chosen: dict[str, int]) -> None:
         backward_kernel[(programs,)](
-            *(dy_TD, dh, h_TD, weight, rstd_T, dx_TD, shares),
-            tokens,
-            width,
-            *(x.stride(0) for x in (dy_TD, dh, h_TD)),
-            FUSED=dh_TD is not None,
-            KEPT=kept,
-            AGAIN=chosen["BLOCK"] > KEEP,
-            mean=mean_T,
-            bias_shares=bias_shares if kept else None,
+            *(dy_TD, dh, h_TD, weight, rstd_T, dx_TD, shares), tokens, width,
+            *(x.stride(0) for x in (dy_TD, dh, h_TD)), FUSED=dh_TD is not None, KEPT=kept,
+            AGAIN=chosen["BLOCK"] > KEEP, mean=mean_T, bias_shares=bias_shares if kept else None,
             **chosen,
-        )
+        )  # fmt: skip
 
     op = "rms_norm" if mean_T is None else "layer_norm"
     key = "backward", width, int(dh_TD is not None), int(bias_D is not None)

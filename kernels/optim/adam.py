@@ -141,16 +141,10 @@ def _torch(
 
     def fused(w: list[Tensor], g: list[Tensor], m: list[Tensor], v: list[Tensor]) -> None:
         torch._fused_adamw_(
-            *(w, g, m, v, [], [step] * len(w)),
-            lr=rates.learning_rate if rate is None else rate,
-            beta1=rates.beta1,
-            beta2=rates.beta2,
-            weight_decay=rates.weight_decay,
-            eps=rates.eps,
-            amsgrad=False,
-            maximize=False,
-            found_inf=skip,
-        )
+            *(w, g, m, v, [], [step] * len(w)), lr=rates.learning_rate if rate is None else rate,
+            beta1=rates.beta1, beta2=rates.beta2, weight_decay=rates.weight_decay, eps=rates.eps,
+            amsgrad=False, maximize=False, found_inf=skip,
+        )  # fmt: skip
 
     if not extra and scale is None and gradients[0].dtype == parameters[0].dtype:
         fused(parameters, gradients, means, squares)

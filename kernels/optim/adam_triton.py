@@ -129,18 +129,10 @@ def update_kernel(
 
 
 def update(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    means: list[Tensor],
-    squares: list[Tensor],
-    extra: list[Tensor],
-    step: Tensor,
-    rate: Tensor | None,
-    scale: Tensor | None,
-    found: Tensor | None,
-    rates: tuple[float, ...],
-    plan: list[Tensor] | None,
-) -> None:
+    parameters: list[Tensor], gradients: list[Tensor], means: list[Tensor], squares: list[Tensor],
+    extra: list[Tensor], step: Tensor, rate: Tensor | None, scale: Tensor | None,
+    found: Tensor | None, rates: tuple[float, ...], plan: list[Tensor] | None,
+) -> None:  # fmt: skip
     """Launch the update.
 
     Args:
@@ -167,21 +159,11 @@ def update(
     logs = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
     with on_device(step):
         update_kernel[(chunks,)](
-            table,
-            table.numel() - chunks,
-            step,
-            step if rate is None else rate,
-            step if scale is None else scale,
-            step if found is None else found,
-            number,
-            *logs,
+            table, table.numel() - chunks, step, step if rate is None else rate,
+            step if scale is None else scale, step if found is None else found, number, *logs,
             *(1 - beta1, beta2, 1 - beta2, eps, decay),
             KIND="remainders" if remainders else "masters" if extra else "in place",
             PARAMETER=TYPES[kept if remainders else parameters[0].dtype],
-            GRADIENT=TYPES[gradients[0].dtype],
-            EXTRA=TYPES[kept],
-            RATE=rate is not None,
-            SCALE=scale is not None,
-            FOUND=found is not None,
-            **configuration(len(parameters)),
-        )
+            GRADIENT=TYPES[gradients[0].dtype], EXTRA=TYPES[kept], RATE=rate is not None,
+            SCALE=scale is not None, FOUND=found is not None, **configuration(len(parameters)),
+        )  # fmt: skip

@@ -192,13 +192,9 @@ _Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _quantize_cpu(
-    x_TD: Tensor,
-    scaling: Scaling,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    power_of_two: bool,
+    x_TD: Tensor, scaling: Scaling, dtype: torch.dtype, scale: Tensor | None, power_of_two: bool,
     transpose: bool,
-) -> _Parts:
+) -> _Parts:  # fmt: skip
     """Quantise, and for the copy the transposed matrix unless it has the same codes."""
     if scale is not None and scale.device.type == "cpu" and scale <= 0:
         raise ValueError(f"fp8_quantize: scale must be above 0, got {float(scale)}")
@@ -257,14 +253,9 @@ def fp8_rows_fake(x: Tensor, shape: Sequence[int], scaling: str) -> tuple[Tensor
 
 
 def _forward(
-    x: Tensor,
-    scaling: Scaling,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    power_of_two: bool,
-    transpose: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+    x: Tensor, scaling: Scaling, dtype: torch.dtype, scale: Tensor | None, power_of_two: bool,
+    transpose: bool, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return codes as bytes: opcheck adds outputs up, which PyTorch cannot do in FP8.
 
     The carrier is the first for the same reason: the sum must begin with a float.
@@ -284,14 +275,9 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor,
-    scaling: Scaling,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    power_of_two: bool,
-    transpose: bool,
-    backend: str | None,
-) -> tuple[Tensor, ...]:
+    x: Tensor, scaling: Scaling, dtype: torch.dtype, scale: Tensor | None, power_of_two: bool,
+    transpose: bool, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     none, width = x.new_empty(0, dtype=torch.float32), x.shape[-1]
     shapes: dict[str, tuple[Any, ...]] = {
         "tensor": () if scale is None else (0,),
@@ -328,13 +314,9 @@ class _Quantize(torch.autograd.Function):
 
 
 def _dequantize(
-    carrier: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    block: int,
-    source: torch.dtype,
+    carrier: Tensor, codes: Tensor, scale: Tensor, block: int, source: torch.dtype,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     tokens, width = codes.shape[:-1].numel(), codes.shape[-1]
     y = codes.new_empty(codes.shape, dtype=dtype)
     if not y.numel():
@@ -351,13 +333,9 @@ def _dequantize(
 
 
 def _dequantize_fake(
-    carrier: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    block: int,
-    source: torch.dtype,
+    carrier: Tensor, codes: Tensor, scale: Tensor, block: int, source: torch.dtype,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     return codes.new_empty(codes.shape, dtype=dtype)
 
 

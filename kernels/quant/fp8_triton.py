@@ -212,13 +212,9 @@ def _launch(kernel, x_TD, parts, more, scaling, transpose, options=None):
 
 
 def quantize(
-    x_TD: Tensor,
-    scaling: str,
-    dtype: torch.dtype,
-    scale: Tensor | None,
-    power_of_two: bool,
+    x_TD: Tensor, scaling: str, dtype: torch.dtype, scale: Tensor | None, power_of_two: bool,
     transpose: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch what `scaling` needs.
 
     Args:

@@ -107,22 +107,8 @@ def quantize(
         pieces = triton.cdiv(width, chosen["COLUMNS"])
         with on_device(x_TD):
             tile_kernel[(triton.cdiv(tokens, chosen["ROWS"]) * pieces,)](
-                x_TD,
-                data,
-                scale,
-                data_t,
-                scale_t,
-                tokens,
-                width,
-                pieces,
-                groups,
-                groups_t,
-                x_TD.stride(0),
-                TRANSPOSE=transpose,
-                CEIL=rounding == "ceil",
-                MAX=MAXIMA[dtype],
-                EXPONENT=EXPONENTS[dtype],
-                BLOCK=BLOCK,
-                **chosen,
-            )
+                x_TD, data, scale, data_t, scale_t, tokens, width, pieces, groups, groups_t,
+                x_TD.stride(0), TRANSPOSE=transpose, CEIL=rounding == "ceil", MAX=MAXIMA[dtype],
+                EXPONENT=EXPONENTS[dtype], BLOCK=BLOCK, **chosen,
+            )  # fmt: skip
     return data, scale, data_t, scale_t

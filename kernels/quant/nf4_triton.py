@@ -100,14 +100,9 @@ def quantize(x_N: Tensor, block: int, packed: Tensor, absmax: Tensor) -> None:
 
 
 def dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    block: int,
-    y_N: Tensor,
-) -> None:
+    packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, block: int, y_N: Tensor,
+) -> None:  # fmt: skip
     """Launch the dequantisation.
 
     Args:
@@ -126,14 +121,6 @@ def dequantize(
     second = [absmax if part is None else part for part in (code, absmax2, offset)]
     with on_device(y_N):
         dequantize_kernel[(triton.cdiv(blocks, chosen["BLOCKS"]),)](
-            packed,
-            absmax.contiguous(),
-            *(part.contiguous() for part in second),
-            y_N,
-            y_N.numel(),
-            packed.numel(),
-            blocks,
-            DOUBLE=double,
-            enable_fp_fusion=False,
-            **chosen,
-        )
+            packed, absmax.contiguous(), *(part.contiguous() for part in second), y_N, y_N.numel(),
+            packed.numel(), blocks, DOUBLE=double, enable_fp_fusion=False, **chosen,
+        )  # fmt: skip

@@ -90,14 +90,9 @@ def turn_cpu(
 
 
 def _forward(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    inverse: bool,
-    interleaved: bool,
+    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, inverse: bool, interleaved: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q_out, k_out = q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
     sign = -1.0 if inverse else 1.0
     if choose("rotary", q_THK.device, q_THK.dtype, backend) == "triton":
@@ -115,13 +110,9 @@ def _fake(q_THK: Tensor, k_TGK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 
 def _in_place(
-    x_THK: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    inverse: bool,
-    interleaved: bool,
+    x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, inverse: bool, interleaved: bool,
     backend: str | None,
-) -> None:
+) -> None:  # fmt: skip
     sign = -1.0 if inverse else 1.0
     if choose("rotary", x_THK.device, x_THK.dtype, backend) == "triton":
         from .rotate_triton import turn_in_place

@@ -93,45 +93,13 @@ def turn_kernel(
     c = tl.load(cos + token * cos_stride + pair, inside, other=0.0).to(tl.float32)
     s = tl.load(sin + token * sin_stride + pair, inside, other=0.0).to(tl.float32) * sign
     _heads(
-        q,
-        q_out,
-        token,
-        q_heads,
-        here,
-        q_stride,
-        q_head_stride,
-        q_out_stride,
-        q_out_head_stride,
-        pairs,
-        head_dim,
-        c,
-        s,
-        INTERLEAVED,
-        TOKENS,
-        HEADS,
-        PAIRS,
-        REST,
-    )
+        q, q_out, token, q_heads, here, q_stride, q_head_stride, q_out_stride, q_out_head_stride,
+        pairs, head_dim, c, s, INTERLEAVED, TOKENS, HEADS, PAIRS, REST,
+    )  # fmt: skip
     _heads(
-        k,
-        k_out,
-        token,
-        k_heads,
-        here,
-        k_stride,
-        k_head_stride,
-        k_out_stride,
-        k_out_head_stride,
-        pairs,
-        head_dim,
-        c,
-        s,
-        INTERLEAVED,
-        TOKENS,
-        HEADS,
-        PAIRS,
-        REST,
-    )
+        k, k_out, token, k_heads, here, k_stride, k_head_stride, k_out_stride, k_out_head_stride,
+        pairs, head_dim, c, s, INTERLEAVED, TOKENS, HEADS, PAIRS, REST,
+    )  # fmt: skip
 
 
 def near(x: Tensor) -> Tensor:
@@ -147,15 +115,9 @@ def near(x: Tensor) -> Tensor:
 
 
 def turn(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_out: Tensor,
-    k_out: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    sign: float,
-    interleaved: bool,
-) -> None:
+    q_THK: Tensor, k_TGK: Tensor, q_out: Tensor, k_out: Tensor, cos_TJ: Tensor, sin_TJ: Tensor,
+    sign: float, interleaved: bool,
+) -> None:  # fmt: skip
     """Launch the rotation by `sign` times the angles.
 
     Args:
@@ -178,27 +140,10 @@ def turn(
 
     def start(chosen: dict[str, int]) -> None:
         turn_kernel[(triton.cdiv(tokens, chosen["TOKENS"]),)](
-            q_THK,
-            k_TGK,
-            cos_TJ,
-            sin_TJ,
-            q_out,
-            k_out,
-            tokens,
-            heads,
-            groups,
-            pairs,
-            head_dim,
-            *q_THK.stride()[:2],
-            *k_TGK.stride()[:2],
-            *q_out.stride()[:2],
-            *k_out.stride()[:2],
-            cos_TJ.stride(0),
-            sin_TJ.stride(0),
-            sign,
-            INTERLEAVED=interleaved,
-            **chosen,
-        )
+            q_THK, k_TGK, cos_TJ, sin_TJ, q_out, k_out, tokens, heads, groups, pairs, head_dim,
+            *q_THK.stride()[:2], *k_TGK.stride()[:2], *q_out.stride()[:2], *k_out.stride()[:2],
+            cos_TJ.stride(0), sin_TJ.stride(0), sign, INTERLEAVED=interleaved, **chosen,
+        )  # fmt: skip
 
     key = heads, groups, pairs, rest, int(interleaved)
     candidates = [first] if q_out is q_THK else tuning.by_warps(first)  # in place runs once
