@@ -5,15 +5,6 @@ from .permutation import permute, permute_fp8, permute_reference, unpermute, unp
 from .router import SCORES, check_routing, route, route_reference
 
 __all__ = [
-    "SCORES",
-    "check_routing",
-    "moe_block",
-    "moe_block_reference",
-    "permute",
-    "permute_fp8",
-    "permute_reference",
-    "route",
-    "route_reference",
-    "unpermute",
-    "unpermute_reference",
-]
+    "SCORES", "check_routing", "moe_block", "moe_block_reference", "permute", "permute_fp8",
+    "permute_reference", "route", "route_reference", "unpermute", "unpermute_reference",
+]  # fmt: skip

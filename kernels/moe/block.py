@@ -161,15 +161,9 @@ def _backward_fake(
 class _MoeBlock(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate_up: Tensor,
-        down: Tensor,
-        indices: Tensor,
-        weights: Tensor,
-        keep: bool,
-        backend: str | None,
-    ) -> _Four:
+        ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor,
+        keep: bool, backend: str | None,
+    ) -> _Four:  # fmt: skip
         found: _Four = below_autograd(_FORWARD, x, gate_up, down, indices, weights, keep, backend)
         ctx.save_for_backward(x, gate_up, down, weights, *found[1:])
         ctx.kept, ctx.backend = keep, backend

@@ -182,14 +182,9 @@ def _backward_fake(
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_D: Tensor,
-        bias_D: Tensor | None,
-        residual: Tensor | None,
-        eps: float,
-        *rest: Any,
-    ) -> tuple[Tensor, ...]:
+        ctx: Any, x: Tensor, weight_D: Tensor, bias_D: Tensor | None, residual: Tensor | None,
+        eps: float, *rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         op = _FORWARD if len(rest) == 1 else _FORWARD_FP8
         parts: tuple[Tensor, ...] = below_autograd(op, x, weight_D, bias_D, residual, eps, *rest)
         _, h, rstd, mean, *codes = parts

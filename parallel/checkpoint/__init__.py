@@ -17,14 +17,6 @@ from .loader import latest_good, load, read_state, verify
 from .saver import AsyncSaver, save
 
 __all__ = [
-    "AsyncSaver",
-    "CheckpointError",
-    "Entry",
-    "latest",
-    "latest_good",
-    "load",
-    "read_state",
-    "save",
-    "set_aside",
-    "verify",
-]
+    "AsyncSaver", "CheckpointError", "Entry", "latest", "latest_good", "load", "read_state", "save",
+    "set_aside", "verify",
+]  # fmt: skip

@@ -32,37 +32,12 @@ from .plain import (
 )
 
 __all__ = [
-    "Call",
-    "Group",
-    "Message",
-    "Observer",
-    "Pending",
-    "all_gather_rows",
-    "all_gather_rows_begin",
-    "all_reduce_",
-    "all_reduce_begin",
-    "all_to_all_rows",
-    "all_to_all_rows_begin",
-    "barrier",
-    "broadcast_",
-    "checked",
-    "copy",
-    "device_of",
-    "exchange_begin",
-    "gather",
-    "gather_json",
-    "join",
-    "observed",
-    "observers",
-    "place",
-    "reduce",
-    "reduce_scatter_rows",
-    "reduce_scatter_rows_begin",
-    "scatter",
-    "split",
-    "swap",
-    "watched",
-]
+    "Call", "Group", "Message", "Observer", "Pending", "all_gather_rows", "all_gather_rows_begin",
+    "all_reduce_", "all_reduce_begin", "all_to_all_rows", "all_to_all_rows_begin", "barrier",
+    "broadcast_", "checked", "copy", "device_of", "exchange_begin", "gather", "gather_json", "join",
+    "observed", "observers", "place", "reduce", "reduce_scatter_rows", "reduce_scatter_rows_begin",
+    "scatter", "split", "swap", "watched",
+]  # fmt: skip
 
 # A copy of a layer, such as one that averages its weights, communicates over the same groups: copy
 # keeps an object whose reduction is a name as it is. A pickle of a group is refused as before.

@@ -5,11 +5,5 @@ from .gradients import Gradients
 from .units import Units, unit_of
 
 __all__ = [
-    "BUCKET_ELEMENTS",
-    "Bucket",
-    "Gradients",
-    "Units",
-    "make_buckets",
-    "shard_rows",
-    "unit_of",
-]
+    "BUCKET_ELEMENTS", "Bucket", "Gradients", "Units", "make_buckets", "shard_rows", "unit_of",
+]  # fmt: skip

@@ -5,11 +5,5 @@ from .stragglers import Report, Section, Stragglers
 from .watchdog import Hang, Watchdog
 
 __all__ = [
-    "Fingerprint",
-    "Hang",
-    "MismatchError",
-    "Report",
-    "Section",
-    "Stragglers",
-    "Watchdog",
-]
+    "Fingerprint", "Hang", "MismatchError", "Report", "Section", "Stragglers", "Watchdog",
+]  # fmt: skip

@@ -6,13 +6,6 @@ from .loss import linear_cross_entropy
 from .vocabulary import VocabEmbedding, VocabHead
 
 __all__ = [
-    "ColumnLinear",
-    "Fp8Product",
-    "RowLinear",
-    "VocabEmbedding",
-    "VocabHead",
-    "check_widths",
-    "linear_cross_entropy",
-    "scale_entries",
-    "update_scales",
-]
+    "ColumnLinear", "Fp8Product", "RowLinear", "VocabEmbedding", "VocabHead", "check_widths",
+    "linear_cross_entropy", "scale_entries", "update_scales",
+]  # fmt: skip

@@ -201,15 +201,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        token: Tensor | None,
-        held: tuple[Tensor, Fp8Weight],
-        product: Fp8Product,
-        back: bool,
+        ctx: Any, x: Tensor, weight: Tensor | None, token: Tensor | None,
+        held: tuple[Tensor, Fp8Weight], product: Fp8Product, back: bool,
         queue: WeightGradients | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         own, q = held
         ctx.saved = None if token is None else token.grad_fn
         ctx.held, ctx.version, ctx.product, ctx.queue = own, own._version, product, queue

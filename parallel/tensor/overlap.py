@@ -210,16 +210,10 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        token: Tensor | None,
-        full: Tensor | None,
-        held: tuple[Tensor, Tensor | None],
-        plan: Plan,
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, token: Tensor | None,
+        full: Tensor | None, held: tuple[Tensor, Tensor | None], plan: Plan,
         queue: WeightGradients | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         wanted = ctx.needs_input_grad[1] or queue is not None
         if full is not None:
             y = full @ held[0].t()
@@ -259,14 +253,9 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        token: Tensor | None,
-        held: Tensor,
-        plan: Plan,
+        ctx: Any, x: Tensor, weight: Tensor | None, token: Tensor | None, held: Tensor, plan: Plan,
         queue: WeightGradients | None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         ctx.saved = None if token is None else token.grad_fn
         ctx.held, ctx.plan, ctx.queue, ctx.observers = held, plan, queue, observers()
         y: Tensor = _product_scattered_begin(x, held.t(), plan).wait()

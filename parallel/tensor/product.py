@@ -151,15 +151,10 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        token: Tensor,
-        held: tuple[Tensor, Tensor | None],
-        queue: WeightGradients,
-        forward: Callable[..., Tensor],
-        input_gradient: Callable[..., Tensor],
-        weight_gradient: Callable[..., Tensor],
-    ) -> Tensor:
+        ctx: Any, x: Tensor, token: Tensor, held: tuple[Tensor, Tensor | None],
+        queue: WeightGradients, forward: Callable[..., Tensor],
+        input_gradient: Callable[..., Tensor], weight_gradient: Callable[..., Tensor],
+    ) -> Tensor:  # fmt: skip
         weight, bias = held
         # Recomputation gives saved tensors back as copies without a graph: keep the originals.
         ctx.saved, ctx.held, ctx.queue = token.grad_fn, held, queue
