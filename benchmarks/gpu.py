@@ -46,7 +46,6 @@ from warploom.benchmarks.kernels import measure, report
 from warploom.benchmarks.kernels.cases import Case, Scale
 from warploom.benchmarks.kernels.operators import OPERATORS
 from warploom.benchmarks.kernels.products import SUITES
-from warploom.kernels import backends
 
 _ROOT = Path(__file__).resolve().parents[1]
 _H100_BF16 = 989e12  # dense bfloat16 peak of H100 and H200, FLOP/s (datasheet)
@@ -200,7 +199,7 @@ class Session:
             if cuda:
                 error, ms = verdict["error"], verdict["time_ms"]
                 device = torch.device("cuda", 0)
-                backends.record_proof(op, device=device, error=error, time_ms=ms, backend=backend)
+                proofs.record_proof(op, device=device, error=error, time_ms=ms, backend=backend)
         named = {f"{op} {backend}": v for (op, backend), v in verdicts.items()}
         self.write("proofs.json", {"verdicts": named, "checked": checked, "training": timed})
         shutil.copy(_ROOT / "kernels" / "proven.json", self.results / "proven.json")

@@ -7,8 +7,13 @@ PyTorch. An operator's backend is proven when all rows of all its specimens have
 
 import functools
 import importlib
+import importlib.metadata
+import json
+import os
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +22,7 @@ from torch import Tensor
 from warploom.benchmarks.kernels.cases import Case, Draw, Work
 from warploom.benchmarks.kernels.measure import Runner
 from warploom.kernels import backends, timing
+from warploom.kernels.launch import has_triton
 
 _SMALL = ((64, 128),)  # in the place of the training shapes, to try the harness
 
@@ -146,3 +152,49 @@ def verdicts(
         if "ms" in timed.get(row, {}):
             verdict.setdefault("time_ms", timed[row]["ms"][-1])
     return found
+
+
+def record_proof(
+    op: str,
+    *,
+    device: torch.device,
+    error: float,
+    time_ms: float,
+    backend: str = "triton",
+    file: Path = backends.PROVEN,
+) -> None:
+    """Write down that a kernel of `op` passed its tests on `device`; called by `make gpu`.
+
+    Args:
+        op: Operator.
+        device: The CUDA device on which it passed.
+        error: Largest error against the float64 reference, relative to that of PyTorch in the
+            same dtype; dimensionless.
+        time_ms: Median time of forward and backward, in milliseconds.
+        backend: `triton` or `cuda`.
+        file: The record; replaced atomically.
+
+    Raises:
+        ValueError: If there is no such operator.
+        RuntimeError: If the operator has no such code, or `device` is not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise RuntimeError(f"{op}: a proof needs a CUDA device, got {device}")
+    entry = {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if has_triton() else None,
+        "cuda": torch.version.cuda,
+        "error": error,
+        "time_ms": time_ms,
+        "source": backends.source_hash(op, backend),
+    }
+    found = json.loads(file.read_text()) if file.exists() else {}
+    major, minor = torch.cuda.get_device_capability(device)
+    found.setdefault(op, {}).setdefault(backend, {})[f"{major}.{minor}"] = entry
+    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
+    with os.fdopen(handle, "w") as stream:
+        stream.write(json.dumps(found, indent=2, sort_keys=True) + "\n")
+    os.chmod(name, 0o644)
+    os.replace(name, file)
+    backends.forget()

@@ -1,7 +1,7 @@
 """Who can serve which operator, here: what is installed, what has been proven, what is chosen.
 
 Every operator has a backend `reference`, its specification in PyTorch, which runs on every device.
-A kernel in Triton or CUDA C++ is the default on a CUDA device only after `record_proof` has written
+A kernel in Triton or CUDA C++ is the default on a CUDA device only after `make gpu` has written
 down that it passed its tests on a device of that compute capability, with the device code as it is
 now: the entry in `proven.json` carries the hash of the code, so a changed kernel is unproven again.
 An explicit choice is obeyed or refused in one sentence; nothing falls back silently.
@@ -13,11 +13,7 @@ several proven ones the fastest, by the proofs, is the default.
 
 import functools
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +27,7 @@ from .launch import has_triton, next_power_of_two
 from .launch import interpreted as interpreted
 
 _HERE = Path(__file__).resolve().parent
-_PROVEN = _HERE / "proven.json"
+PROVEN = _HERE / "proven.json"
 _FASTEST = _HERE / "fastest.json"
 _DEVICE = ("triton", "cuda")  # backends with device code of ours, which a GPU must prove
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -172,7 +168,7 @@ def _capability(device: torch.device) -> str:
 
 @functools.cache
 def proof(
-    op: str, capability: str, backend: str = "triton", file: Path = _PROVEN
+    op: str, capability: str, backend: str = "triton", file: Path = PROVEN
 ) -> Mapping[str, Any] | None:
     """Look up the proof of a kernel of `op` as its code is now; read once per process.
 
@@ -197,51 +193,10 @@ def proof(
     return entry if entry["source"] == source_hash(op, backend) else None
 
 
-def record_proof(
-    op: str,
-    *,
-    device: torch.device,
-    error: float,
-    time_ms: float,
-    backend: str = "triton",
-    file: Path = _PROVEN,
-) -> None:
-    """Write down that a kernel of `op` passed its tests on `device`; called by `make gpu`.
-
-    Args:
-        op: Operator.
-        device: The CUDA device on which it passed.
-        error: Largest error against the float64 reference, relative to that of PyTorch in the
-            same dtype; dimensionless.
-        time_ms: Median time of forward and backward, in milliseconds.
-        backend: `triton` or `cuda`.
-        file: The record; replaced atomically.
-
-    Raises:
-        ValueError: If there is no such operator.
-        RuntimeError: If the operator has no such code, or `device` is not a CUDA device.
-    """
-    if device.type != "cuda":
-        raise RuntimeError(f"{op}: a proof needs a CUDA device, got {device}")
-    entry = {
-        "device": torch.cuda.get_device_name(device),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if has_triton() else None,
-        "cuda": torch.version.cuda,
-        "error": error,
-        "time_ms": time_ms,
-        "source": source_hash(op, backend),
-    }
-    proofs = _read(file)
-    proofs.setdefault(op, {}).setdefault(backend, {})[_capability(device)] = entry
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(handle, "w") as stream:
-        stream.write(json.dumps(proofs, indent=2, sort_keys=True) + "\n")
-    os.chmod(name, 0o644)
-    os.replace(name, file)
-    proof.cache_clear()
-    fastest.cache_clear()
-    _default.cache_clear()
+def forget() -> None:
+    """Read the records of proofs and of the fastest backends anew at the next call."""
+    for cached in (proof, fastest, _default):
+        cached.cache_clear()
 
 
 def _lack(backend: str, device: torch.device | None) -> str | None:

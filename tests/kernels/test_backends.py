@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.kernels.specimen import item
 
+from warploom.benchmarks.proofs import record_proof
 from warploom.kernels import backends
 from warploom.kernels.norm import rms_norm
 
@@ -95,7 +96,7 @@ def test_a_proof_makes_the_kernel_the_default_and_a_change_unmakes_it(hopper, mo
 
     assert choose("rms_norm", torch.bfloat16) == "reference"
     assert choose("rms_norm", torch.bfloat16, "triton") == "triton"
-    backends.record_proof("rms_norm", device=_Device(), error=0.9, time_ms=0.1, file=hopper)
+    record_proof("rms_norm", device=_Device(), error=0.9, time_ms=0.1, file=hopper)
     assert choose("rms_norm", torch.bfloat16) == "triton"
     assert choose("rms_norm", torch.float64) == "reference"
     assert choose("swiglu", torch.bfloat16) == "reference"
@@ -112,10 +113,10 @@ def test_a_proof_makes_the_kernel_the_default_and_a_change_unmakes_it(hopper, mo
 
 
 def test_proofs_of_other_operators_and_devices_stay(hopper, monkeypatch):
-    backends.record_proof("rms_norm", device=_Device(), error=1.0, time_ms=1.0, file=hopper)
+    record_proof("rms_norm", device=_Device(), error=1.0, time_ms=1.0, file=hopper)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    backends.record_proof("rms_norm", device=_Device(), error=1.0, time_ms=2.0, file=hopper)
-    backends.record_proof("swiglu", device=_Device(), error=1.0, time_ms=3.0, file=hopper)
+    record_proof("rms_norm", device=_Device(), error=1.0, time_ms=2.0, file=hopper)
+    record_proof("swiglu", device=_Device(), error=1.0, time_ms=3.0, file=hopper)
     proofs = json.loads(hopper.read_text())
     assert sorted(proofs) == ["rms_norm", "swiglu"]
     assert sorted(proofs["rms_norm"]["triton"]) == ["10.0", "9.0"]
@@ -123,11 +124,11 @@ def test_proofs_of_other_operators_and_devices_stay(hopper, monkeypatch):
 
 def test_a_proof_needs_a_device():
     with pytest.raises(RuntimeError, match="needs a CUDA device, got cpu"):
-        backends.record_proof("rms_norm", device=CPU, error=1.0, time_ms=1.0)
+        record_proof("rms_norm", device=CPU, error=1.0, time_ms=1.0)
 
 
 def test_the_committed_proofs_are_of_known_operators():
-    proofs = json.loads(backends._PROVEN.read_text())
+    proofs = json.loads(backends.PROVEN.read_text())
     assert set(proofs) <= set(backends.available())
 
 
