@@ -3,7 +3,7 @@
 A host function asks `tuned(op, key, candidates, measure, device=...)` for its configuration. The
 answer is that of the table `tuned.json`, if it has one for this operator, compute capability and
 key that was found with the device code as it is now and is among the candidates; otherwise the
-first candidate. Nothing is searched unless `searching()` asks: what a search finds depends on
+first candidate. Nothing is searched unless `searched()` asks: what a search finds depends on
 noise, ranks would differ in their configurations and so in the last bits of what they must hold
 alike. It is found once, by `warploom bench kernels --tune`, into a file; a program whose ranks all
 `use` the same file runs by it, or its entries move to the table that ships.
@@ -15,10 +15,7 @@ import contextlib
 import functools
 import json
 import logging
-import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +26,25 @@ from .launch import on_device
 from .timing import time_ms
 
 Configuration = dict[str, int]
+Measure = Callable[[Configuration], float]
+Search = Callable[[str, str, str, Sequence[Configuration], Measure, float], Configuration]
 
 SHIPPED = Path(__file__).resolve().parent / "tuned.json"
 MOST = 8
 """Candidates of one key, at most: a search is bounded."""
 
-_GAIN = 0.97  # a candidate must take less than this share of the default's time to replace it
 _LOG = logging.getLogger(__name__)
 
 
 class _State:
     """What the process was told; a context variable would not reach autograd's threads."""
 
-    search: Path | None = None
+    search: Search | None = None
     frozen = False
     files: tuple[Path, ...] = (SHIPPED,)
 
 
 _STATE = _State()
-
-
-def user_file() -> Path:
-    """Return the file of this user's own searches, below the home directory."""
-    return Path.home() / ".cache" / "warploom" / "tuned.json"
 
 
 def use(*files: Path) -> None:
@@ -62,7 +55,7 @@ def use(*files: Path) -> None:
             all goes back to the table that ships.
     """
     _STATE.files = (*files, SHIPPED)
-    _forget()
+    forget()
 
 
 def freeze() -> None:
@@ -81,27 +74,29 @@ def frozen() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def searching(file: Path | None = None) -> Iterator[None]:
-    """Search in the `with` block, in all threads, for each key that has no entry, and use it.
+def searched(search: Search, file: Path) -> Iterator[None]:
+    """Search in the `with` block, in all threads, for each key that has no entry.
 
     Args:
-        file: Takes what is found; None for `user_file()`. Its directory is made.
+        search: Takes operator, capability, key, candidates, their measure and seconds; finds one of
+            the candidates and writes it down.
+        file: Where it does so, which is used.
     """
     before = _STATE.search, _STATE.files
-    _STATE.search = file or user_file()
-    use(_STATE.search)
+    _STATE.search = search
+    use(file)
     try:
         yield
     finally:
         _STATE.search, _STATE.files = before
-        _forget()
+        forget()
 
 
 def tuned(
     op: str,
     key: Sequence[int | str],
     candidates: Sequence[Configuration],
-    measure: Callable[[Configuration], float] | None = None,
+    measure: Measure | None = None,
     *,
     device: torch.device,
     seconds: float = 2.0,
@@ -132,10 +127,8 @@ def tuned(
         return entry
     if measure is None or len(candidates) == 1 or not _may_search():
         return candidates[0]
-    best, ms = _search(candidates, measure, seconds)
     assert _STATE.search is not None
-    _record(_STATE.search, op, capability, name, best, ms)
-    return best
+    return _STATE.search(op, capability, name, candidates, measure, seconds)
 
 
 def by_warps(first: Configuration) -> list[Configuration]:
@@ -184,21 +177,6 @@ def _may_search() -> bool:
     )
 
 
-def _search(
-    candidates: Sequence[Configuration], measure: Callable[[Configuration], float], seconds: float
-) -> tuple[Configuration, float]:
-    """Time the default, then the others while there is time; the default wins what is close."""
-    end = time.monotonic() + seconds
-    best, least = candidates[0], measure(candidates[0])
-    needed = least * _GAIN
-    for candidate in candidates[1:]:
-        if time.monotonic() >= end:
-            break
-        if (ms := measure(candidate)) < min(needed, least):
-            best, least = candidate, ms
-    return best, least
-
-
 @functools.cache
 def _capability(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
@@ -209,7 +187,7 @@ def _capability(device: torch.device) -> str:
 def _lookup(op: str, capability: str, key: str) -> Configuration | None:
     """Return the first entry of the files that the device code of today was searched with."""
     for file in _STATE.files:
-        entry = _read(file).get(op, {}).get(capability, {}).get(key)
+        entry = read(file).get(op, {}).get(capability, {}).get(key)
         if entry and entry.get("source") == source_hash(op):
             configuration: Configuration = entry["configuration"]
             return configuration
@@ -217,7 +195,7 @@ def _lookup(op: str, capability: str, key: str) -> Configuration | None:
 
 
 @functools.cache
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """Read a table, once; one that cannot be read is told and counts as empty."""
     if not file.exists():
         return {}
@@ -231,22 +209,7 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _record(
-    file: Path, op: str, capability: str, key: str, configuration: Mapping[str, int], ms: float
-) -> None:
-    """Add an entry to a file, as it is now, and replace it atomically."""
-    _forget()
-    found = _read(file)
-    entry = {"configuration": dict(configuration), "ms": ms, "source": source_hash(op)}
-    found.setdefault(op, {}).setdefault(capability, {})[key] = entry
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, suffix=".json")
-    with os.fdopen(handle, "w") as stream:
-        stream.write(json.dumps(found, indent=1, sort_keys=True) + "\n")
-    os.replace(name, file)
-    _forget()
-
-
-def _forget() -> None:
-    _read.cache_clear()
+def forget() -> None:
+    """Read the files anew at the next call."""
+    read.cache_clear()
     _lookup.cache_clear()

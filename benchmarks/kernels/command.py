@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from warploom.kernels import backends, peers, tuning
+from warploom.kernels import backends, peers
 from warploom.recipes.errors import UserError
 
-from . import measure, report
+from . import measure, report, search
 from .cases import MODELS, Case, Scale
 from .operators import OPERATORS
 from .products import SUITES
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report.need_matplotlib()
     if plan.device.type == "cpu":
         _keep_memory()
-    with tuning.searching() if asked.tune else contextlib.nullcontext():
+    with search.searching() if asked.tune else contextlib.nullcontext():
         result = run(cases, plan)
     print(report.setting_line(plan.device, plan.dtype))
     print(report.ceilings_line(result["ceilings"]))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from warploom import cli
-from warploom.benchmarks.kernels import command, measure, report
+from warploom.benchmarks.kernels import command, measure, report, search
 from warploom.benchmarks.kernels.cases import MODELS, Case, Draw, Work
 from warploom.benchmarks.kernels.operators import OPERATORS
 from warploom.benchmarks.kernels.products import SUITES
@@ -300,12 +300,12 @@ def test_tune_searches_while_it_measures(monkeypatch, tmp_path):
     seen = []
 
     def run(cases, plan):
-        seen.append(tuning._STATE.search)
+        seen.append((tuning._STATE.search is not None, tuning._STATE.files[0]))
         return {"ceilings": FOUND, "rows": [], "overhead": []}
 
     monkeypatch.setattr(command, "run", run)
     monkeypatch.setattr(command, "plan_of", lambda asked: PLAN)  # of a GPU
-    monkeypatch.setattr(tuning, "user_file", lambda: tmp_path / "tuned.json")
+    monkeypatch.setattr(search, "user_file", lambda: tmp_path / "tuned.json")
     assert cli.main(["bench", "kernels", "--tune", "--device", "cpu"]) == 0
-    assert seen == [tmp_path / "tuned.json"]
+    assert seen == [(True, tmp_path / "tuned.json")]
     assert tuning._STATE.search is None

@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from warploom.benchmarks.kernels.search import searching
 from warploom.kernels import backends, tuning
 
 DEVICE = torch.device("cuda", 0)
@@ -52,7 +53,7 @@ def test_without_being_asked_nothing_is_searched():
 
 def test_a_search_finds_the_fastest_and_remembers_it(file):
     kernel = Kernel()
-    with tuning.searching(file):
+    with searching(file):
         assert kernel() == FAST
         assert kernel() == FAST, "the second time it is looked up"
     assert kernel.measured == [64, 128, 256]
@@ -71,19 +72,19 @@ def test_a_search_finds_the_fastest_and_remembers_it(file):
 
 
 def test_the_default_stays_where_another_is_hardly_faster(file):
-    with tuning.searching(file):
+    with searching(file):
         assert Kernel()(candidates=(SLOW, CLOSE)) == SLOW
 
 
 def test_a_search_keeps_to_its_time(file):
     kernel = Kernel()
-    with tuning.searching(file):
+    with searching(file):
         assert kernel(seconds=0.0) == SLOW
     assert kernel.measured == [64], "the default is always measured"
 
 
 def test_two_searches_share_a_file(file):
-    with tuning.searching(file):
+    with searching(file):
         Kernel()(key=("forward", 64))
         Kernel()(key=("forward", 128))
     assert set(json.loads(file.read_text())["rms_norm"]["9.0"]) == {"forward,64", "forward,128"}
@@ -101,7 +102,7 @@ def test_a_search_is_refused(file, monkeypatch, how):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     elif how == "deterministic":
         monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    with tuning.searching(file):
+    with searching(file):
         if how == "frozen":
             with tuning.frozen():
                 assert kernel() == SLOW
@@ -116,7 +117,7 @@ def test_a_search_is_refused(file, monkeypatch, how):
 def test_the_search_reaches_other_threads(file):
     """The backward of a GPU runs in threads of autograd."""
     found = []
-    with tuning.searching(file):
+    with searching(file):
         thread = threading.Thread(target=lambda: found.append(Kernel()()))
         thread.start()
         thread.join()
@@ -124,7 +125,7 @@ def test_the_search_reaches_other_threads(file):
 
 
 def test_entries_of_older_code_do_not_count(file):
-    with tuning.searching(file):
+    with searching(file):
         Kernel()()
     table = json.loads(file.read_text())
     table["rms_norm"]["9.0"]["4096"]["source"] = "0" * 64
@@ -142,13 +143,13 @@ def test_a_broken_file_is_told_once_and_replaced(file, caplog, text):
     assert Kernel()(key=(1,)) == SLOW
     assert len(caplog.records) == 1
     assert f"{file} is ignored" in caplog.text
-    with tuning.searching(file):
+    with searching(file):
         assert Kernel()() == FAST
     assert json.loads(file.read_text())["rms_norm"]
 
 
 def test_devices_without_triton_take_the_default(file):
-    with tuning.searching(file):
+    with searching(file):
         for device in ("cpu", "meta"):
             found = tuning.tuned("rms_norm", (1,), [SLOW, FAST], None, device=torch.device(device))
             assert found == SLOW
