@@ -23,6 +23,7 @@ https://arxiv.org/abs/2408.00118, section 2.
 """
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -288,9 +289,8 @@ def _partials(
 
 
 def _partials_fake(
-    logits_CV: Tensor, targets_C: Tensor, start: int, softcap: float | None, moments: bool,
-    backend: str | None,
-) -> Tensor:  # fmt: skip
+    logits_CV: Tensor, targets_C: Tensor, start: int, softcap: float | None, moments: bool, *_: Any
+) -> Tensor:
     shape = 5 if moments else 3, logits_CV.shape[0]
     return logits_CV.new_empty(shape, dtype=wide(logits_CV.dtype))
 

@@ -91,9 +91,8 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool,
-    backend: str | None,
-) -> _Four:  # fmt: skip
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, keep: bool, *_: Any
+) -> _Four:
     rows = indices.numel()
     h = x.new_empty(rows, gate_up.shape[1]) if keep else x.new_empty(0)
     counts, order = indices.new_empty(gate_up.shape[0]), indices.new_empty(rows)

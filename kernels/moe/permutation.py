@@ -185,9 +185,8 @@ def _unpermute(
 
 
 def _unpermute_fake(
-    rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, top_k: int,
-    backend: str | None,
-) -> Tensor:  # fmt: skip
+    rows: Tensor, order: Tensor, weights: Tensor | None, tokens: int, *_: Any
+) -> Tensor:
     return rows.new_empty(tokens, rows.shape[1])
 
 

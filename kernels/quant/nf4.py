@@ -21,7 +21,7 @@ section 2 (the 256 values).
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -249,8 +249,7 @@ def _dequantize(
 
 def _dequantize_fake(
     packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
-    offset: Tensor | None, shape: Sequence[int], block: int, dtype: torch.dtype,
-    backend: str | None,
+    offset: Tensor | None, shape: Sequence[int], block: int, dtype: torch.dtype, *_: Any,
 ) -> Tensor:  # fmt: skip
     return packed.new_empty(tuple(shape), dtype=dtype)
 
