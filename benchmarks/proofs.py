@@ -21,8 +21,9 @@ from torch import Tensor
 
 from warploom.benchmarks.kernels.cases import Case, Draw, Work
 from warploom.benchmarks.kernels.measure import Runner
-from warploom.kernels import backends, timing
+from warploom.kernels import backends
 from warploom.kernels.launch import has_triton
+from warploom.recipes.plan import timing
 
 _SMALL = ((64, 128),)  # in the place of the training shapes, to try the harness
 

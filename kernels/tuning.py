@@ -1,6 +1,6 @@
 """Configurations of Triton kernels by shape: a table that ships, and a bounded search on request.
 
-A host function asks `tuned(op, key, candidates, measure, device=...)` for its configuration. The
+A host function asks `tuned(op, key, candidates, start, device=...)` for its configuration. The
 answer is that of the table `tuned.json`, if it has one for this operator, compute capability and
 key that was found with the device code as it is now and is among the candidates; otherwise the
 first candidate. Nothing is searched unless `searched()` asks: what a search finds depends on
@@ -23,11 +23,10 @@ import torch
 
 from .backends import source_hash
 from .launch import on_device
-from .timing import time_ms
 
 Configuration = dict[str, int]
-Measure = Callable[[Configuration], float]
-Search = Callable[[str, str, str, Sequence[Configuration], Measure, float], Configuration]
+Start = Callable[[Configuration], object]
+Search = Callable[[str, str, str, Sequence[Configuration], Start, torch.device], Configuration]
 
 SHIPPED = Path(__file__).resolve().parent / "tuned.json"
 MOST = 8
@@ -78,8 +77,8 @@ def searched(search: Search, file: Path) -> Iterator[None]:
     """Search in the `with` block, in all threads, for each key that has no entry.
 
     Args:
-        search: Takes operator, capability, key, candidates, their measure and seconds; finds one of
-            the candidates and writes it down.
+        search: Takes operator, capability, key, candidates, what starts one, and the device; finds
+            one of the candidates and writes it down.
         file: Where it does so, which is used.
     """
     before = _STATE.search, _STATE.files
@@ -96,10 +95,9 @@ def tuned(
     op: str,
     key: Sequence[int | str],
     candidates: Sequence[Configuration],
-    measure: Measure | None = None,
+    start: Start | None = None,
     *,
     device: torch.device,
-    seconds: float = 2.0,
 ) -> Configuration:
     """Choose the configuration of a kernel.
 
@@ -107,9 +105,8 @@ def tuned(
         op: Operator, as `backends.available()` lists it.
         key: What the choice depends on: the kernel's name, sizes, dtype.
         candidates: At most 8, the default first.
-        measure: Runs the kernel in a configuration and returns its time; only called by a search.
+        start: Enqueues the kernel in a configuration; only called by a search.
         device: Where the kernel runs; anything but a CUDA device takes the default.
-        seconds: A search stops before its next candidate when it has taken so long.
 
     Returns:
         One of `candidates`.
@@ -125,10 +122,10 @@ def tuned(
     entry = _lookup(op, capability, name)
     if entry is not None and entry in candidates:
         return entry
-    if measure is None or len(candidates) == 1 or not _may_search():
+    if start is None or len(candidates) == 1 or not _may_search():
         return candidates[0]
     assert _STATE.search is not None
-    return _STATE.search(op, capability, name, candidates, measure, seconds)
+    return _STATE.search(op, capability, name, candidates, start, device)
 
 
 def by_warps(first: Configuration) -> list[Configuration]:
@@ -146,7 +143,7 @@ def launch(
     op: str,
     key: Sequence[int | str],
     candidates: Sequence[Configuration],
-    start: Callable[[Configuration], object],
+    start: Start,
     x: torch.Tensor,
 ) -> None:
     """Start a kernel in its configuration, on the device of its input.
@@ -158,12 +155,8 @@ def launch(
         start: Enqueues the kernel; a search calls it many times.
         x: The input that says device and dtype.
     """
-
-    def measure(candidate: Configuration) -> float:
-        return time_ms(lambda: start(candidate), x.device, repeats=10)
-
     with on_device(x):
-        start(tuned(op, (*key, str(x.dtype)), candidates, measure, device=x.device))
+        start(tuned(op, (*key, str(x.dtype)), candidates, start, device=x.device))
 
 
 def _may_search() -> bool:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from warploom.kernels import backends, peers, timing
-from warploom.recipes.plan.ceilings import copy_ceiling, matmul_ceiling
+from warploom.kernels import backends, peers
+from warploom.recipes.plan import timing
 
 from .cases import Case, Draw, Inputs, Work
 
@@ -70,10 +70,10 @@ def ceilings(plan: Plan) -> dict[str, float]:
         `fp8_matmul_flops_per_s`.
     """
     device = plan.device
-    found = {"copy_bytes_per_s": copy_ceiling(device, clock=plan.clock)}
-    found["matmul_flops_per_s"] = matmul_ceiling(device, plan.dtype, clock=plan.clock)
+    found = {"copy_bytes_per_s": timing.copy_ceiling(device, clock=plan.clock)}
+    found["matmul_flops_per_s"] = timing.matmul_ceiling(device, plan.dtype, clock=plan.clock)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9):
-        found["fp8_matmul_flops_per_s"] = matmul_ceiling(device, torch.float8_e4m3fn)
+        found["fp8_matmul_flops_per_s"] = timing.matmul_ceiling(device, torch.float8_e4m3fn)
     return found
 
 
@@ -350,41 +350,5 @@ def overhead(case: Case, plan: Plan) -> list[dict[str, Any]]:
     return rows
 
 
-def host_us(
-    fn: timing.Call,
-    device: torch.device | str,
-    *,
-    calls: int = 100,
-    rounds: int = 7,
-    warmup: int = 20,
-    clock: timing.Clock = time.perf_counter,
-) -> float:
-    """Measure what the host spends on a call, on inputs so small that the device keeps up.
-
-    Args:
-        fn: Enqueues the work.
-        device: Where the work runs; it is waited for between rounds only.
-        calls: Calls a round; fewer than the device's queue holds, about 1000 kernels.
-        rounds: Of which the quietest counts.
-        warmup: Calls before.
-        clock: As in `timing.samples_ms`.
-
-    Returns:
-        Microseconds a call.
-    """
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    for _ in range(warmup):
-        fn()
-    times = []
-    for _ in range(rounds):
-        wait()
-        start = clock()
-        for _ in range(calls):
-            fn()
-        times.append((clock() - start) / calls)
-    wait()
-    return min(times) * 1e6
-
-
 def _host(call: Callable[[], object], plan: Plan) -> float:
-    return host_us(call, plan.device, clock=plan.clock)
+    return timing.host_us(call, plan.device, clock=plan.clock)

@@ -12,8 +12,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from warploom.kernels import backends, tuning
-from warploom.kernels.tuning import Configuration, Measure
+from warploom.kernels.tuning import Configuration, Start
+from warploom.recipes.plan.timing import time_ms
 
 _GAIN = 0.97  # a candidate must take less than this share of the default's time to replace it
 
@@ -24,11 +27,12 @@ def user_file() -> Path:
 
 
 @contextlib.contextmanager
-def searching(file: Path | None = None) -> Iterator[None]:
+def searching(file: Path | None = None, *, seconds: float = 2.0) -> Iterator[None]:
     """Search in the `with` block, in all threads, for each key that has no entry, and use it.
 
     Args:
         file: Takes what is found; None for `user_file()`. Its directory is made.
+        seconds: A search stops before its next candidate when it has taken so long.
     """
     own = file or user_file()
 
@@ -37,10 +41,10 @@ def searching(file: Path | None = None) -> Iterator[None]:
         capability: str,
         key: str,
         candidates: Sequence[Configuration],
-        measure: Measure,
-        seconds: float,
+        start: Start,
+        device: torch.device,
     ) -> Configuration:
-        best, ms = _search(candidates, measure, seconds)
+        best, ms = _search(candidates, start, device, seconds)
         _record(own, op, capability, key, best, ms)
         return best
 
@@ -49,9 +53,13 @@ def searching(file: Path | None = None) -> Iterator[None]:
 
 
 def _search(
-    candidates: Sequence[Configuration], measure: Measure, seconds: float
+    candidates: Sequence[Configuration], start: Start, device: torch.device, seconds: float
 ) -> tuple[Configuration, float]:
     """Time the default, then the others while there is time; the default wins what is close."""
+
+    def measure(candidate: Configuration) -> float:
+        return time_ms(lambda: start(candidate), device, repeats=10)
+
     end = time.monotonic() + seconds
     best, least = candidates[0], measure(candidates[0])
     needed = least * _GAIN

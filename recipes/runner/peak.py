@@ -9,7 +9,7 @@ import torch
 from warploom.parallel.collectives import all_reduce_, barrier, device_of
 from warploom.parallel.mesh import Mesh
 
-from ..plan.ceilings import matmul_ceiling
+from ..plan.timing import matmul_ceiling
 
 _GIB = 2**30
 _LOG = logging.getLogger(__name__)

@@ -52,7 +52,7 @@ def test_parts_leave_files_and_a_page(tmp_path):
 @pytest.mark.slow
 def test_the_benchmarks_and_the_tests_leave_files_too(tmp_path):
     words = ["--device", "cpu", "--small", "--only", "rms_norm", "--parts", "bench,tests"]
-    test = "tests/kernels/test_timing.py::test_milliseconds_and_counts"
+    test = "tests/recipes/test_timing.py::test_milliseconds_and_counts"
     done = _run("--results", str(tmp_path), *words, "--tests", test)
     assert "bench: done" in done.stdout, done.stdout + done.stderr
     rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]

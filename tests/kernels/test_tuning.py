@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 
+from warploom.benchmarks.kernels import search
 from warploom.benchmarks.kernels.search import searching
 from warploom.kernels import backends, tuning
 
@@ -20,6 +21,7 @@ TIMES = {64: 1.0, 128: 0.5, 256: 0.99}
 @pytest.fixture(autouse=True)
 def capability(monkeypatch):
     monkeypatch.setattr(tuning, "_capability", lambda device: "9.0")
+    monkeypatch.setattr(search, "time_ms", lambda measured, device, repeats: measured())
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     yield
     tuning.use()
@@ -78,8 +80,8 @@ def test_the_default_stays_where_another_is_hardly_faster(file):
 
 def test_a_search_keeps_to_its_time(file):
     kernel = Kernel()
-    with searching(file):
-        assert kernel(seconds=0.0) == SLOW
+    with searching(file, seconds=0.0):
+        assert kernel() == SLOW
     assert kernel.measured == [64], "the default is always measured"
 
 

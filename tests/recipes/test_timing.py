@@ -5,9 +5,7 @@ import time
 import pytest
 import torch
 
-from warploom.benchmarks.kernels.measure import host_us
-from warploom.kernels.timing import samples_ms, time_ms
-from warploom.recipes.plan.ceilings import copy_ceiling, matmul_ceiling
+from warploom.recipes.plan.timing import copy_ceiling, host_us, matmul_ceiling, samples_ms, time_ms
 
 
 def test_milliseconds_and_counts():
@@ -65,7 +63,7 @@ def test_ceilings_are_of_this_world():
 
 def test_ceilings_count_every_operation(monkeypatch):
     """With a clock that always says one millisecond, the counts themselves are seen."""
-    monkeypatch.setattr("warploom.recipes.plan.ceilings.time_ms", lambda *a, **k: 1.0)
+    monkeypatch.setattr("warploom.recipes.plan.timing.time_ms", lambda *a, **k: 1.0)
     assert matmul_ceiling("cpu", torch.float32, size=64) == pytest.approx(2 * 64**3 * 1e3)
     assert copy_ceiling("cpu", size=4096) == pytest.approx(2 * 4096 * 1e3)
 
