@@ -4,12 +4,13 @@ Each is a module with its `FAMILY` and one function a size.
 """
 
 from ..architecture import Architecture
-from . import llama, mixtral, qwen3
+from . import gemma2, gemma3, gpt2, llama, mixtral, olmo2, qwen2, qwen3
 from .family import Family
 
 __all__ = ["Family", "of_architecture", "of_model_type"]
 
-_FAMILIES = (llama.FAMILY, qwen3.FAMILY, mixtral.FAMILY)
+_MODULES = (llama, qwen2, qwen3, mixtral, gpt2, gemma2, gemma3, olmo2)
+_FAMILIES = tuple(module.FAMILY for module in _MODULES)
 
 
 def of_model_type(model_type: str) -> Family:

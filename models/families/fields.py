@@ -28,6 +28,10 @@ class Config:
             return default(self) if callable(default) else default
         return value
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a field is there, be it null."""
+        return name in self._given
+
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field, `default` where it is absent."""
         self._asked.add(name)
