@@ -1,4 +1,4 @@
-"""The OLMo 2 family: a Llama that normalises after attention and feed-forward, and all heads at once.
+"""The OLMo 2 family: a Llama that normalises what its blocks add, and all heads at once.
 
 Source: OLMo Team 2025, https://arxiv.org/abs/2501.00656, section 2.1 and table 3.
 """

@@ -88,3 +88,13 @@ def qwen3_4b() -> Architecture:
 def qwen3_8b() -> Architecture:
     """Return Qwen3 8B: 8,190,735,360 parameters."""
     return _qwen3(36, 4096, 32, 12288, tied=False)
+
+
+def qwen3_14b() -> Architecture:
+    """Return Qwen3 14B: 14,768,307,200 parameters."""
+    return _qwen3(40, 5120, 40, 17408, tied=False)
+
+
+def qwen3_32b() -> Architecture:
+    """Return Qwen3 32B: 32,762,123,264 parameters."""
+    return _qwen3(64, 5120, 64, 25600, tied=False)
