@@ -6,6 +6,7 @@ and one without.
 Source: Gemma Team 2025, https://arxiv.org/abs/2503.19786, section 2 and table 1.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from warploom.kernels.rope import Linear
@@ -38,7 +39,7 @@ FAMILY = Family(
     ignored=(f"_{_PATTERN}", _PATTERN),
     rope="by_kind",
     read=gemma2.read_scales,
-    write=gemma2.write_scales,
+    write=lambda architecture: gemma2.write_scales(replace(architecture, softcap=0.0)),
 )
 
 
