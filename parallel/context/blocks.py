@@ -5,8 +5,19 @@ elsewhere it stands in one of two relations, all or nothing: tokens lie in the o
 batch, so that what the queries of a segment see of a document is one range of keys. Equal blocks
 at equal distances (the rows of a batch) are one call.
 
+With a window a query's distance from a key matters: the packed call is over segments, and between
+two segments stands a block of the keys and queries that the window joins, which says how far apart
+they are; blocks beyond the window are left out.
+
+A sink z of a head is a key without a value, which joins the final sums once:
+
+    out' = out sigmoid(lse - z),    lse' = log(exp lse + exp z)
+    dz = - sum over queries of exp(z - lse') (dout . out')
+
+and the backward of the blocks by out' and lse' is exact.
+
 Sums over blocks are kept in float32 at least. Shapes: N tokens of a member, H query heads, G
-key/value heads, K head dimension.
+key/value heads, K head dimension, L of values.
 
 Source: Liu et al. 2023, https://arxiv.org/abs/2310.01889, section 3 (blocks; the backward of each
 by the final output and log-sum-exp).
@@ -33,6 +44,39 @@ from .split import Segment, Split
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What makes the scores, beside queries and keys.
+
+    Attributes:
+        causal: Whether a query sees the keys up to its own position only.
+        scale: Multiplies the scores; `None` for 1 / sqrt(K).
+        window: Keys that a query sees, itself and those before it; `None` for all.
+        softcap: Bound c of the scores, c tanh(score / c); `None` for none.
+
+    Raises:
+        ValueError: If the window is below 1, or not causal.
+    """
+
+    causal: bool = True
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError(
+                f"window must be at least 1 and causal, or None for all keys; got {self.window} "
+                f"with causal={self.causal}"
+            )
+
+    def kernel(self, *, aligned: bool = True) -> dict[str, Any]:
+        """Return what the kernels take; all keys are seen unless `aligned` with the queries."""
+        left = -1 if self.window is None or not aligned else self.window - 1
+        mask = {"causal": self.causal and aligned, "window": (left, -1)}
+        return {**mask, "scale": self.scale, "softcap": self.softcap}
+
+
 class Strip(NamedTuple):
     """Ranges of rows of one length: from `start`, the next `step` rows further."""
 
@@ -52,14 +96,20 @@ class Strip(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Ranges of queries, each of which sees the whole range of keys beside it."""
+    """Ranges of queries, each of which sees the whole range of keys beside it.
+
+    Or, where the first query stands `offset` tokens behind the first key, what the window leaves.
+    """
 
     queries: Strip
     keys: Strip
     count: int = 1
+    offset: int | None = None
 
     def then(self, other: "Block") -> "Block | None":
         """Append one range, where it lies as the earlier ones do; else `None`."""
+        if other.offset != self.offset:
+            return None
         grown = []
         for mine, its in ((self.queries, other.queries), (self.keys, other.keys)):
             step = its.start - mine.start - (self.count - 1) * mine.step
@@ -137,6 +187,17 @@ def _ranges_seen(queries: list[Segment], keys: list[Segment], causal: bool) -> I
         yield last
 
 
+def _window_seen(queries: list[Segment], keys: list[Segment], window: int) -> Iterator[Block]:
+    """Yield the blocks of one document within a window, cut to the keys and queries it joins."""
+    for q in queries:
+        for k in keys:
+            first, stop = max(k.start, q.start - window + 1), min(q.stop, k.stop + window - 1)
+            if first < k.stop <= q.start:
+                held = Strip(k.offset + first - k.start, k.stop - first)
+                offset = q.start - first if stop - first > window else None
+                yield Block(Strip(q.offset, stop - q.start), held, offset=offset)
+
+
 def _batched(blocks: Iterable[Block]) -> tuple[Block, ...]:
     batches: list[Block] = []
     for block in blocks:
@@ -145,29 +206,44 @@ def _batched(blocks: Iterable[Block]) -> tuple[Block, ...]:
     return tuple(batches)
 
 
-def pair_blocks(split: Split, member: int, source: int, *, causal: bool) -> tuple[Block, ...]:
-    """Plan how a member's queries attend to another member's keys, in that member's order."""
+def pair_blocks(
+    split: Split, member: int, source: int, *, causal: bool, window: int | None = None
+) -> tuple[Block, ...]:
+    """Plan how a member's queries attend to another member's keys, in that member's order.
+
+    Or to its own beside what `own_keys` plans: with a window those of its other segments.
+    """
 
     def make() -> tuple[Block, ...]:
         queries, keys = _runs(split, member), _runs(split, source)
-        shared = (d for d in queries if d in keys)
+        shared = [d for d in queries if d in keys]
+        if window is not None:
+            return _batched(b for d in shared for b in _window_seen(queries[d], keys[d], window))
+        if member == source:
+            return ()
         return _batched(b for d in shared for b in _ranges_seen(queries[d], keys[d], causal))
 
-    return split.kept(("pair", member, source, causal), make)
+    return split.kept(("pair", member, source, causal, window), make)
 
 
-def flat_blocks(split: Split, member: int, *, causal: bool) -> tuple[Block, ...]:
+def flat_blocks(
+    split: Split, member: int, *, causal: bool, window: int | None = None
+) -> tuple[Block, ...]:
     """Plan how each of a member's segments attends to its document outside it, in flat order."""
 
     def make() -> tuple[Block, ...]:
-        blocks = []
+        blocks: list[Block] = []
         for s in split.segments(member * split.ulysses):
+            if window is not None:
+                before = Segment(s.document, s.end, s.document, s.start, s.document)
+                blocks += _window_seen([s], [before], window)
+                continue
             sides = [(s.document, s.start), *([] if causal else [(s.stop, s.end)])]
             queries = Strip(s.offset, s.stop - s.start)
             blocks += [Block(queries, Strip(a, b - a)) for a, b in sides if b > a]
         return _batched(blocks)
 
-    return split.kept(("flat", member, causal), make)
+    return split.kept(("flat", member, causal, window), make)
 
 
 def _widest(x: Tensor) -> Tensor:
@@ -185,27 +261,41 @@ class Attention:
     Attributes:
         split: Who holds what.
         own: How the queries attend to their member's keys.
-        causal: Whether a query sees the keys up to its own position only.
-        scale: Multiplies the scores; `None` for 1 / sqrt(K).
+        options: What makes the scores.
         q: `[N, H, K]`.
-        out: `[N, H, K]`; 0 where no key was seen.
+        out: `[N, H, L]`; 0 where no key was seen.
         lse: `[N, H]`; -inf where no key was seen.
     """
 
     split: Split
     own: Own
-    causal: bool
-    scale: float | None
+    options: Options
     q: Tensor
     out: Tensor
     lse: Tensor
 
     @staticmethod
-    def begin(split: Split, own: Own, causal: bool, scale: float | None, q: Tensor) -> "Attention":
+    def begin(split: Split, own: Own, options: Options, q: Tensor, v: Tensor) -> "Attention":
         """Start with sums over no key, in float32 at least."""
-        out = q.new_zeros(q.shape, dtype=wide(q.dtype))
+        out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=wide(q.dtype))
         lse = out.new_full(q.shape[:2], -torch.inf)
-        return Attention(split, own, causal, scale, q, out, lse)
+        return Attention(split, own, options, q, out, lse)
+
+    def finish(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the output in the dtype of `q` and the log-sum-exp, with the sinks `[H]`."""
+        if sinks is None:
+            return self.out.to(self.q.dtype), self.lse
+        z = sinks.to(self.lse.dtype)
+        out = self.out * torch.sigmoid(self.lse - z).unsqueeze(-1)
+        return out.to(self.q.dtype), torch.logaddexp(self.lse, z)
+
+    def sinks_gradient(self, sinks: Tensor | None, dout: Tensor) -> Tensor | None:
+        """Differentiate `finish`: this member's part `[H]` of the gradient of the sinks."""
+        if sinks is None:
+            return None
+        weights = (sinks.to(self.lse.dtype) - self.lse).exp()
+        shares = (dout.to(self.lse.dtype) * self.out).sum(-1)
+        return -(weights * shares).sum(0).to(sinks.dtype)
 
     def _packed(self) -> dict[str, Any]:
         """Return the options of a packed call over the member's own tokens."""
@@ -214,8 +304,13 @@ class Attention:
             return torch.tensor(self.own.bounds, dtype=torch.int32, device=self.q.device)
 
         cu_seqlens = self.split.kept((self.own, self.q.device), make)
-        options = {"max_seqlen": self.own.longest, "causal": self.causal, "scale": self.scale}
-        return {"cu_seqlens": cu_seqlens, **options}
+        longest = self.own.longest
+        return {"cu_seqlens": cu_seqlens, "max_seqlen": longest, **self.options.kernel()}
+
+    def _between(self, block: Block) -> dict[str, Any]:
+        """Return the options of a call over a block."""
+        aligned = block.offset is not None
+        return {"offset": block.offset, **self.options.kernel(aligned=aligned)}
 
     def add_own(self, k: Tensor, v: Tensor) -> None:
         """Attend to the member's own keys `[N, G, K]`; the first to be added."""
@@ -225,20 +320,20 @@ class Attention:
             self.out[:n], self.lse[:n] = out, lse.t()
 
     def add(self, blocks: Iterable[Block], k: Tensor, v: Tensor) -> None:
-        """Attend to keys `[U, G, K]` from elsewhere."""
+        """Attend to keys `[U, G, K]` and values `[U, G, L]` from elsewhere."""
         for block in blocks:
             count, strip = block.count, block.queries
             views = (strip.view(self.q, count), *(block.keys.view(x, count) for x in (k, v)))
-            part: Any = flash_attention(*views, causal=False, scale=self.scale, return_lse=True)
+            part: Any = flash_attention(*views, **self._between(block), return_lse=True)
             out, lse = strip.view(self.out, count), strip.view(self.lse, count)
             merged, merged_lse = merge(out, lse.mT, *part)
             out.copy_(merged)
             lse.copy_(merged_lse.mT)
 
     def own_gradients(self, dout: Tensor, k: Tensor, v: Tensor) -> Gradients:
-        """Differentiate `add_own`: dq `[N, H, K]`, dk and dv `[N, G, K]`, float32 at least.
+        """Differentiate `add_own`: dq, dk and dv as q, k and v, float32 at least.
 
-        `out` and `lse` must be final here and in `add_gradients`.
+        `out` and `lse` must be those of `finish` here and in `add_gradients`.
         """
         wider = wide(dout.dtype)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=wider) for x in (self.q, k, v))
@@ -259,8 +354,6 @@ class Attention:
             lse = strip.view(self.lse, count).mT
             do, q, out = (_widest(strip.view(x, count)) for x in (dout, self.q, self.out))
             keys, values = (_widest(block.keys.view(x, count)) for x in kv)
-            parts = flash_attention_backward(
-                do, q, keys, values, out, lse, causal=False, scale=self.scale
-            )
+            parts = flash_attention_backward(do, q, keys, values, out, lse, **self._between(block))
             for whole, part, at in zip(grads, parts, (strip, *[block.keys] * 2), strict=True):
                 at.view(whole, count).add_(part)

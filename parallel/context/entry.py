@@ -10,20 +10,30 @@ from torch import Tensor
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
 
 from ..collectives import Group, place
+from .blocks import Options
 from .split import Split
 
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, *, tokens: int, size: int, wanted: int, axis: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    *,
+    tokens: int,
+    size: int,
+    wanted: int,
+    axis: str,
 ) -> None:
     """Refuse, before anything is sent, what cannot be attended to.
 
     Args:
         q: Must be `[tokens, H, K]`.
         k: Must be `[tokens, G, K]`, H a multiple of G.
-        v: Must be as `k`.
+        v: Must be `[tokens, G, L]`.
+        sinks: Must be `[H]`, or `None`.
         tokens: Tokens that the split gives to this rank.
         size: Ranks of the group.
         wanted: Ranks that the split is for.
@@ -38,8 +48,11 @@ def check(
             f"build the split for these ranks"
         )
     shapes = f"got q {[*q.shape]}, k {[*k.shape]} and v {[*v.shape]}"
-    if q.dim() != 3 or k.shape != v.shape or k.dim() != 3 or q.shape[2] != k.shape[2]:
-        raise ValueError(f"q must be [tokens, H, K], k and v [tokens, G, K]; {shapes}")
+    fits = q.dim() == k.dim() == v.dim() == 3 and k.shape[:2] == v.shape[:2]
+    if not fits or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q must be [tokens, H, K], k [tokens, G, K] and v [tokens, G, L]; {shapes}"
+        )
     if not len(q) == len(k) == tokens:
         raise ValueError(f"q, k and v must hold the {tokens} tokens of the split; {shapes}")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
@@ -48,6 +61,8 @@ def check(
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [{q.shape[1]}], one a query head, got {[*sinks.shape]}")
 
 
 def _flat(
@@ -75,20 +90,20 @@ def order(split: Split, device: torch.device) -> Tensor:
 
 
 def attend_whole(
-    q: Tensor, k: Tensor, v: Tensor, split: Split, causal: bool, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, split: Split, options: Options
 ) -> Tensor:
     """Attend where all tokens, of every rank one after the other, are here.
 
     Args:
         q: `[ranks * tokens, H, K]`.
         k: `[ranks * tokens, G, K]`.
-        v: As `k`.
+        v: `[ranks * tokens, G, L]`.
+        sinks: `[H]`, or `None`.
         split: Whose order the tokens are in.
-        causal: Whether a query sees the keys up to its own position only.
-        scale: Multiplies the scores; `None` for 1 / sqrt(K).
+        options: What makes the scores.
 
     Returns:
-        `[ranks * tokens, H, K]`, 0 for padding.
+        `[ranks * tokens, H, L]`, 0 for padding.
     """
 
     def make() -> tuple[bool, Tensor, int]:
@@ -105,12 +120,12 @@ def attend_whole(
             return x.index_select(0, own)
         return x[: split.total] if padding else x
 
-    options: dict[str, Any] = {"max_seqlen": longest, "causal": causal, "scale": scale}
-    mixed: Any = flash_attention_varlen(flat(q), flat(k), flat(v), cu_seqlens, **options)
+    given: dict[str, Any] = {"max_seqlen": longest, "sinks": sinks, **options.kernel()}
+    mixed: Any = flash_attention_varlen(flat(q), flat(k), flat(v), cu_seqlens, **given)
     if own is None:
         mixed = F.pad(mixed, (0, 0, 0, 0, 0, padding)) if padding else mixed
     else:
-        mixed = q.new_zeros(q.shape).index_copy(0, own, mixed)
+        mixed = q.new_zeros(len(q), *mixed.shape[1:]).index_copy(0, own, mixed)
     out: Tensor = mixed
     return out
 
@@ -120,26 +135,26 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    sinks: Tensor | None,
     split: Split | None,
     document_lengths: Sequence[int] | Tensor | None,
     group: Group,
-    causal: bool,
-    scale: float | None,
+    options: Options,
     *,
     axis: str,
 ) -> Tensor:
     """Attend to flat tokens or rows over one group; see `ring_attention`.
 
     Args:
-        run: What to do with `(q, k, v, split, group, causal, scale)` of flat tokens, checked.
+        run: What to do with `(q, k, v, sinks, split, group, options)` of flat tokens, checked.
         q: `[N, H, K]`, or rows `[B, S / R, H, K]`.
         k: `[N, G, K]`, or rows.
-        v: As `k`.
+        v: `[N, G, L]`, or rows.
+        sinks: `[H]`, or `None`.
         split: Who holds what; `None` for zigzag.
         document_lengths: Of the whole batch, where there is no split.
         group: The ranks; `None` for one.
-        causal: Whether a query sees the keys up to its own position only.
-        scale: Multiplies the scores; `None` for 1 / sqrt(K).
+        options: What makes the scores.
         axis: What the group is: `ring`, `context-parallel` or `Ulysses`.
 
     Raises:
@@ -147,13 +162,15 @@ def attend(
     """
     _, size = place(group)
     if q.dim() == 4 and group is None and split is None and document_lengths is None:
-        rows: Any = flash_attention(q, k, v, causal=causal, scale=scale)
+        rows: Any = flash_attention(q, k, v, sinks=sinks, **options.kernel())
         whole: Tensor = rows
         return whole
     split = _flat(q, split, document_lengths, size)
     a, b, c = (x.flatten(0, 1) if x.dim() == 4 else x for x in (q, k, v))
     wanted = split.ranks if axis == "Ulysses" else split.members
-    check(a, b, c, tokens=split.tokens, size=size, wanted=wanted, axis=axis)
+    check(a, b, c, sinks, tokens=split.tokens, size=size, wanted=wanted, axis=axis)
     if group is None:
-        return attend_whole(a, b, c, split, causal, scale).view(q.shape)
-    return run(a, b, c, split, group, causal, scale).view(q.shape)
+        out = attend_whole(a, b, c, sinks, split, options)
+    else:
+        out = run(a, b, c, sinks, split, group, options)
+    return out.view(*q.shape[:-1], v.shape[-1])

@@ -92,6 +92,43 @@ def _marked(split, member, causal, flat):
     return seen
 
 
+def _marked_in_window(split, member, window, flat):
+    """Count the same with a window, as the kernel masks a block."""
+    index = torch.cat([split.indices(r) for r in range(split.ranks)]).view(split.members, -1)
+    seen = torch.zeros(split.total, split.total, dtype=torch.int64)
+    bounds = own_keys(split, member, by_segment=True).bounds
+    for a, b in zip(bounds, bounds[1:], strict=False):
+        at = index[member, a:b]
+        seen[at[:, None], at] += torch.ones(b - a, b - a, dtype=torch.int64).tril().triu(1 - window)
+    options = {"causal": True, "window": window}
+    sources = (
+        [] if flat else [pair_blocks(split, member, s, **options) for s in range(split.members)]
+    )
+    blocks = [(b, index[s]) for s, found in enumerate(sources) for b in found]
+    if flat:
+        blocks = [(b, torch.arange(split.total)) for b in flat_blocks(split, member, **options)]
+    for b, keys in blocks:
+        for i in range(b.count):
+            rows = index[member][b.queries.start + i * b.queries.step :][: b.queries.length]
+            columns = keys[b.keys.start + i * b.keys.step :][: b.keys.length]
+            far = torch.arange(len(rows))[:, None] + (b.offset or 0) - torch.arange(len(columns))
+            visible = (far >= 0) & (far < window) if b.offset is not None else far == far
+            assert visible.any(0).all()
+            assert visible.any(1).all()  # nothing hidden is computed
+            seen[rows[:, None], columns] += visible.long()
+    return seen
+
+
+@settings(max_examples=60, deadline=None)
+@given(_splits(), st.integers(1, 50), st.booleans())
+def test_each_query_meets_each_key_of_its_window_once(made, window, flat):
+    lengths, split, _ = made
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    want = (document[:, None] == document).to(torch.int64).tril().triu(1 - window)
+    got = sum(_marked_in_window(split, m, window, flat) for m in range(split.members))
+    assert torch.equal(got, want)
+
+
 @settings(max_examples=60, deadline=None)
 @given(_splits(), st.booleans(), st.booleans())
 def test_each_query_meets_each_key_it_sees_once(made, causal, flat):
