@@ -1,4 +1,4 @@
-"""The experts that a rank holds: SwiGLU layers of equal size, as two grouped matrix products.
+"""The experts that a rank holds: gated layers of equal size, as two grouped matrix products.
 
 P ep ranks, S etp ranks, E experts, M rows, D width, F hidden; rank (p, s) holds part s of the F
 features of experts [p E/P, (p + 1) E/P):
@@ -7,38 +7,101 @@ features of experts [p E/P, (p + 1) E/P):
     down      [E/P D, F/S]     expert after expert: its rows
     y [M, D] = down(silu(gate x) up x)                  partial over etp
 
-Both are matrices of stacked rows, not of three dimensions, so that shards of an optimizer, which
-are rows, can be smaller than an expert. The logical tensors are those of one expert:
-`<e>.gate.weight`, `<e>.up.weight` `[F, D]`, `<e>.down.weight` `[D, F]`.
+or, with a clamp c, down((up + 1) gate s(1.702 gate)) of gate = min(gate x, c) and up = up x within
+[-c, c]; s is the sigmoid. The biases lie as the rows do; that of down is added by part 0 alone, so
+that its gradient is partial over etp.
 
-Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6.
+Both weights are matrices of stacked rows, not of three dimensions, so that shards of an optimizer,
+which are rows, can be smaller than an expert. The logical tensors are those of one expert:
+`<e>.gate.weight`, `<e>.up.weight` `[F, D]`, `<e>.down.weight` `[D, F]`, and `.bias` for each; or
+those of all, `gate_up_proj` `[E, D, 2F]` (gate and up in turn) and `down_proj` `[E, F, D]`, which
+multiply from the right, and `gate_up_proj_bias`, `down_proj_bias`.
+
+Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6; OpenAI 2025,
+https://arxiv.org/abs/2508.10925, section 2.3 (the clamp).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from warploom.kernels.activation import swiglu
 from warploom.kernels.gemm import grouped_gemm, grouped_gemm_weight_gradient
+from warploom.kernels.library import first_derivative_only, wide
 
 from ..collectives import Group, place
 from ..initialise import draw_seed, normal_
-from ..sharding import Layout, Piece, rows
+from ..sharding import Layout, Piece, Slice
 from ..tensor.product import deferred
 
+_ALPHA = 1.702  # of the sigmoid that is about GELU's
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+
+class _Clamped(torch.autograd.Function):
+    """The clamped activation; only its input is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.limit = limit
+        gate, up = gate_up.to(wide(gate_up.dtype)).chunk(2, -1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return ((up + 1) * gate * torch.sigmoid(_ALPHA * gate)).to(gate_up.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None]:
+        first_derivative_only("clamped_swiglu")
+        (gate_up,), limit = ctx.saved_tensors, ctx.limit
+        x, dy = (y.to(wide(y.dtype)) for y in (gate_up, dys[0]))
+        gate, up = x.chunk(2, -1)
+        dgate, dup = (gate <= limit) * dy, (up.abs() <= limit) * dy
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        s = torch.sigmoid(_ALPHA * gate)
+        dgate = dgate * (up + 1) * s * (1 + _ALPHA * gate * (1 - s))
+        return torch.cat([dgate, dup * gate * s], -1).to(gate_up.dtype), None
+
+
+def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
+    """Map gate and up `[M, 2F]` to `[M, F]`: (up + 1) gate sigmoid(1.702 gate), both clamped."""
+    y: Tensor = _Clamped.apply(gate_up, limit)
+    return y
+
+
+class _AddBias(torch.autograd.Function):
+    """Adds to each expert's rows its bias; rows beyond the counts may get any."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        ctx.dtype = bias.dtype
+        rows = torch.arange(len(y), device=y.device)
+        expert = torch.searchsorted(counts.cumsum(0), rows, right=True).clamp(max=len(counts) - 1)
+        return y + bias.view(len(counts), -1).to(y.dtype)[expert]
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, Tensor, None]:
+        first_derivative_only("the bias of experts")
+        (counts,), (dy,) = ctx.saved_tensors, dys
+        ones = dy.new_ones(len(dy), 8)  # as narrow as every backend takes
+        dbias = grouped_gemm_weight_gradient(dy, ones, counts)[..., 0]
+        return dy, dbias.flatten().to(ctx.dtype), None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply each expert's rows by its weight; the weight's gradient waits, if a queue is open.
 
     Args:
         x: `[M, D]`, sorted by expert.
         weight: `[E F, D]`, the experts' matrices one below the other.
         counts: Rows of each expert `[E]` int64.
+        bias: `[E F]`, added to each expert's rows, if given.
 
     Returns:
         `[M, F]`; rows beyond the counts are not written.
     """
     stacked = (len(counts), len(weight) // len(counts), weight.shape[1])
-    return deferred(
+    y = deferred(
         x,
         weight,
         forward=lambda x, w: grouped_gemm(x, w.view(stacked), counts),
@@ -47,6 +110,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ),
         weight_gradient=lambda dy, x: grouped_gemm_weight_gradient(dy, x, counts).flatten(0, 1),
     )
+    return y if bias is None else _AddBias.apply(y, bias, counts)
 
 
 class Experts(nn.Module):
@@ -58,13 +122,25 @@ class Experts(nn.Module):
         experts: Experts E, over all ranks.
         group: The expert-parallel process group; `None` for one rank.
         etp_group: The expert-tensor-parallel process group; `None` for one rank.
+        bias: Whether the three products have biases.
+        clamp: Where gate and up are cut off; `None` for SwiGLU.
+        stacked: Whether the logical tensors are those of all experts.
 
     Raises:
         ValueError: If the groups' sizes do not divide `experts` and `hidden`.
     """
 
     def __init__(
-        self, width: int, hidden: int, experts: int, *, group: Group, etp_group: Group
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        *,
+        group: Group,
+        etp_group: Group,
+        bias: bool = False,
+        clamp: float | None = None,
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         if min(width, hidden, experts) < 1:
@@ -81,35 +157,57 @@ class Experts(nn.Module):
             raise ValueError(
                 f"hidden ({hidden}) must be divisible by the expert-tensor-parallel size ({parts})"
             )
-        self.width, self.hidden = width, hidden
+        self.width, self.hidden, self.count = width, hidden, experts
+        self.etp_group, self.clamp, self.stacked = etp_group, clamp, stacked
         self.held = experts // ranks
         self.first = rank * self.held
         self.part = hidden // parts
         self.start = part * self.part
         self.gate_up = nn.Parameter(torch.empty(self.held * 2 * self.part, width))
         self.down = nn.Parameter(torch.empty(self.held * width, self.part))
+        biases = [nn.Parameter(torch.zeros(len(w))) for w in (self.gate_up, self.down) if bias]
+        self.gate_up_bias, self.down_bias = biases or (None, None)
         for name, layout in self.declare_layouts().items():
             parameter = self.get_parameter(name)
-            if not parameter.is_meta:
+            if not parameter.is_meta and parameter.dim() > 1:
                 normal_(parameter, layout, seed=draw_seed(), std=0.02)
+
+    def _pieces(
+        self, expert: int, name: str, out: tuple[int, Slice], inner: tuple[int, Slice], at: int
+    ) -> tuple[Piece, Piece]:
+        """Return a product's weight and bias at row `at`, of (size, slice) out and inner."""
+        sizes, slices = (out[0], inner[0]), (out[1], inner[1])
+        if not self.stacked:
+            weight = Piece(f"{expert}.{name}.weight", sizes, slices, (at, 0))
+            return weight, Piece(f"{expert}.{name}.bias", sizes[:1], slices[:1], (at,))
+        one, count, name = (expert, expert + 1, 1), self.count, f"{name}_proj"
+        weight = Piece(name, (count, *sizes[::-1]), (one, *slices[::-1]), (at, 0), transposed=True)
+        return weight, Piece(f"{name}_bias", (count, out[0]), (one, out[1]), (at,))
 
     def declare_layouts(self) -> dict[str, Layout]:
         """Say which rows of which expert's gate and up, and columns of its down, this rank has."""
-        stop = self.start + self.part
-        gate_up: list[Piece] = []
-        down: list[Piece] = []
-        for at in range(self.held):
-            expert = self.first + at
-            for half, name in enumerate(("gate", "up")):
-                shape, offset = (self.hidden, self.width), (2 * at + half) * self.part
-                gate_up.append(rows(f"{expert}.{name}.weight", shape, self.start, stop, offset))
-            slices = ((0, self.width, 1), (self.start, stop, 1))
-            name, shape = f"{expert}.down.weight", (self.width, self.hidden)
-            down.append(Piece(name, shape, slices, (at * self.width, 0)))
-        return {
-            "gate_up": Layout(tuple(self.gate_up.shape), tuple(gate_up), expert=True),
-            "down": Layout(tuple(self.down.shape), tuple(down), expert=True),
-        }
+        start, stop = self.start, self.start + self.part
+        whole, part = (self.width, (0, self.width, 1)), (self.hidden, (start, stop, 1))
+        made: dict[str, list[tuple[Piece, Piece]]] = {"gate_up": [], "down": []}
+        for n in range(self.held):
+            expert = self.first + n
+            for half, each in enumerate(("gate", "up")):
+                name, rows = each, part
+                if self.stacked:
+                    in_turn = (2 * start + half, 2 * stop - 1 + half, 2)
+                    name, rows = "gate_up", (2 * self.hidden, in_turn)
+                at = (2 * n + half) * self.part
+                made["gate_up"].append(self._pieces(expert, name, rows, whole, at))
+            made["down"].append(self._pieces(expert, "down", whole, part, n * self.width))
+        found: dict[str, Layout] = {}
+        for name, pairs in made.items():
+            weights, biases = zip(*pairs, strict=True)
+            shape = tuple(self.get_parameter(name).shape)
+            found[name] = Layout(shape, weights, expert=True)
+            if self.down_bias is not None:
+                once = (self.etp_group,) if name == "down" and self.etp_group is not None else ()
+                found[f"{name}_bias"] = Layout(shape[:1], biases, partial=once, expert=True)
+        return found
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Map rows `[M, D]`, sorted by held expert, to this rank's part of `[M, D]`.
@@ -118,4 +216,7 @@ class Experts(nn.Module):
             x: Rows; those beyond the counts are not read, nor written in the result.
             counts: Rows of each held expert `[E/P]` int64.
         """
-        return grouped_linear(swiglu(grouped_linear(x, self.gate_up, counts)), self.down, counts)
+        gate_up = grouped_linear(x, self.gate_up, counts, self.gate_up_bias)
+        y = swiglu(gate_up) if self.clamp is None else clamped_swiglu(gate_up, self.clamp)
+        bias = None if self.down_bias is None else self.down_bias * (self.start == 0)
+        return grouped_linear(y, self.down, counts, bias)

@@ -1,6 +1,6 @@
 """A layer of experts: each token is served by k of E SwiGLU layers that are spread over ranks.
 
-    y = sum over the chosen e of  weight_e expert_e(x)   (+ shared(x))
+    y = sum over the chosen e of  weight_e expert_e(x)   (+ shared(x), or sigmoid(w x) shared(x))
 
 R tp ranks, P ep ranks, S etp ranks, T tokens of the R ranks together:
 
@@ -9,6 +9,7 @@ R tp ranks, P ep ranks, S etp ranks, T tokens of the R ranks together:
     dispatch        -                                 -                ep, etp (`dispatch.py`)
     experts         [E/P 2F/S, D], [E/P D, F/S]       [M, D]           nothing
     shared          [2F'/R, D], [D, F'/R]             [T/R, D]         tp (`parallel/tensor`)
+    shared gate     [1, D] whole, gradient partial    [T/R, D]         nothing
     losses          -                                 0-dim            tp, and cp for the counts
       not sequence  the same                          [T, D]           tp: own rows in, all out
 
@@ -23,9 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from warploom.kernels.library import wide
+
 from ..collectives import Group, join, place, reduce, split
+from ..initialise import draw_seed, normal_
+from ..sharding import Layout, whole
 from ..tensor.linear import ColumnLinear, RowLinear
-from ..tensor.product import swiglu_linear
+from ..tensor.product import linear, swiglu_linear
 from .dispatch import apply_experts
 from .experts import Experts
 from .router import DROPS, Router, drop_beyond, load_balance, router_z
@@ -57,8 +62,33 @@ class Shared(nn.Module):
         return y
 
 
+class SharedGate(nn.Module):
+    """How much each token takes of the shared experts: the sigmoid of a product.
+
+    Args:
+        width: Model width D.
+        group: The ranks whose tokens differ though their weights are the same.
+    """
+
+    def __init__(self, width: int, *, group: Group) -> None:
+        super().__init__()
+        self.group = group
+        self.weight = nn.Parameter(torch.empty(1, width))
+        if not self.weight.is_meta:
+            normal_(self.weight, self.declare_layouts()["weight"], seed=draw_seed(), std=0.02)
+
+    def declare_layouts(self) -> dict[str, Layout]:
+        """Declare the weight: whole on each rank, its gradient partial over the group."""
+        return {"weight": whole("weight", self.weight.shape, partial=(self.group,))}
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Weigh the shared experts' result `y` of tokens `x`, both `[T/R, D]`."""
+        z = linear(x, self.weight)
+        return y * torch.sigmoid(z.to(wide(z.dtype))).to(y.dtype)
+
+
 def _check_options(
-    balance: str | None, capacity: float | None, drop: str, chunks: int, shared: int
+    balance: str | None, capacity: float | None, drop: str, chunks: int, shared: int, gate: bool
 ) -> None:
     if balance is not None and balance not in BALANCES:
         raise ValueError(f"balance must be one of {', '.join(BALANCES)} or None, got {balance!r}")
@@ -70,8 +100,11 @@ def _check_options(
         raise ValueError(f"drop must be one of {', '.join(DROPS)}, got {drop!r}")
     if chunks < 1:
         raise ValueError(f"chunks must be at least 1, got {chunks}")
-    if shared < 0:
-        raise ValueError(f"shared must be the hidden width of the shared experts, got {shared}")
+    if shared < gate:
+        above = ", above 0 where they have a gate" if gate else ""
+        raise ValueError(
+            f"shared must be the hidden width of the shared experts{above}, got {shared}"
+        )
 
 
 class MoE(nn.Module):
@@ -106,6 +139,11 @@ class MoE(nn.Module):
             (`probability`).
         chunks: Into how many the tokens are cut, so that dispatch and computation overlap.
         router_dtype: Of the router's product; None takes that of the tokens.
+        router_bias: Whether the router's product has a bias that is learned, `router.linear_bias`.
+        shared_gate: Whether the shared experts are weighted token by token, `shared_gate.weight`.
+        expert_bias: Whether the experts' products have biases.
+        clamp: Where the experts' gate and up are cut off; see `Experts`.
+        stacked: Whether the experts' logical tensors are those of all of them; see `Experts`.
 
     Attributes:
         invariant: Whether outputs and losses do not depend on how the global batch is split.
@@ -140,9 +178,14 @@ class MoE(nn.Module):
         drop: str = "position",
         chunks: int = 1,
         router_dtype: torch.dtype | None = None,
+        router_bias: bool = False,
+        shared_gate: bool = False,
+        expert_bias: bool = False,
+        clamp: float | None = None,
+        stacked: bool = False,
     ) -> None:
         super().__init__()
-        _check_options(balance, capacity, drop, chunks, shared)
+        _check_options(balance, capacity, drop, chunks, shared, shared_gate)
         for tokens in (tp_group, context_group):
             place(tokens)
         self.width, self.count = width, experts
@@ -164,13 +207,25 @@ class MoE(nn.Module):
             scale=scale,
             bias=bias,
             dtype=router_dtype,
+            linear_bias=router_bias,
         )
-        self.experts = Experts(width, hidden, experts, group=group, etp_group=etp_group)
+        self.experts = Experts(
+            width,
+            hidden,
+            experts,
+            group=group,
+            etp_group=etp_group,
+            bias=expert_bias,
+            clamp=clamp,
+            stacked=stacked,
+        )
         self.shared = (
             Shared(width, shared, group=tp_group, sequence_parallel=sequence_parallel)
             if shared
             else None
         )
+        different = tp_group if sequence_parallel else None
+        self.shared_gate = SharedGate(width, group=different) if shared_gate else None
 
     def forward(
         self, x: Tensor, documents: Tensor | None = None, count: int = 1
@@ -238,7 +293,8 @@ class MoE(nn.Module):
 
         def serve_all() -> None:
             if self.shared is not None:
-                results.append(self.shared(whole))
+                y = self.shared(whole)
+                results.append(y if self.shared_gate is None else self.shared_gate(whole, y))
 
         y = apply_experts(
             x,

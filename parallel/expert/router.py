@@ -96,8 +96,9 @@ class Router(nn.Module):
     """Linear scores of the experts, and the choice of k of them.
 
     The weight `[E, D]` is whole on every rank; a rank sees its own tokens, so that the gradient is
-    partial over the tensor-parallel group. The bias and the load that it follows are buffers, the
-    bias in float32 whatever the model's dtype is. The load counts the tokens of forward passes with
+    partial over the tensor-parallel group; so is that of `linear_bias` `[E]`, which the product may
+    have. The other bias, of the choice alone, and the load that it follows are buffers, the bias in
+    float32 whatever the model's dtype is. The load counts the tokens of forward passes with
     gradients, once: not those of an evaluation, nor of a recomputation (whose first pass must keep
     gradients on, as torch's checkpoints do with `use_reentrant=False`).
 
@@ -113,6 +114,7 @@ class Router(nn.Module):
         scale: Factor on the weights.
         bias: Whether a bias takes part in the choice; `update_biases` moves it.
         dtype: Of the product; None takes that of the tokens. The scores are in float32 at least.
+        linear_bias: Whether the product has a bias that is learned.
 
     Raises:
         ValueError: If such a routing cannot be.
@@ -135,6 +137,7 @@ class Router(nn.Module):
         scale: float = 1.0,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        linear_bias: bool = False,
     ) -> None:
         super().__init__()
         check_routing(experts, top_k, score, groups, top_groups, normalise)
@@ -143,6 +146,7 @@ class Router(nn.Module):
         self.way |= {"normalise": normalise, "scale": scale}
         self.forced = False
         self.weight = nn.Parameter(torch.empty(experts, width))
+        self.linear_bias = nn.Parameter(torch.zeros(experts)) if linear_bias else None
         self.register_buffer("bias", torch.zeros(experts) if bias else None)
         count = torch.zeros(experts, dtype=torch.int64)
         self.register_buffer("load", count if bias else None, persistent=False)
@@ -150,8 +154,9 @@ class Router(nn.Module):
             normal_(self.weight, self.declare_layouts()["weight"], seed=draw_seed(), std=0.02)
 
     def declare_layouts(self) -> dict[str, Layout]:
-        """Declare the weight: whole on each rank, its gradient partial over the group."""
-        return {"weight": whole("weight", self.weight.shape, partial=(self.tp_group,))}
+        """Declare the parameters: whole on each rank, their gradients partial over the group."""
+        own = self.named_parameters(recurse=False)
+        return {name: whole(name, p.shape, partial=(self.tp_group,)) for name, p in own}
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> "Router":
         """Move as modules do, but keep the bias in float32, and zero where it had no memory."""
@@ -170,7 +175,8 @@ class Router(nn.Module):
             RuntimeError: If a replayed layer runs again in a backward that does not remember it.
         """
         dtype = self.dtype or x.dtype
-        logits = linear(x.to(dtype), self.weight.to(dtype))
+        bias = None if self.linear_bias is None else self.linear_bias.to(dtype)
+        logits = linear(x.to(dtype), self.weight.to(dtype), bias)
         fresh: list[tuple[Tensor, Tensor, Tensor]] = []
 
         def choose() -> Tensor:

@@ -12,6 +12,7 @@ from warploom.parallel.checkpoint import Entry, load, save
 from warploom.parallel.collectives import observed
 from warploom.parallel.data.buckets import shard_rows
 from warploom.parallel.expert import MoE, bias_entries, update_biases
+from warploom.parallel.initialise import normal_
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import assemble, layouts, narrow
 
@@ -19,12 +20,15 @@ D, HIDDEN, E, K, N = 6, 8, 8, 2, 3  # N documents a data-parallel rank
 
 LOSSES = {"balance": "sequence", "z_loss": True}
 V3 = {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5, "bias": True}
+GPT_OSS = {"score": "softmax_after", "router_bias": True, "expert_bias": True, "clamp": 1.5}
 OPTIONS = {
     "losses": LOSSES,
     "shared": {"shared": 8, **LOSSES, "chunks": 2},
     "v3": {**V3, "chunks": 3, "shared": 4},
     "batch": {"balance": "batch", "normalise": False, "top_k": 3},
-    "replicated": {"sequence_parallel": False, "shared": 8, **LOSSES},
+    "replicated": {"sequence_parallel": False, "shared": 8, "shared_gate": True, **LOSSES},
+    "gpt-oss": {**GPT_OSS, "stacked": True, "chunks": 2},
+    "biases": {"expert_bias": True, "shared": 4, "shared_gate": True, "normalise": False},
     "one expert": {"top_k": 1, "skew": True, "balance": "sequence"},
 }
 MESHES = {
@@ -48,6 +52,9 @@ def build(mesh=None, *, skew=False, top_k=K, **options):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(40)
+        for name, layout in layouts(layer).items():
+            if "bias" in name:
+                normal_(layer.get_parameter(name), layout, seed=4, std=0.7)
         if skew:
             layer.router.weight[5] += 1000.0
         if layer.router.bias is not None:
@@ -68,9 +75,28 @@ def _swiglu(x, weights, name):
     return (F.silu(gate) * up) @ weights[down].t()
 
 
+def _expert(x, weights, e, options):
+    """Serve a token by one expert, whichever way its logical tensors lie."""
+    if options.get("stacked"):
+        both = x @ weights["experts.gate_up_proj"][e] + weights["experts.gate_up_proj_bias"][e]
+        (gate, up), down = both.view(-1, 2).unbind(1), weights["experts.down_proj"][e]
+        bias = weights["experts.down_proj_bias"][e]
+    else:
+        own = [(weights[f"experts.{e}.{p}.weight"], f"{p}.bias") for p in ("gate", "up", "down")]
+        biases = [weights.get(f"experts.{e}.{b}", torch.zeros(())) for _, b in own]
+        gate, up = (x @ w.t() + b for (w, _), b in zip(own[:2], biases, strict=False))
+        down, bias = own[2][0].t(), biases[2]
+    if (c := options.get("clamp")) is None:
+        return (F.silu(gate) * up) @ down + bias
+    gate, up = gate.clamp(max=c), up.clamp(-c, c)
+    return ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ down + bias
+
+
 def choose(x, weights, *, bias=None, top_k=K, score="softmax", groups=1, top_groups=1, **rest):
     """Route one token after the other, in plain Python."""
     logits = x @ weights["router.weight"].t()
+    if rest.get("router_bias"):
+        logits = logits + weights["router.linear_bias"]
     scores = torch.sigmoid(logits) if score == "sigmoid" else logits.softmax(1)
     chosen, kept = [], []
     for line in scores:
@@ -97,11 +123,16 @@ def oracle(x, weights, documents, *, dropped=frozenset(), **options):
         row = x[t] * 0
         for j, e in enumerate(chosen[t]):
             if documents[t] >= 0 and (t, j) not in dropped:
-                row = row + kept[t][j] * _swiglu(x[t], weights, f"experts.{e}.")
+                row = row + kept[t][j] * _expert(x[t], weights, e, options)
         rows.append(row)
     y = torch.stack(rows) if rows else x * 0
     if options.get("shared"):
-        y = y + _swiglu(x, weights, "shared.gate_up.")
+        gate = (
+            torch.sigmoid(x @ weights["shared_gate.weight"].t())
+            if options.get("shared_gate")
+            else 1
+        )
+        y = y + gate * _swiglu(x, weights, "shared.gate_up.")
     balance = x.new_zeros(())
     for d in set(documents.tolist()) - {-1}:
         own = [t for t in range(len(x)) if documents[t] == d]
@@ -353,12 +384,17 @@ def _entries(layer, mesh):
 
 
 def _travels(folder, saved, loaded):
+    for name in ("v3", "gpt-oss"):
+        _travels_with(f"{folder}/{name}", saved, loaded, {"bias": True, **OPTIONS[name]})
+
+
+def _travels_with(folder, saved, loaded, options):
     mesh = Mesh.build(saved)
-    layer = build(mesh, bias=True)
+    layer = build(mesh, **options)
     want = logical(layer, mesh)
     path = save(folder, _entries(layer, mesh), {"step": 1}, mesh)
     mesh = Mesh.build(loaded)
-    layer = build(mesh, bias=True)
+    layer = build(mesh, **options)
     bias = layer.router.bias.clone()
     entries = _entries(layer, mesh)
     for entry in entries:
