@@ -46,13 +46,13 @@ def read_rope(config: Config, rope: str, sizes: Mapping[str, Any]) -> dict[str, 
     given = {**(said[name] or {})}
     found: dict[str, Any] = {"rope_base": float(config["rope_theta"])}
     if rope == "by_kind":
-        local = config.get("rope_local_base_freq")
+        local = config.get("rope_local_base_freq", 10_000.0)
         if "full_attention" in given:
             near, given = given.get("sliding_attention") or {}, {**given["full_attention"]}
             local = near.get("rope_theta", local)
             if near.get("rope_type", "default") != "default":
                 config.refuse(f"{name}.sliding_attention", near, "blocks with a window stretched")
-        found["sliding_rope_base"] = None if local is None else float(local)
+        found["sliding_rope_base"] = float(local)
     if (own := given.pop("rope_theta", None)) is not None:
         found["rope_base"] = float(own)
     part = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor", 1.0)
@@ -60,7 +60,9 @@ def read_rope(config: Config, rope: str, sizes: Mapping[str, Any]) -> dict[str, 
         config.refuse("partial_rotary_factor", part, "a part of each head would not rotate")
     elif part != 1:
         found["rope_dim"] = int(sizes["head_dim"] * part)
-    found["rope_scaling"] = _read_scaling(config, name, given, sizes["max_positions"])
+    found["rope_scaling"] = made = _read_scaling(config, name, given, sizes["max_positions"])
+    if isinstance(made, DynamicNtk):  # config.json has the length before the stretching
+        found["max_positions"] = int(made.factor * made.original)
     return found
 
 
@@ -102,13 +104,15 @@ def write_rope(architecture: Architecture, rope: str) -> dict[str, Any]:
         **{name: value for name, value in values.items() if value is not None},
     }
     old: dict[str, Any] = {**theta, **({"rope_scaling": own} if scaling is not None else {})}
+    if isinstance(scaling, DynamicNtk):
+        old["max_position_embeddings"] = scaling.original
     if rope == "partial":
         part = {"partial_rotary_factor": a.rotated / a.head_dim}
         old, own = {**old, **part}, {**own, **part}
     if rope == "by_kind" and a.sliding_rope_base is not None:
         near = {"rope_type": "default", "rope_theta": a.sliding_rope_base}
         nested = {"full_attention": {**own, **theta}, "sliding_attention": near}
-        return {"rope_local_base_freq": a.sliding_rope_base, **theta, "rope_parameters": nested}
+        return {**old, "rope_local_base_freq": a.sliding_rope_base, "rope_parameters": nested}
     return {**old, "rope_parameters": {**own, **theta}}
 
 
