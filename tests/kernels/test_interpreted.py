@@ -24,29 +24,33 @@ SERVED = {
 }
 
 
-def _ends(line):
-    """Keep the first and the last way to call each operator."""
-    ways = {op: [s for s in line if s.op == op] for op in {s.op for s in line}}
-    return [s for s in line if s in (ways[s.op][0], ways[s.op][-1])]
+def _last(line):
+    """Keep the last way to call each operator, which has the most to it; before FP8 the first."""
+    first, last = ({s.op: s for s in each} for each in (line[::-1], line))
+    return [s for s in line if s == last[s.op] or (s == first[s.op] and "fp8" in str(last[s.op]))]
 
 
 # A minute by itself; its own tests show the kernels at sizes that matter to them.
 SLOW = ("attention", "fp8", "moe_block")
 # Each part has as much to do, about: the families are dealt out, the largest first.
-LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_ends(SERVED[f])))
+LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_last(SERVED[f])))
 PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
-# Files of which the tests over (device, backend) run again, and how these are found.
+# Files of which the tests over (device, backend) run again, and how these are found: those of the
+# slow families; and those whose kernels the others run too.
 FILES = (
-    ("test_interpreter", "test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton")
-    + ("test_attention_tiles",),
-    ("test_fp8", "test_moe_block", "test_attention_triton", "test_paged_triton"),
+    ("test_interpreter", "test_attention_tiles", "test_fp8", "test_moe_block")
+    + ("test_attention_triton", "test_paged_triton"),
+    pytest.param(
+        ("test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton"),
+        marks=pytest.mark.slow,
+    ),
 )
 
 
 @pytest.mark.parametrize(
     ("ways", "families"),
     [
-        *((_ends, part) for part in PARTS),
+        *((_last, part) for part in PARTS),
         *(pytest.param(list, part, marks=pytest.mark.slow) for part in (*PARTS, SLOW)),
     ],
 )
