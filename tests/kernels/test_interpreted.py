@@ -36,14 +36,11 @@ SLOW = ("attention", "fp8", "moe_block")
 LARGEST = sorted((f for f, line in SERVED.items() if line), key=lambda f: -len(_last(SERVED[f])))
 PARTS = [[f for f in LARGEST if f not in SLOW][n::3] for n in range(3)]
 # Files of which the tests over (device, backend) run again, and how these are found: those of the
-# slow families; and those whose kernels the others run too.
+# slow families and of kernels that no other test runs; and those whose kernels others run too.
 FILES = (
     ("test_interpreter", "test_attention_tiles", "test_fp8", "test_moe_block")
-    + ("test_attention_triton", "test_paged_triton"),
-    pytest.param(
-        ("test_moe", "test_optim", "test_clip", "test_grouped", "test_loss_triton"),
-        marks=pytest.mark.slow,
-    ),
+    + ("test_attention_triton", "test_paged_triton", "test_clip", "test_loss_triton"),
+    pytest.param(("test_moe", "test_optim", "test_grouped"), marks=pytest.mark.slow),
 )
 
 
