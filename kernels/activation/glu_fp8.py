@@ -65,10 +65,8 @@ class _ActivationFp8(torch.autograd.Function):
 _FORWARD = register(
     "glu_fp8_forward(Tensor x, str kind, str scaling, bool power_of_two, str? backend)"
     " -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _ActivationFp8,
-)
+    _forward, _forward_fake, _ActivationFp8,
+)  # fmt: skip
 
 
 def _quantized(x: Tensor, kind: str, scaling: str, power_of_two: bool, backend: str | None) -> Fp8:

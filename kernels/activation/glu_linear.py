@@ -86,16 +86,13 @@ class _SwigluLinear(torch.autograd.Function):
 
 _FORWARD = register(
     "swiglu_linear_forward(Tensor gate_up, Tensor weight, str? backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    _SwigluLinear,
-)
+    _forward, _forward_fake, _SwigluLinear,
+)  # fmt: skip
 _BACKWARD = register(
     "swiglu_linear_backward(Tensor dy, Tensor gate_up, Tensor weight, bool weight_grad,"
     " str? backend) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    _backward, _backward_fake,
+)  # fmt: skip
 
 
 def swiglu_linear(gate_up: Tensor, weight_DF: Tensor, *, backend: str | None = None) -> Tensor:

@@ -155,9 +155,8 @@ def _gemm_fake(
 _GEMM = register(
     "fp8_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, ScalarType a_type,"
     " ScalarType b_type, str scaling, ScalarType dtype, str? backend) -> Tensor",
-    _gemm,
-    _gemm_fake,
-)
+    _gemm, _gemm_fake,
+)  # fmt: skip
 
 
 def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *rest: object) -> Tensor:

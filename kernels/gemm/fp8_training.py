@@ -163,17 +163,14 @@ _FORWARD = register(
     " Tensor copy_scale, Tensor? scale, Tensor? gradient_scale, str scaling, ScalarType dtype,"
     " ScalarType gradient_dtype, bool power_of_two, bool keep, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _Linear,
-)
+    _forward, _forward_fake, _Linear,
+)  # fmt: skip
 _BACKWARD = register(
     "fp8_linear_backward(Tensor dy, Tensor x_copy, Tensor x_scale, Tensor copy, Tensor copy_scale,"
     " Tensor? scale, str scaling, ScalarType dtype, ScalarType gradient_dtype, bool power_of_two,"
     " bool input_wanted, ScalarType? weight_dtype, str? backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    _backward, _backward_fake,
+)  # fmt: skip
 
 
 def _rounding(recipe: Fp8Recipe) -> tuple[Product, torch.dtype, torch.dtype, bool]:

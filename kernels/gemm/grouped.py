@@ -227,21 +227,17 @@ class _GroupedGemm(torch.autograd.Function):
 _FORWARD = register(
     "grouped_gemm_forward(Tensor x, Tensor weight, Tensor counts, bool zero_rest, str? backend)"
     " -> Tensor",
-    _forward,
-    _forward_fake,
-    _GroupedGemm,
-)
+    _forward, _forward_fake, _GroupedGemm,
+)  # fmt: skip
 _WEIGHT_GRADIENT = register(
     "grouped_gemm_weight_gradient(Tensor dy, Tensor x, Tensor counts, str? backend) -> Tensor",
-    _weight_gradient,
-    _weight_gradient_fake,
-)
+    _weight_gradient, _weight_gradient_fake,
+)  # fmt: skip
 _ACCUMULATE = register(
     "grouped_gemm_accumulate(Tensor(a!) into, Tensor dy, Tensor x, Tensor counts, str? backend)"
     " -> ()",
-    _accumulate,
-    lambda *_: None,
-)
+    _accumulate, lambda *_: None,
+)  # fmt: skip
 
 
 def _check(counts: Tensor, experts: int, left: str, right: str, **tensors: Tensor) -> None:

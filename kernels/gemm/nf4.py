@@ -157,16 +157,13 @@ _PARTS = "Tensor packed, Tensor absmax, Tensor? code, Tensor? absmax2, Tensor? o
 _FORWARD = register(
     f"nf4_linear_forward(Tensor x, {_PARTS}, SymInt[] shape, int block, Tensor? bias,"
     " str? backend) -> Tensor",
-    _forward,
-    _forward_fake,
-    _Nf4Linear,
-)
+    _forward, _forward_fake, _Nf4Linear,
+)  # fmt: skip
 _INPUT_GRADIENT = register(
     f"nf4_linear_input_gradient(Tensor dy, {_PARTS}, SymInt[] shape, int block, str? backend)"
     " -> Tensor",
-    _input_gradient,
-    _input_gradient_fake,
-)
+    _input_gradient, _input_gradient_fake,
+)  # fmt: skip
 
 
 def nf4_linear(

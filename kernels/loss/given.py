@@ -156,23 +156,18 @@ class _Overwrite(torch.autograd.Function):
 _STATISTICS = register(
     "cross_entropy_forward(Tensor logits, Tensor targets, int ignore_index, float? softcap,"
     " bool moments, str? backend) -> Tensor",
-    _statistics,
-    _statistics_fake,
-    _Statistics,
-)
+    _statistics, _statistics_fake, _Statistics,
+)  # fmt: skip
 _BACKWARD = register(
     "cross_entropy_backward(Tensor g, Tensor logits, Tensor targets, Tensor statistics,"
     " float? softcap, str? backend) -> Tensor",
-    _backward,
-    lambda g, logits_TV, *_: logits_TV.new_empty(logits_TV.shape),
-)
+    _backward, lambda g, logits_TV, *_: logits_TV.new_empty(logits_TV.shape),
+)  # fmt: skip
 _OVERWRITE_ = register(
     "cross_entropy_overwrite_(Tensor(a!) logits, Tensor targets, int ignore_index, float? softcap,"
     " float label_smoothing, str? backend) -> Tensor",
-    _overwrite,
-    _overwrite_fake,
-    _Overwrite,
-)
+    _overwrite, _overwrite_fake, _Overwrite,
+)  # fmt: skip
 _SCALE_ = register(
     "cross_entropy_scale_(Tensor(a!) x, Tensor g, str? backend) -> ()", _scale_, lambda *_: None
 )

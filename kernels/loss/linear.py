@@ -203,24 +203,19 @@ _CROSS_ENTROPY = register(
     "linear_cross_entropy_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index,"
     " int? chunk, bool hidden_grad, bool weight_grad, float? softcap, float label_smoothing,"
     " str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _cross_entropy,
-    _cross_entropy_fake,
-    _CrossEntropy,
-)
+    _cross_entropy, _cross_entropy_fake, _CrossEntropy,
+)  # fmt: skip
 _STATISTICS = register(
     "linear_log_probs_forward(Tensor hidden, Tensor weight, Tensor targets, int ignore_index,"
     " int? chunk, float? softcap, bool moments, str? backend) -> Tensor",
-    _statistics,
-    _statistics_fake,
-    _Statistics,
-)
+    _statistics, _statistics_fake, _Statistics,
+)  # fmt: skip
 _STATISTICS_BACKWARD = register(
     "linear_log_probs_backward(Tensor g, Tensor hidden, Tensor weight, Tensor targets,"
     " Tensor statistics, int ignore_index, int? chunk, float? softcap, bool hidden_grad,"
     " bool weight_grad, str? backend) -> (Tensor, Tensor)",
-    _statistics_backward,
-    _statistics_backward_fake,
-)
+    _statistics_backward, _statistics_backward_fake,
+)  # fmt: skip
 
 
 def linear_cross_entropy(

@@ -338,15 +338,13 @@ def _gradient_(
 _PARTIALS = register(
     "cross_entropy_partials(Tensor logits, Tensor targets, int start, float? softcap, bool moments,"
     " str? backend) -> Tensor",
-    _partials,
-    _partials_fake,
-)
+    _partials, _partials_fake,
+)  # fmt: skip
 _GRADIENT_ = register(
     "cross_entropy_gradient_(Tensor(a!) logits, Tensor targets, int start, Tensor lse, Tensor g,"
     " float? softcap, str? backend) -> ()",
-    _gradient_,
-    lambda *_: None,
-)
+    _gradient_, lambda *_: None,
+)  # fmt: skip
 
 
 def check_options(name: str, softcap: float | None, label_smoothing: float = 0.0) -> None:

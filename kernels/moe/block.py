@@ -184,17 +184,14 @@ class _MoeBlock(torch.autograd.Function):
 _FORWARD = register(
     "moe_block_forward(Tensor x, Tensor gate_up, Tensor down, Tensor indices, Tensor weights,"
     " bool keep, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _MoeBlock,
-)
+    _forward, _forward_fake, _MoeBlock,
+)  # fmt: skip
 _BACKWARD = register(
     "moe_block_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor h,"
     " Tensor counts, Tensor order, bool kept, bool[] wanted, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    _backward, _backward_fake,
+)  # fmt: skip
 
 
 def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor) -> None:

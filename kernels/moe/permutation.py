@@ -282,30 +282,23 @@ class _Unpermute(torch.autograd.Function):
 _PERMUTE = register(
     "permute_forward(Tensor x, Tensor indices, int experts, str? backend)"
     " -> (Tensor, Tensor, Tensor)",
-    _permute,
-    _permute_fake,
-    _Permute,
-)
+    _permute, _permute_fake, _Permute,
+)  # fmt: skip
 _PERMUTE_FP8 = register(
     "permute_fp8_forward(Tensor x, Tensor indices, int experts, str scaling, bool power_of_two,"
     " str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _permute_fp8,
-    _permute_fp8_fake,
-    _PermuteFp8,
-)
+    _permute_fp8, _permute_fp8_fake, _PermuteFp8,
+)  # fmt: skip
 _UNPERMUTE = register(
     "unpermute_forward(Tensor rows, Tensor order, Tensor? weights, SymInt tokens, SymInt top_k,"
     " str? backend) -> Tensor",
-    _unpermute,
-    _unpermute_fake,
-    _Unpermute,
-)
+    _unpermute, _unpermute_fake, _Unpermute,
+)  # fmt: skip
 _UNPERMUTE_BACKWARD = register(
     "unpermute_backward(Tensor dy, Tensor rows, Tensor order, Tensor weights, str? backend)"
     " -> (Tensor, Tensor)",
-    _unpermute_backward,
-    _unpermute_backward_fake,
-)
+    _unpermute_backward, _unpermute_backward_fake,
+)  # fmt: skip
 
 
 def _check(op: str, x: Tensor, integers: str, indices: Tensor) -> None:

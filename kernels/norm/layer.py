@@ -210,24 +210,19 @@ class _LayerNorm(torch.autograd.Function):
 _FORWARD = register(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps,"
     " str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _LayerNorm,
-)
+    _forward, _forward_fake, _LayerNorm,
+)  # fmt: skip
 _FORWARD_FP8 = register(
     "layer_norm_fp8_forward(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps,"
     " str scaling, bool power_of_two, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_fp8,
-    _forward_fp8_fake,
-    _LayerNorm,
-)
+    _forward_fp8, _forward_fp8_fake, _LayerNorm,
+)  # fmt: skip
 _BACKWARD = register(
     "layer_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor? bias, Tensor rstd,"
     " Tensor mean, str? backend) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    _backward, _backward_fake,
+)  # fmt: skip
 
 
 @overload

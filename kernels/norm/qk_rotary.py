@@ -152,17 +152,14 @@ class _QkNormRotary(torch.autograd.Function):
 _FORWARD = register(
     "qk_norm_rotary_forward(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos,"
     " Tensor sin, float eps, str? backend) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _QkNormRotary,
-)
+    _forward, _forward_fake, _QkNormRotary,
+)  # fmt: skip
 _BACKWARD = register(
     "qk_norm_rotary_backward(Tensor dq, Tensor dk, Tensor q, Tensor k, Tensor q_weight,"
     " Tensor k_weight, Tensor cos, Tensor sin, float eps, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    _backward, _backward_fake,
+)  # fmt: skip
 
 
 def qk_norm_rotary(

@@ -236,23 +236,18 @@ class _RmsNorm(torch.autograd.Function):
 _FORWARD = register(
     "rms_norm_forward(Tensor x, Tensor weight, Tensor? residual, float eps, str? backend)"
     " -> (Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _RmsNorm,
-)
+    _forward, _forward_fake, _RmsNorm,
+)  # fmt: skip
 _FORWARD_FP8 = register(
     "rms_norm_fp8_forward(Tensor x, Tensor weight, Tensor? residual, float eps, str scaling,"
     " bool power_of_two, str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward_fp8,
-    _forward_fp8_fake,
-    _RmsNorm,
-)
+    _forward_fp8, _forward_fp8_fake, _RmsNorm,
+)  # fmt: skip
 _BACKWARD = register(
     "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor weight, Tensor rstd, str? backend)"
     " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+    _backward, _backward_fake,
+)  # fmt: skip
 
 
 @overload

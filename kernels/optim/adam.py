@@ -199,9 +199,8 @@ _ADAMW = register(
     " Tensor(d!)[] extra, Tensor(e!) step, Tensor? rate, Tensor? scale, Tensor? found,"
     " float learning_rate, float beta1, float beta2, float eps, float weight_decay,"
     " Tensor[]? plan, str? backend) -> ()",
-    _adamw,
-    lambda *_: None,
-)
+    _adamw, lambda *_: None,
+)  # fmt: skip
 
 
 def _check_lists(columns: dict[str, Sequence[Tensor]], device: torch.device) -> None:

@@ -81,14 +81,12 @@ def _scale(
 
 _SQUARED_NORM = register(
     "squared_norm(Tensor[] tensors, Tensor[]? plan, str? backend) -> Tensor",
-    _squared_norm,
-    lambda tensors, plan, backend: tensors[0].new_empty((), dtype=torch.float64),
-)
+    _squared_norm, lambda tensors, plan, backend: tensors[0].new_empty((), dtype=torch.float64),
+)  # fmt: skip
 _SCALE = register(
     "scale_(Tensor(a!)[] tensors, Tensor factor, Tensor[]? plan, str? backend) -> ()",
-    _scale,
-    lambda *_: None,
-)
+    _scale, lambda *_: None,
+)  # fmt: skip
 
 
 def _by_dtype(op: str, tensors: Sequence[Tensor], plan: Plan | None) -> list[list[Tensor]]:

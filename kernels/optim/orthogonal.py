@@ -69,9 +69,8 @@ def _newton_schulz(u: Tensor, steps: int, backend: str | None) -> Tensor:
 
 _NEWTON_SCHULZ = register(
     "newton_schulz(Tensor u, int steps, str? backend) -> Tensor",
-    _newton_schulz,
-    lambda u, steps, backend: u.new_empty(u.shape),
-)
+    _newton_schulz, lambda u, steps, backend: u.new_empty(u.shape),
+)  # fmt: skip
 
 
 def newton_schulz(u: Tensor, *, steps: int = 5, backend: str | None = None) -> Tensor:

@@ -355,17 +355,13 @@ _FORWARD = register(
     "fp8_quantize_forward(Tensor x, str scaling, ScalarType dtype, Tensor? scale,"
     " bool power_of_two, bool transpose, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _Quantize,
-)
+    _forward, _forward_fake, _Quantize,
+)  # fmt: skip
 _DEQUANTIZE = register(
     "fp8_dequantize(Tensor carrier, Tensor codes, Tensor scale, int block, ScalarType source,"
     " ScalarType dtype) -> Tensor",
-    _dequantize,
-    _dequantize_fake,
-    _Dequantize,
-)
+    _dequantize, _dequantize_fake, _Dequantize,
+)  # fmt: skip
 
 
 def _check(

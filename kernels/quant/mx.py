@@ -148,10 +148,8 @@ class _Quantize(torch.autograd.Function):
 _FORWARD = register(
     "mx_quantize_forward(Tensor x, ScalarType dtype, str rounding, bool transpose, str? backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-    _Quantize,
-)
+    _forward, _forward_fake, _Quantize,
+)  # fmt: skip
 
 
 def mx_quantize(

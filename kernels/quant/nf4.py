@@ -260,9 +260,8 @@ _QUANTIZE = register(
 _DEQUANTIZE = register(
     "nf4_dequantize(Tensor packed, Tensor absmax, Tensor? code, Tensor? absmax2, Tensor? offset,"
     " SymInt[] shape, int block, ScalarType dtype, str? backend) -> Tensor",
-    _dequantize,
-    _dequantize_fake,
-)
+    _dequantize, _dequantize_fake,
+)  # fmt: skip
 
 
 def _quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -291,9 +290,8 @@ def _quantize_scales_fake(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 _QUANTIZE_SCALES = register(
     "nf4_quantize_scales(Tensor absmax) -> (Tensor, Tensor, Tensor, Tensor)",
-    _quantize_scales,
-    _quantize_scales_fake,
-)
+    _quantize_scales, _quantize_scales_fake,
+)  # fmt: skip
 
 
 def nf4_quantize(

@@ -164,10 +164,8 @@ class _RotaryInPlace(torch.autograd.Function):
 _FORWARD = register(
     "rotary_forward(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse, bool interleaved,"
     " str? backend) -> (Tensor, Tensor)",
-    _forward,
-    _fake,
-    _Rotary,
-)
+    _forward, _fake, _Rotary,
+)  # fmt: skip
 
 
 def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
@@ -182,10 +180,8 @@ def _in_place_with_gradient(x_THK: Tensor, *rest: Any) -> None:
 _IN_PLACE = register(
     "rotary_in_place(Tensor(a!) x, Tensor cos, Tensor sin, bool inverse, bool interleaved,"
     " str? backend) -> ()",
-    _in_place,
-    lambda *args: None,
-    _in_place_with_gradient,
-)
+    _in_place, lambda *args: None, _in_place_with_gradient,
+)  # fmt: skip
 
 
 def check(q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, name: str) -> None:
