@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from warploom.kernels import backends, toolchain
+from warploom.kernels import backends
+from warploom.recipes import compilers
 from warploom.recipes.runner.environment import OPTIONAL, apex_warning, environment
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     options = tyro.cli(Doctor, prog="warploom doctor", args=argv)
     found = environment() | {"backends": backends.available()}
-    warnings = [warning for warning in (apex_warning(), *toolchain.warnings()) if warning]
+    warnings = [warning for warning in (apex_warning(), *compilers.warnings()) if warning]
     if options.json:
         print(json.dumps(found | {"warnings": warnings}, indent=2))
         return 0

@@ -104,7 +104,7 @@ def test_doctor_prints_brackets_as_they_are(capsys, monkeypatch):
     """Text in brackets is markup to rich: `warploom[te]` lost its extra."""
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(doctor.toolchain, "warnings", lambda: ["a [bold]b[/bold] :bug:"])
+    monkeypatch.setattr(doctor.compilers, "warnings", lambda: ["a [bold]b[/bold] :bug:"])
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "pip install warploom[te]" in shown
