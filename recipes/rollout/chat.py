@@ -46,20 +46,17 @@ class Chat:
             UserError: If there are no messages, one has no role or is not plain JSON, or the
                 template refuses the conversation.
         """
-        import jinja2
-
         if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
             raise UserError(f"messages must be objects with a role, one at least; got {messages!r}")
         said = [{k: v for k, v in m.items() if v is not None} for m in messages]
         given = {"tools": None, "documents": None, **self.special, **more, "messages": said}
         try:
             plain = json.loads(json.dumps(given))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"messages must be plain JSON: {error}") from None
+        try:
             return str(self._template.render(**plain, add_generation_prompt=add_generation_prompt))
-        except TypeError as error:
-            raise UserError(
-                f"messages must be plain JSON, or the template fails: {error}"
-            ) from None
-        except jinja2.TemplateError as error:
+        except Exception as error:  # of a program that came with the weights
             raise UserError(f"the chat template refuses the conversation: {error}") from None
 
 

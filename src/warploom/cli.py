@@ -83,6 +83,12 @@ def _verify(argv: list[str]) -> int:
     return verify.main(argv)
 
 
+def _generate(argv: list[str]) -> int:
+    from warploom.recipes import generate
+
+    return generate.main(argv)
+
+
 def _bench_train(argv: list[str]) -> int:
     from warploom.benchmarks import end_to_end
 
@@ -107,6 +113,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "train": Command("RUN [--FIELD VALUE ...]", "train a run, such as pretrain/stdlib", _train),
         "verify": Command("[RUN|FOLDER] --mesh ...", "prove a mesh on CPU processes", _verify),
         "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
+        "generate": Command("FOLDER [--chat] ...", "text from a model", _generate),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
         "bench mup": Command("[--FLAG VALUE ...]", "muP's coordinate check", _bench_mup),
         "bench kernels": Command(

@@ -82,9 +82,11 @@ class FakeModel:
         return torch.tensor([[*state] for state in hidden], dtype=torch.float64)
 
     def logits(self, hidden):
-        return torch.stack([logits_of(bytes(int(x) for x in row)) for row in hidden]) if len(
-            hidden
-        ) else torch.empty(0, V)
+        return (
+            torch.stack([logits_of(bytes(int(x) for x in row)) for row in hidden])
+            if len(hidden)
+            else torch.empty(0, V)
+        )
 
 
 def logits_of(state):

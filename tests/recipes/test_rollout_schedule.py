@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.recipes.rollout_fakes import V, WINDOW, FakeModel, check, engine, expected
+from tests.recipes.rollout_fakes import WINDOW, FakeModel, V, check, engine, expected
 
 from warploom.recipes.errors import UserError
 from warploom.recipes.rollout import Sampling

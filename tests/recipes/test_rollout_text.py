@@ -112,9 +112,7 @@ class Letters:
 
 
 def run(prompt, sampling, tokenizer=None):
-    made = Engine(
-        FakeModel(), tokenizer or Letters(), pages=40, page_size=4, make_cache=FakeCache
-    )
+    made = Engine(FakeModel(), tokenizer or Letters(), pages=40, page_size=4, make_cache=FakeCache)
     made.add(prompt, sampling)
     events = []
     while made.busy:

@@ -1,0 +1,127 @@
+"""The engine over real models: transformers' text, the trainer's log-probabilities, two ranks."""
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from warploom.models import hf
+from warploom.models.decoder import Decoder
+from warploom.models.families import llama, mixtral, qwen3
+from warploom.parallel.collectives import gather_json
+from warploom.parallel.mesh import Mesh
+from warploom.recipes.rollout import Engine, Sampling
+
+FAMILIES = {"llama": llama.tiny, "qwen3": qwen3.tiny, "mixtral": mixtral.tiny}
+GREEDY = Sampling(temperature=0.0, max_tokens=24)
+
+
+@functools.cache
+def model(family):
+    """A tiny model whose logits are far apart."""
+    made = Decoder.create(FAMILIES[family](), seed=3)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.dim() > 1:
+                p.mul_(5)
+    return made
+
+
+def prompts(vocabulary=256):
+    g = torch.Generator().manual_seed(1)
+    sizes = (1, 37, 5, 16, 17, 90)
+    return [torch.randint(vocabulary, (n,), generator=g).tolist() for n in sizes]
+
+
+def ids(completions):
+    return [list(c.ids) for c in completions]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_texts_are_those_of_transformers(family, tmp_path):
+    hf.save(model(family), tmp_path / "model")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    theirs.config.output_router_logits = False  # a loss, which cannot be computed over a mask
+    given, wanted = prompts(), []
+    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
+    for prompt in given:
+        out = theirs.generate(torch.tensor([prompt]), **options)
+        wanted.append(out[0, len(prompt) :].tolist())
+    longest = max(map(len, given))
+    padded = torch.tensor([[0] * (longest - len(p)) + p for p in given])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
+    together = theirs.generate(padded, attention_mask=mask, **options)[:, longest:]
+    assert together.tolist() == wanted
+    for settings in (
+        {"pages": 200},
+        {"pages": 24, "page_size": 8, "chunk": 7, "max_sequences": 3},
+    ):
+        engine = Engine(model(family), **settings)
+        assert ids(engine.generate(given, GREEDY)) == wanted
+        assert engine.stats.pages_free == engine.stats.pages
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_the_models(family):
+    how = Sampling(max_tokens=12, n=3, seed=5, logprobs=2)
+    sampled = Engine(model(family), pages=200).generate(prompts(), how)
+    for c in sampled:
+        whole = torch.tensor([[*c.prompt_ids, *c.ids]])
+        with torch.no_grad():
+            logits = model(family)(whole)[0, len(c.prompt_ids) - 1 : -1].double()
+        wanted = logits.log_softmax(-1)
+        own = wanted.gather(-1, torch.tensor(c.ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(c.logprobs).double(), own, atol=1e-4, rtol=0)
+        assert c.logprobs == c.sampling_logprobs
+        best = [[i for i, _ in token.top] for token in c.tokens]
+        assert best == wanted.topk(2).indices.tolist()
+    assert len({c.ids for c in sampled}) == len(sampled)
+
+
+def test_samples_do_not_depend_on_their_company():
+    how = Sampling(max_tokens=10, n=4, seed=11, top_p=0.9, top_k=40)
+    whole = Engine(model("llama"), pages=300).generate(prompts(), how)
+    small = Engine(model("llama"), pages=14, page_size=8, chunk=5, max_sequences=3)
+    again = small.generate(prompts(), how)
+    assert small.stats.put_back > 0
+    assert ids(again) == ids(whole)
+    for n, prompt in enumerate(prompts()):
+        alone = Engine(model("llama"), pages=40).generate([prompt], how)
+        assert ids(alone) == ids(whole[4 * n : 4 * n + 4])
+
+
+def on_two_ranks(family, how):
+    mesh = Mesh.build("tp2")
+    made = Decoder.create(FAMILIES[family](), seed=3, mesh=mesh)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.dim() > 1:
+                p.mul_(5)
+    engine = Engine(made, pages=14, page_size=8, chunk=16, max_sequences=3)
+    found = ids(engine.generate(prompts(), how))
+    return gather_json([found, engine.stats.put_back], mesh.tp)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_two_ranks_agree(family, pool):
+    how = Sampling(max_tokens=8, n=2, seed=2, temperature=0.8)
+    wanted = ids(Engine(model(family), pages=200).generate(prompts(), how))
+    first, second = pool(2, on_two_ranks, family, how)
+    assert first == second
+    assert first[0] == wanted
+    assert first[1] > 0
+
+
+def test_memory_decides_how_many_pages(monkeypatch):
+    from warploom.recipes.rollout import room
+
+    made = Engine(model("llama"), max_sequences=3)
+    assert made.stats.pages == 3 * 512 // 16
+    a = model("llama").architecture
+    page = a.layers * 2 * a.kv_heads * a.head_dim * 4 * 16
+    monkeypatch.setattr(room, "_free", lambda device: 50 * page)
+    assert Engine(model("llama")).stats.pages == 20
+    monkeypatch.setattr(room, "_free", lambda device: page)
+    with pytest.raises(ValueError, match=f"needs {page} bytes"):
+        Engine(model("llama"))
