@@ -52,7 +52,7 @@ OPTIONAL = (
         "logits compared with the Hugging Face model; the peer of warploom bench train",
         used=True,
     ),
-    Optional("hf", "jinja2", "jinja2", "chat templates"),
+    Optional("hf", "jinja2", "jinja2", "chat templates", used=True),
     Optional("data", "datatrove", "datatrove", "filters and deduplication for corpora"),
     Optional("data", "xxhash", "xxhash", "fast hashes for deduplication"),
     Optional("data", "trafilatura", "trafilatura", "text out of HTML pages"),

@@ -224,7 +224,7 @@ def test_chats_are_rendered_as_transformers_does(folder, theirs, template, messa
             continue
         wanted = theirs.apply_chat_template(messages, tokenize=False, **options)
         assert ours.render(messages, **options) == wanted
-    assert "leaked" not in wanted
+        assert "leaked" not in wanted
 
 
 @pytest.mark.parametrize(
