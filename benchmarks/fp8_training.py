@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from warploom.kernels.gemm import Fp8Recipe
+from warploom.models.attention import Attention
 from warploom.models.batch import Batch
 from warploom.models.block import Block
 from warploom.models.decoder import Architecture, Decoder
@@ -92,6 +93,7 @@ def plant_outliers(model: Decoder, seed: int) -> None:
         if not isinstance(block, Block):
             continue
         assert isinstance(block.feed_forward, FeedForward)
+        assert isinstance(block.attention, Attention)
         for norm, layer in (
             (block.attention_norm, block.attention.qkv),
             (block.feed_forward_norm, block.feed_forward.gate_up),

@@ -20,8 +20,10 @@ from .feed_forward import FeedForward
 from .moe import route_and_serve, routed_feed_forward
 from .norm import RMSNorm, block_norm
 from .sequences import Sequences
+from .ssm import StateSpaceMixer
 
 Sums = dict[str, Tensor]
+Mixer = Attention | StateSpaceMixer
 
 
 NOTHING = Recompute()
@@ -56,7 +58,8 @@ class Block(nn.Module):
         group = None if mesh is None else mesh.tp
         before, after = a.norm_at != "after", a.norm_at != "before"
         self.attention_norm = block_norm(a, group=group) if before else None
-        self.attention = Attention(
+        kinds: dict[str, type[Mixer]] = {"ssm": StateSpaceMixer}
+        self.attention: Mixer = kinds.get(a.kind(layer), Attention)(
             a,
             a.kind(layer),
             layer,

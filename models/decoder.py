@@ -190,7 +190,7 @@ class Decoder(nn.Module):
             owner, _, name = path.rpartition(".")
             if parameter.dim() == 1:
                 initial = getattr(self.get_submodule(owner), "initial", None)
-                parameter.fill_(0.0 if initial is None else initial(name))
+                parameter.copy_(torch.as_tensor(0.0 if initial is None else initial(name)))
                 continue
             std = INIT_STD * initial_scale(self.architecture, path, parameter)
             normal_(parameter, made[path], seed=seed, std=std * residual if _adds(path) else std)
@@ -417,5 +417,6 @@ def _plus(added: Tensor, stream: Tensor | None) -> Tensor:
 def _adds(path: str) -> bool:
     """Whether a weight writes into the residual stream."""
     return path.endswith(
-        ("attention.out.weight", "feed_forward.down.weight", "shared.down.weight", "experts.down")
+        ("attention.out.weight", "attention.out_proj.weight", "feed_forward.down.weight")
+        + ("shared.down.weight", "experts.down")
     )

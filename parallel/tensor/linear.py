@@ -18,7 +18,7 @@ Source: Shoeybi et al. 2019, https://arxiv.org/abs/1909.08053, section 3; Korthi
 https://arxiv.org/abs/2205.05198, section 4.2.2 (the sequence-parallel form).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -170,20 +170,29 @@ class ColumnLinear(nn.Module):
 
     def declare_layouts(self) -> dict[str, Layout]:
         """Say which rows of each part this rank holds."""
-        own: dict[str, Layout] = {}
-        for name, parameter in self.named_parameters(recurse=False):
-            pieces: list[Piece] = []
-            shared: list[str] = []
-            offset = 0
-            for part, share in self.shares.items():
-                logical = (self.parts[part], *parameter.shape[1:])
-                label = f"{part}.{name}" if part else name
-                pieces.append(rows(label, logical, share.first, share.first + share.size, offset))
-                shared += [label] * share.shared
-                offset += share.size
-            spread = ((self.group, tuple(shared)),) if shared else ()
-            own[name] = Layout(tuple(parameter.shape), tuple(pieces), spread=spread)
-        return own
+        label = "{}" if "" in self.parts else "{}."
+        own = self.named_parameters(recurse=False)
+        return {name: self.lay(label + name, self.parts, *p.shape[1:]) for name, p in own}
+
+    def lay(self, name: str, parts: Iterable[str], *rest: int) -> Layout:
+        """Lay out a parameter whose rows are sharded as the outputs of some parts.
+
+        Args:
+            name: Of its logical tensors; `{}` is where that of the part goes.
+            parts: In order.
+            rest: Its sizes but the first.
+        """
+        pieces: list[Piece] = []
+        shared: list[str] = []
+        offset = 0
+        for part in parts:
+            share, label = self.shares[part], name.format(part)
+            logical = (self.parts[part], *rest)
+            pieces.append(rows(label, logical, share.first, share.first + share.size, offset))
+            shared += [label] * share.shared
+            offset += share.size
+        spread = ((self.group, tuple(shared)),) if shared else ()
+        return Layout((offset, *rest), tuple(pieces), spread=spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[T/R, D]` (or `[T, D]`) to `[T, F/R]`.

@@ -162,7 +162,7 @@ def _watch(model: Decoder, gradients: Mapping[str, Tensor], flows: dict[str, flo
     for n, block in model.blocks.items():
         watch(f"blocks.{n}.feed_forward", block)
         for path, module in block.named_modules():
-            if path == "attention.out":
+            if path in ("attention.out", "attention.out_proj"):
                 watch(f"blocks.{n}.attention", module)
 
 
