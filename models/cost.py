@@ -7,6 +7,7 @@ square of a document's length; an embedding is a look-up and counts nothing; a h
 not.
 
     forward a token = 2 x (matrix parameters) + 4 x L x H x K x context,   context = S / 2
+                      + 4 x elements of the states, of layers that have some
 
 Shapes: T tokens, S sequence, D width, F feed-forward width, H query heads, G key/value heads, K
 head dimension, V vocabulary, L layers, R tensor-parallel ranks.
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from warploom.kernels.attention import Scores
 
-from .architecture import Architecture
+from .architecture import Architecture, StateSpace
 from .block import Block
 
 _KINDS = ("norm", "router", "experts", "feed_forward", "attention", "embedding", "head")
@@ -123,8 +124,32 @@ def flops_per_token(
     matrices = sum(count.values()) + (a.vocabulary * a.width if a.tied else 0)
     both = a.head_dim + (a.head_dim if a.latent is None else a.latent.values)
     scores = sum(_context(lengths, a, n, halve) for n in range(a.layers)) * 2 * a.heads * both
-    forward = 2.0 * matrices + scores
+    states = 0 if a.ssm is None else scan_flops(a.ssm)
+    forward = 2.0 * matrices + scores + states * sum(a.kind(n) == "ssm" for n in range(a.layers))
     return Flops(forward, 3 * forward)
+
+
+def scan_flops(ssm: StateSpace) -> int:
+    """Return the floating-point operations a token of one layer's states, in the forward pass.
+
+    A multiply-add to write each element (dt x B^T) and one to read it (S C), whatever a kernel does
+    in chunks; the convolution counts with the matrices.
+
+    Source: Dao and Gu 2024, https://arxiv.org/abs/2405.21060, equations 1 and 2.
+    """
+    return 4 * ssm.heads * ssm.head_dim * ssm.state
+
+
+def state_bytes(ssm: StateSpace, itemsize: int) -> int:
+    """Return the bytes that one layer keeps of a sequence in generation, over all ranks.
+
+    Args:
+        ssm: Sizes.
+        itemsize: Bytes of an element in the model's dtype; states take four at least.
+    """
+    inner, both = ssm.heads * ssm.head_dim, 2 * ssm.groups * ssm.state
+    inputs = (inner + both) * (ssm.convolution - 1)
+    return inputs * itemsize + inner * ssm.state * max(itemsize, 4)
 
 
 def _context(lengths: Sequence[int], a: Architecture, layer: int, halve: bool) -> float:

@@ -33,7 +33,7 @@ from warploom.parallel.context import Split
 from warploom.parallel.sharding import Layout
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
-from .architecture import Architecture, Kind, StateSpace
+from .architecture import Architecture, Kind
 from .sequences import Sequences
 
 
@@ -251,40 +251,3 @@ class StateSpaceMixer(nn.Module):
         channels = weight.new_zeros(slots, len(self.conv_bias), s.convolution - 1)
         shape = (slots, self.heads, s.head_dim, s.state)
         return channels, weight.new_zeros(shape, dtype=wide(weight.dtype))
-
-
-def parameters(ssm: StateSpace, width: int) -> int:
-    """Return how many parameters a mixer has in a model of this width."""
-    inner, channels = _widths(ssm)
-    matrices = width * (2 * inner + channels + ssm.heads)
-    return matrices + channels * (ssm.convolution + 1) + 3 * ssm.heads + inner
-
-
-def forward_flops(ssm: StateSpace, width: int) -> float:
-    """Return a mixer's floating-point operations a token in the forward pass.
-
-    Two a multiply-add of the projections and the convolution, and of what writes the state (dt x
-    B^T) and reads it (S C): the recurrence, whatever a kernel does in chunks.
-
-    Source: Dao and Gu 2024, https://arxiv.org/abs/2405.21060, equation 1 and section 3.4.
-    """
-    inner, channels = _widths(ssm)
-    projections = width * (2 * inner + channels + ssm.heads)
-    return 2.0 * (projections + channels * ssm.convolution + 2 * inner * ssm.state)
-
-
-def state_bytes(ssm: StateSpace, itemsize: int) -> int:
-    """Return the bytes that a sequence keeps in generation, in one layer and over all ranks.
-
-    Args:
-        ssm: Sizes.
-        itemsize: Bytes of an element in the model's dtype; states take four at least.
-    """
-    inner, channels = _widths(ssm)
-    return channels * (ssm.convolution - 1) * itemsize + inner * ssm.state * max(itemsize, 4)
-
-
-def _widths(ssm: StateSpace) -> tuple[int, int]:
-    """Return the features of all heads, and the channels of the convolution."""
-    inner = ssm.heads * ssm.head_dim
-    return inner, inner + 2 * ssm.groups * ssm.state

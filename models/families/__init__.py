@@ -4,12 +4,12 @@ Each is a module with its `FAMILY` and one function a size.
 """
 
 from ..architecture import Architecture
-from . import gemma2, gemma3, gpt2, llama, mixtral, olmo2, qwen2, qwen3
+from . import bamba, gemma2, gemma3, gpt2, llama, mixtral, olmo2, qwen2, qwen3
 from .family import Family
 
 __all__ = ["Family", "of_architecture", "of_model_type"]
 
-_MODULES = (llama, qwen2, qwen3, mixtral, gpt2, gemma2, gemma3, olmo2)
+_MODULES = (llama, qwen2, qwen3, mixtral, gpt2, gemma2, gemma3, olmo2, bamba)
 _FAMILIES = tuple(module.FAMILY for module in _MODULES)
 
 

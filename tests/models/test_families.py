@@ -45,6 +45,7 @@ BY_KIND = {
     "sliding_attention": PLAIN,
 }
 GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 5}
+MAMBA = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6}
 CASES = {
     "llama": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama, llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
@@ -57,6 +58,8 @@ CASES = {
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
     "gemma2, open": ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
     "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 7, "rope_parameters": BY_KIND}),
+    "bamba": ("Bamba", {**MAMBA, "mamba_n_groups": 1}),
+    "bamba, groups": ("Bamba", {**MAMBA, "attention_bias": True, "mlp_bias": True}),
     "olmo2": ("Olmo2", {"attention_bias": True}),
 }
 LENGTHS = [[13, 50], [1, 40, 20, 2]]  # of documents, for each row

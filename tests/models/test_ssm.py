@@ -10,9 +10,10 @@ from torch.distributed import ProcessGroup
 
 from warploom.models.architecture import Architecture, StateSpace
 from warploom.models.cache import Cache
+from warploom.models.cost import flops_per_token, state_bytes
 from warploom.models.decoder import Decoder
 from warploom.models.sequences import sequences
-from warploom.models.ssm import StateSpaceMixer, forward_flops, parameters, state_bytes
+from warploom.models.ssm import StateSpaceMixer
 from warploom.parallel.collectives import all_reduce_
 from warploom.parallel.context import shard_sequence
 from warploom.parallel.mesh import Mesh
@@ -179,11 +180,14 @@ def test_what_does_not_divide_gets_one_sentence():
 
 def test_costs_are_those_of_the_tensors():
     mixer = StateSpaceMixer(SIZES, group=None)
-    assert parameters(SIZES.ssm, D) == sum(p.numel() for p in mixer.parameters())
     kept = mixer.cache(1, 1, 1)
     assert state_bytes(SIZES.ssm, 4) == sum(t.numel() * t.itemsize for t in kept)
     kept = mixer.bfloat16().cache(1, 1, 1)
     assert state_bytes(SIZES.ssm, 2) == sum(t.numel() * t.itemsize for t in kept)
-    matrices = 2 * (mixer.in_proj.weight.numel() + mixer.out_proj.weight.numel())
-    matrices += 2 * mixer.conv_weight.numel()
-    assert forward_flops(SIZES.ssm, D) == matrices + 8 * (4 * 3 * 5)  # a head: write S, read it
+    matrices = [mixer.in_proj.weight, mixer.out_proj.weight, mixer.conv_weight]
+    both, one = (flops_per_token(replace(SIZES, layers=n), 8) for n in (3, 2))
+    feed_forward = 2 * 3 * D * SIZES.hidden
+    states = 8 * 4 * 3 * 5  # of a head: written and read
+    assert both.forward - one.forward == (
+        2 * sum(p.numel() for p in matrices) + feed_forward + states
+    )
