@@ -76,6 +76,8 @@ class Experts:
 
     def __post_init__(self) -> None:
         _check_sizes(self, "experts")
+        if self.shared_gate and self.shared is None:
+            raise ValueError(f"experts.shared must be given where it has a gate; got {self.shared}")
         if self.top_k > self.count:
             raise ValueError(
                 f"top_k ({self.top_k}) must be at most the number of experts ({self.count})"

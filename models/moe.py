@@ -42,6 +42,10 @@ def routed_feed_forward(width: int, experts: Experts, *, mesh: Mesh | None) -> M
         shared=experts.shared or 0,
         balance="sequence" if experts.balance > 0 else None,
         z_loss=experts.router_z > 0,
+        router_bias=experts.router_bias,
+        shared_gate=experts.shared_gate,
+        expert_bias=experts.bias,
+        clamp=experts.clamp,
     )
 
 

@@ -8,9 +8,7 @@ of *pieces*, each a slice of one logical tensor:
     local rows 0..3   q[4:8, 0:6]     Piece("q.weight", (8, 6), ((4, 8, 1), (0, 6, 1)), (0, 0))
     local rows 4..5   k[2:4, 0:6]     Piece("k.weight", (4, 6), ((2, 4, 1), (0, 6, 1)), (4, 0))
 
-A piece of a logical tensor that stacks matrices is one of them, or a part of it: its first slices
-are of one element, and the local tensor does not have their dimensions. Padding has no piece.
-Initialisation, checkpoints, the gradient norm, the optimizer's shards and the
+Padding has no piece. Initialisation, checkpoints, the gradient norm, the optimizer's shards and the
 export of weights read the pieces and nothing else.
 """
 
@@ -37,7 +35,7 @@ class Piece:
         name: Logical name, such as `model.layers.0.self_attn.q_proj.weight`.
         shape: Logical shape.
         slices: `(start, stop, step)` for each logical dimension.
-        offset: Where the piece begins, for each local dimension: the last ones of the logical.
+        offset: Where the piece begins, for each local dimension.
         transposed: Whether the two dimensions are swapped in the local tensor.
     """
 
@@ -53,21 +51,15 @@ class Piece:
         return tuple(len(range(*s)) for s in self.slices)
 
     @property
-    def stacked(self) -> int:
-        """How many leading dimensions the local tensor does not have."""
-        return len(self.slices) - len(self.offset)
-
-    @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of the slice, in the order of the local dimensions."""
-        sizes = self.logical_sizes[self.stacked :]
-        return sizes[::-1] if self.transposed else sizes
+        return self.logical_sizes[::-1] if self.transposed else self.logical_sizes
 
     def of_local(self, local: Tensor) -> Tensor:
         """View this piece in the local tensor, with the logical order of dimensions."""
         for dim, (start, size) in enumerate(zip(self.offset, self.sizes, strict=True)):
             local = local.narrow(dim, start, size)
-        return (local.t() if self.transposed else local)[(None,) * self.stacked]
+        return local.t() if self.transposed else local
 
     def of_logical(self, whole: Tensor) -> Tensor:
         """View this piece in the logical tensor."""
@@ -165,7 +157,7 @@ def _cut(piece: Piece, start: int, stop: int) -> Piece | None:
     high = min(piece.offset[0] + piece.sizes[0], stop)
     if low >= high:
         return None
-    dim = piece.stacked + (1 if piece.transposed else 0)
+    dim = 1 if piece.transposed else 0
     first, _, step = piece.slices[dim]
     begin = first + (low - piece.offset[0]) * step
     end = first + (high - 1 - piece.offset[0]) * step + 1

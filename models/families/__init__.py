@@ -4,13 +4,16 @@ Each is a module with its `FAMILY` and one function a size.
 """
 
 from ..architecture import Architecture
-from . import bamba, gemma2, gemma3, gpt2, llama, mixtral, olmo2, qwen2, qwen3
+from . import (
+    bamba, gemma2, gemma3, gpt2, gpt_oss, llama, mixtral, olmo2, qwen2, qwen2_moe, qwen3, qwen3_moe,
+)  # fmt: skip
 from .family import Family
 
 __all__ = ["Family", "of_architecture", "of_model_type"]
 
-_MODULES = (llama, qwen2, qwen3, mixtral, gpt2, gemma2, gemma3, olmo2, bamba)
-_FAMILIES = tuple(module.FAMILY for module in _MODULES)
+_DENSE = (llama, qwen2, qwen3, gpt2, gemma2, gemma3, olmo2, bamba)
+_ROUTED = (mixtral, qwen2_moe, qwen3_moe, gpt_oss)
+_FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (*_DENSE, *_ROUTED))
 
 
 def of_model_type(model_type: str) -> Family:

@@ -61,6 +61,7 @@ class Family:
         write: Fields of config.json for the same.
         prefix: Of the Hub's names, where some folders lack it.
         skipped: Ends of the names of tensors that say nothing.
+        quantised: The `quant_method` whose files are read as what they stand for.
     """
 
     model_type: str
@@ -76,6 +77,7 @@ class Family:
     write: Callable[[Architecture], dict[str, Any]] = lambda architecture: {}
     prefix: str = ""
     skipped: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    quantised: str = ""
 
     def rename(self, logical: str) -> str:
         """Map a logical name, such as `blocks.0.attention.qkv.q.weight`, to the Hub's.
@@ -97,6 +99,9 @@ class Family:
             KeyError: If a field is missing.
             ValueError: If fields cannot be honoured; all are named, with what they would change.
         """
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        if method and method == self.quantised:
+            config = {**config, "quantization_config": None}
         given = Config(config, {**_DEFAULTS, **self.defaults})
         flat = dict(self.always)
         for name, paths in self.fields.items():

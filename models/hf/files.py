@@ -24,6 +24,8 @@ from torch import Tensor
 
 from warploom.parallel.sharding import Slice
 
+from .mxfp4 import GROUP, decode
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = MappingProxyType(
@@ -47,12 +49,14 @@ class Entry:
         kind: Its dtype, as the file spells it.
         shape: Its shape.
         begin: Where its bytes begin in the file.
+        scales: Of a tensor that is stored in MXFP4: its scales.
     """
 
     file: Path
     kind: str
     shape: tuple[int, ...]
     begin: int
+    scales: "Entry | None" = None
 
 
 def entries(folder: str | Path) -> dict[str, Entry]:
@@ -60,18 +64,34 @@ def entries(folder: str | Path) -> dict[str, Entry]:
 
     Raises:
         FileNotFoundError: If there are no safetensors, or the index names a file that is absent.
-        ValueError: If a file is not whole.
+        ValueError: If a file is not whole, or a tensor in MXFP4 has no scales.
     """
     root = Path(folder)
     if not (root / INDEX).exists():
         if not (root / SINGLE).exists():
             raise FileNotFoundError(f"{root} must hold {SINGLE} or {INDEX}")
-        return read_header(root / SINGLE)
+        return _joined(read_header(root / SINGLE))
     named: dict[str, str] = read_json(root / INDEX)["weight_map"]
     files = sorted(set(named.values()))
     if absent := [file for file in files if not (root / file).exists()]:
         raise FileNotFoundError(f"{root / INDEX} names files that are absent: {listed(absent)}")
-    return {name: entry for file in files for name, entry in read_header(root / file).items()}
+    headers = (read_header(root / file) for file in files)
+    return _joined({name: entry for header in headers for name, entry in header.items()})
+
+
+def _joined(found: dict[str, Entry]) -> dict[str, Entry]:
+    """Name what is stored in MXFP4 as what it stands for."""
+    packed = [n for n, e in found.items() if e.kind == "U8" and n.endswith("_blocks")]
+    for name in packed:
+        stem, blocks = name.removesuffix("_blocks"), found.pop(name)
+        if (scales := found.pop(f"{stem}_scales", None)) is None:
+            raise ValueError(
+                f"{name} in {blocks.file} must have its scales beside it, {stem}_scales"
+            )
+        experts, rows, groups, _ = blocks.shape
+        shape = (experts, GROUP * groups, rows)
+        found[stem] = Entry(blocks.file, "BF16", shape, blocks.begin, scales)
+    return found
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -120,7 +140,7 @@ class Reader:
             entry: The tensor.
             slices: `(start, stop, step)` of each dimension; `None` for all of it.
             into: Contiguous, on the CPU, of the file's dtype and the slice's shape, with steps of
-                1: what is read is written there, and the blocks are views of it.
+                1: what is read is written there, and the blocks are views of it. Not for MXFP4.
 
         Yields:
             Which rows of the slice, and these; a block that is not of `into` is overwritten by the
@@ -128,7 +148,10 @@ class Reader:
         """
         shape = entry.shape or (1,)
         slices = slices or [(0, size, 1) for size in shape]
-        dtype = DTYPES[entry.kind]
+        if entry.scales is not None:
+            yield from self._decoded(entry, entry.scales, slices)
+            return
+        dtype = torch.uint8 if entry.kind == "U8" else DTYPES[entry.kind]
         (first, last, step), *inner = slices
         hull = [(start, stop) for start, stop, _ in inner]
         width = math.prod(stop - start for start, stop in hull)
@@ -144,6 +167,20 @@ class Reader:
             self._fill(space, entry, [(begin, end), *hull])
             block = space.view(end - begin, *(stop - start for start, stop in hull))[steps]
             yield taken, block if entry.shape else block.view(())
+
+    def _decoded(
+        self, entry: Entry, scales: Entry, slices: Sequence[Slice]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a slice of a tensor in MXFP4, one expert at a time."""
+        packed = Entry(entry.file, "U8", (*scales.shape, GROUP // 2), entry.begin)
+        experts, (start, stop, step), rows = slices
+        first, last = start // GROUP, -(-stop // GROUP)
+        for at, expert in enumerate(range(*experts)):
+            held = (expert, expert + 1, 1), rows, (first, last, 1)
+            ((_, blocks),) = self.blocks(packed, (*held, (0, GROUP // 2, 1)))
+            ((_, exponents),) = self.blocks(scales, held)
+            whole = decode(blocks, exponents)[..., start - GROUP * first : stop - GROUP * first]
+            yield slice(at, at + 1), whole[..., ::step].mT
 
     def _fill(self, space: Tensor, entry: Entry, hull: list[tuple[int, int]]) -> None:
         """Read a box of a tensor, one stretch of neighbours in the file after the other."""

@@ -62,7 +62,7 @@ def load_into(model: Decoder, folder: str | Path) -> None:
             tensor.zero_()  # padding
     with Reader() as reader:
         for name, entry, piece, target in targets(model, found):
-            own = target.is_contiguous() and target.device.type == "cpu"
+            own = target.is_contiguous() and target.device.type == "cpu" and not entry.scales
             own &= target.dtype == DTYPES[entry.kind] and all(s[2] == 1 for s in piece)
             for rows, block in reader.blocks(entry, piece, target if own else None):
                 refuse_nan(block, name, entry)

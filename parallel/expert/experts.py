@@ -13,9 +13,7 @@ that its gradient is partial over etp.
 
 Both weights are matrices of stacked rows, not of three dimensions, so that shards of an optimizer,
 which are rows, can be smaller than an expert. The logical tensors are those of one expert:
-`<e>.gate.weight`, `<e>.up.weight` `[F, D]`, `<e>.down.weight` `[D, F]`, and `.bias` for each; or
-those of all, `gate_up_proj` `[E, D, 2F]` (gate and up in turn) and `down_proj` `[E, F, D]`, which
-multiply from the right, and `gate_up_proj_bias`, `down_proj_bias`.
+`<e>.gate.weight`, `<e>.up.weight` `[F, D]`, `<e>.down.weight` `[D, F]`, and `.bias` for each.
 
 Source: Shazeer 2020, https://arxiv.org/abs/2002.05202, equation 6; OpenAI 2025,
 https://arxiv.org/abs/2508.10925, section 2.3 (the clamp).
@@ -32,7 +30,7 @@ from warploom.kernels.library import first_derivative_only, wide
 
 from ..collectives import Group, place
 from ..initialise import draw_seed, normal_
-from ..sharding import Layout, Piece, Slice
+from ..sharding import Layout, Piece
 from ..tensor.product import deferred
 
 _ALPHA = 1.702  # of the sigmoid that is about GELU's
@@ -124,7 +122,6 @@ class Experts(nn.Module):
         etp_group: The expert-tensor-parallel process group; `None` for one rank.
         bias: Whether the three products have biases.
         clamp: Where gate and up are cut off; `None` for SwiGLU.
-        stacked: Whether the logical tensors are those of all experts.
 
     Raises:
         ValueError: If the groups' sizes do not divide `experts` and `hidden`.
@@ -140,7 +137,6 @@ class Experts(nn.Module):
         etp_group: Group,
         bias: bool = False,
         clamp: float | None = None,
-        stacked: bool = False,
     ) -> None:
         super().__init__()
         if min(width, hidden, experts) < 1:
@@ -157,57 +153,47 @@ class Experts(nn.Module):
             raise ValueError(
                 f"hidden ({hidden}) must be divisible by the expert-tensor-parallel size ({parts})"
             )
-        self.width, self.hidden, self.count = width, hidden, experts
-        self.etp_group, self.clamp, self.stacked = etp_group, clamp, stacked
+        self.width, self.hidden = width, hidden
+        self.etp_group, self.clamp = etp_group, clamp
         self.held = experts // ranks
         self.first = rank * self.held
         self.part = hidden // parts
         self.start = part * self.part
         self.gate_up = nn.Parameter(torch.empty(self.held * 2 * self.part, width))
         self.down = nn.Parameter(torch.empty(self.held * width, self.part))
-        biases = [nn.Parameter(torch.zeros(len(w))) for w in (self.gate_up, self.down) if bias]
-        self.gate_up_bias, self.down_bias = biases or (None, None)
+        self.gate_up_bias = nn.Parameter(torch.zeros(len(self.gate_up))) if bias else None
+        self.down_bias = nn.Parameter(torch.zeros(len(self.down))) if bias else None
         for name, layout in self.declare_layouts().items():
             parameter = self.get_parameter(name)
             if not parameter.is_meta and parameter.dim() > 1:
                 normal_(parameter, layout, seed=draw_seed(), std=0.02)
 
-    def _pieces(
-        self, expert: int, name: str, out: tuple[int, Slice], inner: tuple[int, Slice], at: int
-    ) -> tuple[Piece, Piece]:
-        """Return a product's weight and bias at row `at`, of (size, slice) out and inner."""
-        sizes, slices = (out[0], inner[0]), (out[1], inner[1])
-        if not self.stacked:
-            weight = Piece(f"{expert}.{name}.weight", sizes, slices, (at, 0))
-            return weight, Piece(f"{expert}.{name}.bias", sizes[:1], slices[:1], (at,))
-        one, count, name = (expert, expert + 1, 1), self.count, f"{name}_proj"
-        weight = Piece(name, (count, *sizes[::-1]), (one, *slices[::-1]), (at, 0), transposed=True)
-        return weight, Piece(f"{name}_bias", (count, out[0]), (one, out[1]), (at,))
-
     def declare_layouts(self) -> dict[str, Layout]:
         """Say which rows of which expert's gate and up, and columns of its down, this rank has."""
-        start, stop = self.start, self.start + self.part
-        whole, part = (self.width, (0, self.width, 1)), (self.hidden, (start, stop, 1))
-        made: dict[str, list[tuple[Piece, Piece]]] = {"gate_up": [], "down": []}
-        for n in range(self.held):
-            expert = self.first + n
-            for half, each in enumerate(("gate", "up")):
-                name, rows = each, part
-                if self.stacked:
-                    in_turn = (2 * start + half, 2 * stop - 1 + half, 2)
-                    name, rows = "gate_up", (2 * self.hidden, in_turn)
-                at = (2 * n + half) * self.part
-                made["gate_up"].append(self._pieces(expert, name, rows, whole, at))
-            made["down"].append(self._pieces(expert, "down", whole, part, n * self.width))
-        found: dict[str, Layout] = {}
-        for name, pairs in made.items():
-            weights, biases = zip(*pairs, strict=True)
-            shape = tuple(self.get_parameter(name).shape)
-            found[name] = Layout(shape, weights, expert=True)
-            if self.down_bias is not None:
-                once = (self.etp_group,) if name == "down" and self.etp_group is not None else ()
-                found[f"{name}_bias"] = Layout(shape[:1], biases, partial=once, expert=True)
-        return found
+        part, whole = (self.start, self.start + self.part, 1), (0, self.width, 1)
+        wide, tall = (self.hidden, self.width), (self.width, self.hidden)
+        pieces: dict[str, list[Piece]] = {name: [] for name, _ in self.named_parameters()}
+        for at, expert in enumerate(range(self.first, self.first + self.held)):
+            for name, own, shape, slices, offset in (
+                ("gate", "gate_up", wide, (part, whole), 2 * at * self.part),
+                ("up", "gate_up", wide, (part, whole), (2 * at + 1) * self.part),
+                ("down", "down", tall, (whole, part), at * self.width),
+            ):
+                stem = f"{expert}.{name}"
+                pieces[own].append(Piece(f"{stem}.weight", shape, slices, (offset, 0)))
+                if self.down_bias is not None:
+                    bias = Piece(f"{stem}.bias", shape[:1], slices[:1], (offset,))
+                    pieces[f"{own}_bias"].append(bias)
+        once = () if self.etp_group is None else (self.etp_group,)
+        return {
+            name: Layout(
+                tuple(parameter.shape),
+                tuple(pieces[name]),
+                partial=once if name == "down_bias" else (),
+                expert=True,
+            )
+            for name, parameter in self.named_parameters()
+        }
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Map rows `[M, D]`, sorted by held expert, to this rank's part of `[M, D]`.

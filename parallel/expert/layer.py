@@ -143,7 +143,6 @@ class MoE(nn.Module):
         shared_gate: Whether the shared experts are weighted token by token, `shared_gate.weight`.
         expert_bias: Whether the experts' products have biases.
         clamp: Where the experts' gate and up are cut off; see `Experts`.
-        stacked: Whether the experts' logical tensors are those of all of them; see `Experts`.
 
     Attributes:
         invariant: Whether outputs and losses do not depend on how the global batch is split.
@@ -182,7 +181,6 @@ class MoE(nn.Module):
         shared_gate: bool = False,
         expert_bias: bool = False,
         clamp: float | None = None,
-        stacked: bool = False,
     ) -> None:
         super().__init__()
         _check_options(balance, capacity, drop, chunks, shared, shared_gate)
@@ -217,7 +215,6 @@ class MoE(nn.Module):
             etp_group=etp_group,
             bias=expert_bias,
             clamp=clamp,
-            stacked=stacked,
         )
         self.shared = (
             Shared(width, shared, group=tp_group, sequence_parallel=sequence_parallel)

@@ -27,7 +27,7 @@ OPTIONS = {
     "v3": {**V3, "chunks": 3, "shared": 4},
     "batch": {"balance": "batch", "normalise": False, "top_k": 3},
     "replicated": {"sequence_parallel": False, "shared": 8, "shared_gate": True, **LOSSES},
-    "gpt-oss": {**GPT_OSS, "stacked": True, "chunks": 2},
+    "gpt-oss": {**GPT_OSS, "chunks": 2},
     "biases": {"expert_bias": True, "shared": 4, "shared_gate": True, "normalise": False},
     "one expert": {"top_k": 1, "skew": True, "balance": "sequence"},
 }
@@ -75,21 +75,18 @@ def _swiglu(x, weights, name):
     return (F.silu(gate) * up) @ weights[down].t()
 
 
-def _expert(x, weights, e, options):
-    """Serve a token by one expert, whichever way its logical tensors lie."""
-    if options.get("stacked"):
-        both = x @ weights["experts.gate_up_proj"][e] + weights["experts.gate_up_proj_bias"][e]
-        (gate, up), down = both.view(-1, 2).unbind(1), weights["experts.down_proj"][e]
-        bias = weights["experts.down_proj_bias"][e]
-    else:
-        own = [(weights[f"experts.{e}.{p}.weight"], f"{p}.bias") for p in ("gate", "up", "down")]
-        biases = [weights.get(f"experts.{e}.{b}", torch.zeros(())) for _, b in own]
-        gate, up = (x @ w.t() + b for (w, _), b in zip(own[:2], biases, strict=False))
-        down, bias = own[2][0].t(), biases[2]
-    if (c := options.get("clamp")) is None:
-        return (F.silu(gate) * up) @ down + bias
-    gate, up = gate.clamp(max=c), up.clamp(-c, c)
-    return ((up + 1) * gate * torch.sigmoid(1.702 * gate)) @ down + bias
+def _expert(x, weights, e, clamp=None):
+    """Serve a token by one expert."""
+
+    def product(x, name):
+        bias = weights.get(f"experts.{e}.{name}.bias", torch.zeros(()))
+        return x @ weights[f"experts.{e}.{name}.weight"].t() + bias
+
+    gate, up = product(x, "gate"), product(x, "up")
+    if clamp is None:
+        return product(F.silu(gate) * up, "down")
+    gate, up = gate.clamp(max=clamp), up.clamp(-clamp, clamp)
+    return product((up + 1) * gate * torch.sigmoid(1.702 * gate), "down")
 
 
 def choose(x, weights, *, bias=None, top_k=K, score="softmax", groups=1, top_groups=1, **rest):
@@ -123,7 +120,7 @@ def oracle(x, weights, documents, *, dropped=frozenset(), **options):
         row = x[t] * 0
         for j, e in enumerate(chosen[t]):
             if documents[t] >= 0 and (t, j) not in dropped:
-                row = row + kept[t][j] * _expert(x[t], weights, e, options)
+                row = row + kept[t][j] * _expert(x[t], weights, e, options.get("clamp"))
         rows.append(row)
     y = torch.stack(rows) if rows else x * 0
     if options.get("shared"):
