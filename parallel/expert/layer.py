@@ -153,35 +153,15 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        experts: int,
-        top_k: int,
-        *,
-        group: Group,
-        etp_group: Group = None,
-        tp_group: Group = None,
-        context_group: Group = None,
-        sequence_parallel: bool = True,
-        score: str = "softmax",
-        groups: int = 1,
-        top_groups: int = 1,
-        normalise: bool = True,
-        scale: float = 1.0,
-        bias: bool = False,
-        shared: int = 0,
-        balance: str | None = None,
-        z_loss: bool = False,
-        capacity: float | None = None,
-        drop: str = "position",
-        chunks: int = 1,
-        router_dtype: torch.dtype | None = None,
-        router_bias: bool = False,
-        shared_gate: bool = False,
-        expert_bias: bool = False,
-        clamp: float | None = None,
-    ) -> None:
+        self, width: int, hidden: int, experts: int, top_k: int, *, group: Group,
+        etp_group: Group = None, tp_group: Group = None, context_group: Group = None,
+        sequence_parallel: bool = True, score: str = "softmax", groups: int = 1,
+        top_groups: int = 1, normalise: bool = True, scale: float = 1.0, bias: bool = False,
+        shared: int = 0, balance: str | None = None, z_loss: bool = False,
+        capacity: float | None = None, drop: str = "position", chunks: int = 1,
+        router_dtype: torch.dtype | None = None, router_bias: bool = False,
+        shared_gate: bool = False, expert_bias: bool = False, clamp: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         _check_options(balance, capacity, drop, chunks, shared, shared_gate)
         for tokens in (tp_group, context_group):
