@@ -187,7 +187,7 @@ class Reader:
         if entry.file not in self._open:
             self._open[entry.file] = os.open(entry.file, os.O_RDONLY)
             self._stack.callback(os.close, self._open[entry.file])
-        raw = memoryview(space.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        raw = space.view(torch.uint8).numpy().data
         size, done = space.element_size(), 0
         for start, length in _stretches(entry.shape or (1,), hull):
             part, at = raw[done : done + length * size], entry.begin + start * size
@@ -267,7 +267,7 @@ class Writer:
             file.seek(at)
             for block in blocks:
                 flat = block.detach().contiguous().cpu().view(-1).view(torch.uint8)
-                raw = memoryview(flat.numpy())  # type: ignore[arg-type]
+                raw = flat.numpy().data
                 while raw:
                     raw = raw[file.write(raw) :]
 

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Iterator
 from functools import partial as bound
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from ..batch import Batch
 from ..decoder import Decoder
 from ..families import Family, of_architecture
 from ..families.tensors import Stored
-from .files import Reader, Writer, flush
+from .files import Reader, Writer, flush, write_json
 from .tensors import checked, held, refuse_nan, stored_tensors_of, targets
-from .texts import architecture, check_tokenizer, tokenizer_files, write_texts
+from .texts import architecture, check_tokenizer, copy_texts, special_ids, tokenizer_files
 
 _SHARD_BYTES = 5_000_000_000
 _PROBE = 16  # tokens
@@ -66,7 +65,7 @@ def save(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            write_texts(partial, _config(model, family), tokenizer, card)
+            _write_texts(model, family, partial, tokenizer, card)
 
     def finish() -> None:
         if writes:
@@ -111,9 +110,18 @@ def _refuse(model: Decoder, final: Path, tokenizer: Path | None) -> Family:
     return family
 
 
-def _config(model: Decoder, family: Family) -> dict[str, Any]:
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return family.config(model.architecture) | {"torch_dtype": dtype}
+def _write_texts(
+    model: Decoder, family: Family, folder: Path, tokenizer: Path | None, card: str | None
+) -> None:
+    """Write everything but the tensors."""
+    dtype = str(next(model.parameters()).dtype)[6:]
+    special = {} if tokenizer is None else special_ids(tokenizer)
+    config = family.config(model.architecture) | {"torch_dtype": dtype, **special}
+    write_json(folder / "config.json", config)
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    if tokenizer is not None:
+        copy_texts(tokenizer, folder)
 
 
 def _write_tensors(model: Decoder, family: Family, folder: Path, shard_bytes: int) -> None:

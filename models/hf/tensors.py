@@ -99,11 +99,15 @@ def refuse_nan(block: Tensor, name: str, entry: Entry) -> None:
         )
 
 
+def biases_of(made: Architecture) -> set[str]:
+    """Name the routers' biases at the Hub, which are in float32 whatever the others are in."""
+    entries = bias_entries(Decoder(made, device="meta"))
+    return {of_architecture(made).rename(entry.layout.pieces[0].name) for entry in entries}
+
+
 def stored_dtype(folder: str | Path, made: Architecture) -> torch.dtype:
     """Return the dtype that all tensors of a folder share; `ValueError` if there is none."""
-    family = of_architecture(made)
-    biases = bias_entries(Decoder(made, device="meta"))  # in float32, whatever the others are in
-    apart = {family.rename(entry.layout.pieces[0].name) for entry in biases}
+    apart, family = biases_of(made), of_architecture(made)
     named = entries(folder).items()
     used = {e.kind for n, e in named if n not in apart and not n.endswith(family.skipped)}
     kinds = sorted(used)

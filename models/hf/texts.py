@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from ..architecture import Architecture
 from ..families import of_model_type
@@ -55,7 +54,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({p for glob in _TOKENIZER for p in folder.glob(glob) if p.is_file()})
 
 
-def _special_ids(tokenizer: Path) -> dict[str, int]:
+def special_ids(tokenizer: Path) -> dict[str, int]:
     """Return `bos_token_id` and `eos_token_id`, as far as a tokenizer's files name them."""
     config, vocabulary = tokenizer / "tokenizer_config.json", tokenizer / "tokenizer.json"
     if not (config.exists() and vocabulary.exists()):
@@ -71,18 +70,15 @@ def _special_ids(tokenizer: Path) -> dict[str, int]:
     return ids
 
 
-def write_texts(
-    folder: Path, config: dict[str, Any], tokenizer: Path | None, card: str | None
-) -> None:
-    """Write everything but the tensors."""
-    special = _special_ids(tokenizer) if tokenizer is not None else {}
-    write_json(folder / "config.json", config | special)
-    if card is not None:
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    for path in tokenizer_files(tokenizer) if tokenizer is not None else ():
+def copy_texts(source: Path, folder: Path) -> None:
+    """Copy the tokenizer, its chat template and generation_config.json, as far as they are there.
+
+    Without a generation_config.json, one is written that says the tokenizer's end of text.
+    """
+    for path in tokenizer_files(source):
         shutil.copyfile(path, folder / path.name)
-    given = None if tokenizer is None else tokenizer / "generation_config.json"
-    if given is not None and given.exists():
+    given, special = source / "generation_config.json", special_ids(source)
+    if given.exists():
         shutil.copyfile(given, folder / given.name)
     elif "eos_token_id" in special:
-        write_json(folder / "generation_config.json", special)
+        write_json(folder / given.name, special)

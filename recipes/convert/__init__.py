@@ -1,4 +1,7 @@
-"""Other projects' checkpoints, read into pieces: those of Megatron-Core, without a pickle."""
+"""Other formats: GGUF files become Hugging Face folders, Megatron-Core checkpoints pieces.
+
+No pickle is loaded.
+"""
 
 from .megatron_checkpoint import gpt_names, read_megatron_checkpoint
 

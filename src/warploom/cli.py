@@ -89,6 +89,12 @@ def _generate(argv: list[str]) -> int:
     return generate.main(argv)
 
 
+def _convert(argv: list[str]) -> int:
+    from warploom.recipes.convert import command
+
+    return command.main(argv)
+
+
 def _bench_train(argv: list[str]) -> int:
     from warploom.benchmarks import end_to_end
 
@@ -112,6 +118,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "doctor": Command("[--json]", "what this machine has, and what is missing", _doctor),
         "train": Command("RUN [--FIELD VALUE ...]", "train a run, such as pretrain/stdlib", _train),
         "verify": Command("[RUN|FOLDER] --mesh ...", "prove a mesh on CPU processes", _verify),
+        "convert": Command("SOURCE TARGET", "weights as a Hugging Face folder", _convert),
         "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
         "generate": Command("FOLDER [--chat] ...", "text from a model", _generate),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
