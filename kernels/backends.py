@@ -70,7 +70,7 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
     {
         "rms_norm": _Operator(stem="norm/rms", shared=_FP8),
         "layer_norm": _Operator(stem="norm/layer", shared=("norm/rms", *_FP8)),
-        "qk_norm_rotary": _Operator(stem="norm/qk_rotary", shared=("norm/rms", "rope/rotate")),
+        "qk_norm_rotary": _Operator(stem="norm/qk_rotary", shared=("norm/rms",)),
         "rotary": _Operator(stem="rope/rotate"),
         "swiglu": _Operator(stem="activation/glu", shared=_FP8),
         "geglu": _Operator(stem="activation/glu", shared=_FP8),

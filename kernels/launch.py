@@ -64,3 +64,15 @@ def on_device(tensor: Tensor) -> AbstractContextManager[object]:
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def near(x: Tensor) -> Tensor:
+    """Leave a strided view as it is; copy only when the elements of a row are apart.
+
+    Args:
+        x: Any shape, at least one dimension.
+
+    Returns:
+        x, or a copy, with stride 1 in the last dimension (or size 1 there).
+    """
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two, on_device
+from ..launch import near, next_power_of_two, on_device
 from ..quant.fp8 import BLOCK, MAXIMA
 from ..quant.fp8_triton import fp8_amax, fp8_bits, fp8_cast, fp8_scale
 
@@ -203,11 +203,6 @@ def backward_kernel(
         tl.store(dweights + token * K + j, dot, known)
 
 
-def _strided(x_TD: Tensor) -> Tensor:
-    """Leave strided rows as they are; copy only when the elements of a row are apart."""
-    return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
-
-
 def _place(indices_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the rows of the slots, as `place_kernel` writes them, the counts and the order."""
     slots = indices_TK.numel()
@@ -277,7 +272,7 @@ def _copy(
     power_of_two: bool,
 ) -> None:  # fmt: skip
     """Fill rows, and scale where `scaling` is not empty."""
-    x_TD, (tokens, width) = _strided(x_TD), x_TD.shape
+    x_TD, (tokens, width) = near(x_TD), x_TD.shape
     if not places.numel():
         return
 
@@ -327,7 +322,7 @@ def unpermute(
     y_TD = rows_MD.new_empty(tokens, width)
     if not y_TD.numel():
         return y_TD
-    rows_MD, first = _strided(rows_MD), configuration(width)
+    rows_MD, first = near(rows_MD), configuration(width)
     pieces = triton.cdiv(width, first["COLUMNS"])
     with on_device(rows_MD):
         places = _invert(order_M, tokens * top_k, None)
@@ -363,7 +358,7 @@ def unpermute_backward(
     dweights_TK = weights_TK.new_empty(weights_TK.shape)
     if not tokens or not width:
         return drows_MD.zero_(), dweights_TK.zero_()
-    dy_TD, rows_MD = _strided(dy_TD), _strided(rows_MD)
+    dy_TD, rows_MD = near(dy_TD), near(rows_MD)
     with on_device(rows_MD):
         places = _invert(order_M, weights_TK.numel(), drows_MD)
     weights = weights_TK.contiguous()

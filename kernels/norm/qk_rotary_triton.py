@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two, on_device, processors
-from ..rope.rotate_triton import near
+from ..launch import near, next_power_of_two, on_device, processors
 from .rms_triton import add_shares
 
 _TILE = 1024  # pairs a tile of tokens and heads

@@ -3,13 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..launch import on_device, processors
+from ..launch import near, on_device, processors
 from ..native import call, code, library, pointer
-
-
-def _rows(x_TD: Tensor) -> Tensor:
-    """Leave strided rows as they are; copy only when the elements of a row are apart."""
-    return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
 
 
 def _weight(weight_D: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,8 +30,8 @@ def forward(
         RuntimeError: If the library is missing, serves no such dtype, or the launch fails.
     """
     tokens, width = x_TD.shape
-    x_TD, weight_D = _rows(x_TD), _weight(weight_D, x_TD.dtype)
-    residual = None if residual_TD is None else _rows(residual_TD)
+    x_TD, weight_D = near(x_TD), _weight(weight_D, x_TD.dtype)
+    residual = None if residual_TD is None else near(residual_TD)
     y_TD = x_TD.new_empty(tokens, width)
     h_TD = x_TD if residual is None else x_TD.new_empty(tokens, width)
     rstd_T = x_TD.new_empty(tokens, dtype=torch.float32)
@@ -69,8 +64,8 @@ def backward(
         RuntimeError: If the library is missing, serves no such dtype, or the launch fails.
     """
     tokens, width = h_TD.shape
-    dy_TD, h_TD, rstd_T = _rows(dy_TD), _rows(h_TD), rstd_T.contiguous()
-    dh = None if dh_TD is None else _rows(dh_TD)
+    dy_TD, h_TD, rstd_T = near(dy_TD), near(h_TD), rstd_T.contiguous()
+    dh = None if dh_TD is None else near(dh_TD)
     parts = library().rms_norm_parts(tokens, width, code(h_TD.dtype), processors(h_TD.device))
     dx_TD = h_TD.new_empty(tokens, width)
     given = weight_D.dtype

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two, on_device, processors
+from ..launch import near, next_power_of_two, on_device, processors
 from ..quant.fp8 import BLOCK, MAXIMA
 from ..quant.fp8_triton import fp8_amax, fp8_cast, fp8_scale
 
@@ -247,11 +247,6 @@ class Normed(NamedTuple):
     scales: Tensor
 
 
-def _rows(x_TD: Tensor) -> Tensor:
-    """Leave strided rows as they are; copy only when the elements of a row are apart."""
-    return x_TD if x_TD.stride(1) == 1 or x_TD.shape[1] == 1 else x_TD.contiguous()
-
-
 def _empty(x_TD: Tensor, fused: bool, centred: bool, group: int) -> Normed:
     tokens, width = x_TD.shape
     statistics = x_TD.new_empty(tokens, dtype=torch.float32)
@@ -282,8 +277,8 @@ def normalise(
     """
     tokens, width = x_TD.shape
     candidates = configurations(width, BLOCK if scaling == "block" else 1)
-    x_TD, fused = _rows(x_TD), residual_TD is not None
-    residual = x_TD if residual_TD is None else _rows(residual_TD)
+    x_TD, fused = near(x_TD), residual_TD is not None
+    residual = x_TD if residual_TD is None else near(residual_TD)
     group = {None: 0, "row": candidates[0]["BLOCK"], "block": BLOCK}[scaling]
     out = _empty(x_TD, fused, centred, group)
     if tokens:
@@ -357,8 +352,8 @@ def gradients(
     if not tokens:
         dbias_D = None if bias_D is None else torch.zeros_like(bias_D, memory_format=_DENSE)
         return dx_TD, torch.zeros_like(weight_D, memory_format=_DENSE), dbias_D
-    dy_TD, h_TD, weight = _rows(dy_TD), _rows(h_TD), weight_D.contiguous()
-    dh = dy_TD if dh_TD is None else _rows(dh_TD)
+    dy_TD, h_TD, weight = near(dy_TD), near(h_TD), weight_D.contiguous()
+    dh = dy_TD if dh_TD is None else near(dh_TD)
     kept = width <= (KEEP if bias_D is None else KEEP // 2)
     programs = min(2 * processors(h_TD.device), triton.cdiv(tokens, chosen["ROWS"]))
     parts = programs if kept else min(triton.cdiv(tokens, COLUMN_TILE["ROWS"]), _COLUMN_PARTS)

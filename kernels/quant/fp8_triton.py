@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two
+from ..launch import near, next_power_of_two
 from .formats import BLOCK, MAXIMA
 
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -230,7 +230,7 @@ def quantize(
         where not asked for, or the same), max |x| (empty unless scaling is "tensor").
     """
     tokens, width = x_TD.shape
-    x_TD = x_TD if x_TD.stride(1) == 1 or width == 1 else x_TD.contiguous()
+    x_TD = near(x_TD)
     data = x_TD.new_empty(tokens, width, dtype=dtype)
     data_t = x_TD.new_empty((width, tokens) if transpose else (0,), dtype=dtype)
     scales, scale_t = _scales(x_TD, scaling, scale)

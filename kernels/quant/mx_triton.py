@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import on_device
+from ..launch import near, on_device
 from .formats import EXPONENTS, MAXIMA
 from .formats import MX_BLOCK as BLOCK
 from .fp8_triton import fp8_bits, fp8_cast
@@ -96,7 +96,7 @@ def quantize(
         matrix (empty where not asked for).
     """
     tokens, width = x_TD.shape
-    x_TD = x_TD if x_TD.stride(1) == 1 or width == 1 else x_TD.contiguous()
+    x_TD = near(x_TD)
     groups, groups_t = triton.cdiv(width, BLOCK), triton.cdiv(tokens, BLOCK)
     data = x_TD.new_empty(tokens, width, dtype=dtype)
     scale = x_TD.new_empty(tokens, groups, dtype=torch.uint8)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tuning
-from ..launch import next_power_of_two
+from ..launch import near, next_power_of_two
 
 _TILE = 1024  # pairs a tile of tokens and heads
 
@@ -100,18 +100,6 @@ def turn_kernel(
         k, k_out, token, k_heads, here, k_stride, k_head_stride, k_out_stride, k_out_head_stride,
         pairs, head_dim, c, s, INTERLEAVED, TOKENS, HEADS, PAIRS, REST,
     )  # fmt: skip
-
-
-def near(x: Tensor) -> Tensor:
-    """Leave a strided view as it is; copy only when the elements of a row are apart.
-
-    Args:
-        x: Any shape, at least one dimension.
-
-    Returns:
-        x, or a copy, with stride 1 in the last dimension (or size 1 there).
-    """
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def turn(
