@@ -151,14 +151,9 @@ def quantize(
     if scaling == "mx":
         return mx_quantize(x, dtype=dtype, rounding="ceil", transpose=transpose, backend=backend)
     return fp8_quantize(
-        x,
-        scaling=scaling,
-        dtype=dtype,
-        scale=scale,
-        power_of_two=power_of_two and scale is None,
-        transpose=transpose,
-        backend=backend,
-    )
+        x, scaling=scaling, dtype=dtype, scale=scale, power_of_two=power_of_two and scale is None,
+        transpose=transpose, backend=backend,
+    )  # fmt: skip
 
 
 def fp8_weight(

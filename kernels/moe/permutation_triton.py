@@ -239,12 +239,8 @@ def permute(x_TD: Tensor, indices_TK: Tensor, experts: int) -> tuple[Tensor, Ten
 
 
 def permute_fp8(
-    x_TD: Tensor,
-    indices_TK: Tensor,
-    experts: int,
-    scaling: str,
-    power_of_two: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x_TD: Tensor, indices_TK: Tensor, experts: int, scaling: str, power_of_two: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch `permute_fp8`.
 
     Args:
@@ -292,14 +288,9 @@ def _invert(order: Tensor, slots: int, drows: Tensor | None) -> Tensor:
     places = order.new_full((slots,), -1)
     if len(order):
         invert_kernel[(triton.cdiv(len(order), _INVERT["ROWS"]),)](
-            order.contiguous(),
-            places,
-            places if drows is None else drows,
-            len(order),
-            slots,
-            0 if drows is None else drows.shape[1],
-            **_INVERT,
-        )
+            order.contiguous(), places, places if drows is None else drows, len(order), slots,
+            0 if drows is None else drows.shape[1], **_INVERT,
+        )  # fmt: skip
     return places
 
 

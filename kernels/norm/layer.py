@@ -114,15 +114,9 @@ def _forward_fp8(
         from .layer_triton import normalise
 
         data, h_TD, rstd_T, mean_T, scale = normalise(
-            x_TD,
-            weight_D,
-            bias_D,
-            other,
-            eps,
-            centred=True,
-            scaling=scaling,
+            x_TD, weight_D, bias_D, other, eps, centred=True, scaling=scaling,
             power_of_two=power_of_two,
-        )
+        )  # fmt: skip
     else:
         h_TD = _sum(x_TD, other)
         y_TD, rstd_T, mean_T = _normalise(h_TD.to(wide(x.dtype)), weight_D, bias_D, eps)

@@ -180,15 +180,9 @@ def _forward_fp8(
 
         other = None if residual is None else residual.reshape(x_TD.shape)
         data, h_TD, rstd_T, _, scale = normalise(
-            x_TD,
-            weight_D,
-            None,
-            other,
-            eps,
-            centred=False,
-            scaling=scaling,
+            x_TD, weight_D, None, other, eps, centred=False, scaling=scaling,
             power_of_two=power_of_two,
-        )
+        )  # fmt: skip
     else:
         h_TD = x_TD if residual is None else torch.add(x, residual).reshape(x_TD.shape).contiguous()
         y_TD, rstd_T = forward_cpu(h_TD, weight_D, eps, torch.float32)
@@ -252,13 +246,9 @@ _BACKWARD = register(
 
 @overload
 def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    residual: None = None,
-    eps: float = ...,
+    x: Tensor, weight: Tensor, *, residual: None = None, eps: float = ...,
     backend: str | None = ...,
-) -> Tensor: ...
+) -> Tensor: ...  # fmt: skip
 
 
 @overload
