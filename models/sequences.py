@@ -10,7 +10,6 @@ Shapes: B batch, S sequence, T tokens that this rank holds, J half the head dime
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +20,7 @@ from warploom.parallel.context import Split
 from warploom.parallel.mesh import Mesh
 
 from .architecture import Architecture, Kind
-
-if TYPE_CHECKING:
-    from .cache import Paged
+from .paged import Paged
 
 Angles = Mapping[Kind, tuple[Tensor, Tensor]]
 """Cosines and sines `[T, J]` of the rotary angles, float32, for each kind of block."""
@@ -58,7 +55,7 @@ class Sequences:
     max_seqlen: int | None = None
     split: Split | None = None
     indices: Tensor | None = None
-    cache: "Paged | None" = None
+    cache: Paged | None = None
 
     def cut(self, x: Tensor, fill: int) -> Tensor:
         """Take this rank's tokens of a flat tensor `[B S]`, with `fill` where they are padding."""

@@ -5,7 +5,18 @@ Each is a module with its `FAMILY` and one function a size.
 
 from ..architecture import Architecture
 from . import (
-    bamba, gemma2, gemma3, gpt2, gpt_oss, llama, mixtral, olmo2, qwen2, qwen2_moe, qwen3, qwen3_moe,
+    bamba,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
 )  # fmt: skip
 from .family import Family
 
