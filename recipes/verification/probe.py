@@ -10,7 +10,7 @@ from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
 from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.expert import Experts, record_routing
-from warploom.parallel.memory import track
+from warploom.recipes.plan.tracker import track
 
 from ..plan.memory import activations
 from . import traffic

@@ -13,9 +13,9 @@ from warploom.models.decoder import Decoder
 from warploom.models.families import llama, mixtral, qwen3
 from warploom.models.hf import files
 from warploom.models.stages import Stages
-from warploom.parallel.memory import track
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.pipeline import Schedule
+from warploom.recipes.plan.tracker import track
 
 MIXTRAL = replace(mixtral.tiny(), layers=4, rope_base=1e4)
 BASE = replace(llama.tiny(), tied=False, rope_base=500_000.0)

@@ -11,11 +11,12 @@ from torch import nn
 
 from warploom.kernels.norm import rms_norm
 from warploom.parallel.collectives import gather, observed
-from warploom.parallel.memory import Recompute, offloaded, track
+from warploom.parallel.memory import Recompute, offloaded
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.sharding import layouts
 from warploom.parallel.tensor import ColumnLinear, RowLinear
+from warploom.recipes.plan.tracker import track
 
 KIB = 1024
 

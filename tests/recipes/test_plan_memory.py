@@ -15,13 +15,13 @@ from warploom.models.families import llama, qwen3
 from warploom.models.stages import Stages
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.expert import MoE, record_routing
-from warploom.parallel.memory import track
 from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.pipeline import Schedule
 from warploom.parallel.step import Step
 from warploom.parallel.tensor import Fp8Product
 from warploom.recipes.plan import memory
+from warploom.recipes.plan.tracker import track
 
 DENSE = replace(llama.tiny(), layers=3)
 NORMS = replace(qwen3.tiny(), layers=2)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..collectives import Group, gather_json
+from warploom.parallel.collectives import Group, gather_json
 
 CAUSES = ("parameters", "gradients", "optimizer", "activations", "communication", "temporaries")
 _PARAMETERS, _GRADIENTS, _OPTIMIZER, _ACTIVATIONS, _COMMUNICATION, _TEMPORARIES = CAUSES
