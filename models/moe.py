@@ -36,6 +36,7 @@ def routed_feed_forward(width: int, experts: Experts, *, mesh: Mesh | None) -> M
         score=experts.score,
         groups=experts.groups,
         top_groups=experts.top_groups,
+        group_score=experts.group_score,
         normalise=experts.normalise,
         scale=experts.scale,
         bias=experts.bias_rate > 0,

@@ -10,15 +10,16 @@
     dz = the gradients of w and p through the softmax or the sigmoid; none through the choice
 
 Equal values are taken in the order of their index. With groups, a group's score is the sum of its
-two best values, and only the experts of the `top_groups` best groups are open. A NaN poisons the
-weights of its own token, whose indices stay valid.
+two best values, or the best one, and only the experts of the `top_groups` best groups are open. A
+NaN poisons the weights of its own token, whose indices stay valid.
 
 Shapes: T tokens, E experts, k experts a token. Bound by memory. Saved for the backward: z, the
 indices and p.
 
 Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, section 2.1 (softmax after the
-choice); DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, equations 12 to 16 (sigmoid, groups,
-bias).
+choice); DeepSeek-AI 2024, https://arxiv.org/abs/2405.04434, section 2.2.2 (groups by their best);
+DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, equations 12 to 16 (sigmoid, groups by their two
+best, bias).
 """
 
 from typing import Any
@@ -30,6 +31,7 @@ from ..backends import choose
 from ..library import below_autograd, first_derivative_only, need_tensors, register, wide
 
 SCORES = ("softmax", "sigmoid", "softmax_after")
+GROUP_SCORES = ("top2", "max")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TINY = 1e-20  # keeps a sum of scores that all underflow from dividing by 0
 
@@ -53,12 +55,12 @@ def _largest(values_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _choice(
-    values_TE: Tensor, scores_TE: Tensor, top_k: int, groups: int, top_groups: int
+    values_TE: Tensor, scores_TE: Tensor, top_k: int, groups: int, top_groups: int, best: int
 ) -> Tensor:
-    """Return the indices `[T, k]` of the largest values in the groups with the best scores."""
+    """Return the indices `[T, k]` of the largest values in the groups whose `best` sum highest."""
     if top_groups < groups:
         scores_TGN = scores_TE.unflatten(1, (groups, scores_TE.shape[1] // groups))
-        best_TG = scores_TGN.topk(min(2, scores_TGN.shape[2]), dim=2).values.sum(2)
+        best_TG = scores_TGN.topk(min(best, scores_TGN.shape[2]), dim=2).values.sum(2)
         opened = _largest(best_TG, top_groups)
         closed_TG = torch.ones_like(best_TG, dtype=torch.bool).scatter_(1, opened, False)
         values_TGN = values_TE.view_as(scores_TGN).masked_fill(closed_TG.unsqueeze(2), -torch.inf)
@@ -73,6 +75,7 @@ def route_reference(
     score: str = "softmax",
     groups: int = 1,
     top_groups: int = 1,
+    group_score: str = "top2",
     bias: Tensor | None = None,
     normalise: bool = True,
     scale: float = 1.0,
@@ -88,7 +91,8 @@ def route_reference(
         ranked_TE = (z_TE if score == "softmax_after" else scores_TE).detach()
         ranked_TE = ranked_TE if bias is None else ranked_TE + bias
         values_TE = z_TE.detach() if bias is None else ranked_TE
-        indices_TK = _choice(values_TE, ranked_TE, top_k, groups, top_groups)
+        best = 1 if group_score == "max" else 2
+        indices_TK = _choice(values_TE, ranked_TE, top_k, groups, top_groups, best)
     else:
         indices_TK = chosen.clone()
     absent_TK = None if chosen is None else indices_TK < 0  # what is no expert
@@ -108,12 +112,13 @@ def _fill(x_TK: Tensor, absent_TK: Tensor | None, value: float) -> Tensor:
 
 def _forward(
     logits: Tensor, bias: Tensor | None, chosen: Tensor | None, top_k: int, score: str, groups: int,
-    top_groups: int, normalise: bool, scale: float, backend: str | None,
+    top_groups: int, group_score: str, normalise: bool, scale: float, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     if choose("route", logits.device, logits.dtype, backend) == "triton":
         from .router_triton import forward
 
-        return forward(logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale)
+        way = (score, groups, top_groups, group_score, normalise, scale)
+        return forward(logits, bias, chosen, top_k, *way)
     if chosen is not None and chosen.device.type == "cpu" and (chosen >= logits.shape[1]).any():
         raise ValueError(f"route: chosen must be below {logits.shape[1]}, got {int(chosen.max())}")
     return route_reference(
@@ -122,6 +127,7 @@ def _forward(
         score=score,
         groups=groups,
         top_groups=top_groups,
+        group_score=group_score,
         bias=bias,
         normalise=normalise,
         scale=scale,
@@ -131,7 +137,7 @@ def _forward(
 
 def _forward_fake(
     logits: Tensor, bias: Tensor | None, chosen: Tensor | None, top_k: int, score: str, groups: int,
-    top_groups: int, normalise: bool, scale: float, backend: str | None,
+    top_groups: int, group_score: str, normalise: bool, scale: float, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype, shape = wide(logits.dtype), (logits.shape[0], top_k)
     return (
@@ -220,7 +226,7 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         weights, indices, probabilities = below_autograd(_FORWARD, logits, *args)
-        _, _, _, score, _, _, *rest = args
+        _, _, _, score, _, _, _, *rest = args
         ctx.rest = (score, *rest)  # with normalise, scale and backend
         ctx.save_for_backward(logits, indices, probabilities)
         ctx.mark_non_differentiable(indices)
@@ -233,12 +239,13 @@ class _Route(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         first_derivative_only("route")
         dlogits = _BACKWARD(dweights, dprobabilities, *ctx.saved_tensors, *ctx.rest)
-        return dlogits, *(None,) * 9
+        return dlogits, *(None,) * 10
 
 
 _FORWARD = register(
     "route_forward(Tensor logits, Tensor? bias, Tensor? chosen, int top_k, str score, int groups,"
-    " int top_groups, bool normalise, float scale, str? backend) -> (Tensor, Tensor, Tensor)",
+    " int top_groups, str group_score, bool normalise, float scale, str? backend)"
+    " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
     _Route,
@@ -252,8 +259,9 @@ _BACKWARD = register(
 
 
 def check_routing(
-    experts: int, top_k: int, score: str, groups: int, top_groups: int, normalise: bool
-) -> None:
+    experts: int, top_k: int, score: str, groups: int, top_groups: int, normalise: bool,
+    group_score: str = "top2",
+) -> None:  # fmt: skip
     """Refuse a way of routing that cannot be.
 
     Raises:
@@ -261,6 +269,10 @@ def check_routing(
     """
     if score not in SCORES:
         raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+    if group_score not in GROUP_SCORES:
+        raise ValueError(
+            f"group_score must be one of {', '.join(GROUP_SCORES)}, got {group_score!r}"
+        )
     if not 1 <= top_k <= experts:
         raise ValueError(f"top_k ({top_k}) must be from 1 to the number of experts ({experts})")
     if groups < 1 or experts % groups or not 1 <= top_groups <= groups:
@@ -286,6 +298,7 @@ def route(
     score: str = "softmax",
     groups: int = 1,
     top_groups: int = 1,
+    group_score: str = "top2",
     bias: Tensor | None = None,
     normalise: bool = True,
     scale: float = 1.0,
@@ -300,6 +313,7 @@ def route(
         score: `softmax` over all experts, `sigmoid`, or `softmax_after`: over the chosen ones.
         groups: Groups of neighbouring experts.
         top_groups: How many of the groups are open to a token.
+        group_score: What the groups are chosen by: the sum of their `top2`, or their `max`.
         bias: Added to the scores for the choice alone, `[E]`; has no gradient.
         normalise: Whether the weights of a token sum to `scale`.
         scale: Factor on the weights.
@@ -312,14 +326,15 @@ def route(
         the best first.
 
     Raises:
-        ValueError: If `score` is unknown, `top_k`, `groups` or `top_groups` do not fit the experts,
-            `softmax_after` is not to be normalised, or a shape or dtype does not fit.
+        ValueError: If `score` or `group_score` is unknown, `top_k`, `groups` or `top_groups` do not
+            fit the experts, `softmax_after` is not to be normalised, or a shape or dtype does not
+            fit.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
     need_tensors("route", logits=logits)
     if logits.dim() != 2:
         raise ValueError(f"route: logits must be [tokens, experts], got {[*logits.shape]}")
-    check_routing(logits.shape[1], top_k, score, groups, top_groups, normalise)
+    check_routing(logits.shape[1], top_k, score, groups, top_groups, normalise, group_score)
     if bias is not None and bias.shape != logits.shape[1:]:
         raise ValueError(f"route: bias has shape {[*bias.shape]}, logits {[*logits.shape]}")
     if chosen is not None and tuple(chosen.shape) != (logits.shape[0], top_k):
@@ -332,7 +347,6 @@ def route(
             f"route: logits must be float16, bfloat16, float32 or float64 and chosen int64, "
             f"got {logits.dtype} and {integers}"
         )
-    weights, indices, probabilities = _FORWARD(
-        logits, bias, chosen, top_k, score, groups, top_groups, normalise, scale, backend
-    )
+    way = (score, groups, top_groups, group_score, normalise, scale, backend)
+    weights, indices, probabilities = _FORWARD(logits, bias, chosen, top_k, *way)
     return weights, indices, probabilities

@@ -77,8 +77,8 @@ def _scores(z, SIGMOID: tl.constexpr, most, total):
 def forward_kernel(
     logits, bias, indices, weights, probabilities, tokens, experts, each, stride, scale,
     SCORE: tl.constexpr, BIASED: tl.constexpr, CHOSEN: tl.constexpr, NORMALISE: tl.constexpr,
-    K: tl.constexpr, TOP_GROUPS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
-    EACH: tl.constexpr, PICKED: tl.constexpr,
+    K: tl.constexpr, TOP_GROUPS: tl.constexpr, BEST: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, EACH: tl.constexpr, PICKED: tl.constexpr,
 ):  # fmt: skip
     """Route ROWS tokens; with CHOSEN `indices` is read and not written."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -110,8 +110,10 @@ def forward_kernel(
         if TOP_GROUPS < GROUPS:
             keys = tl.reshape(_keys(ranked, slot[None, :], inside), [ROWS, GROUPS, EACH])
             first = tl.max(keys, 2)
-            second = tl.max(tl.where(keys == first[:, :, None], _NONE, keys), 2)
-            best = _value(first) + tl.where(each > 1, _value(second), 0.0)
+            best = _value(first)
+            if BEST == "top2":
+                second = tl.max(tl.where(keys == first[:, :, None], _NONE, keys), 2)
+                best += tl.where(each > 1, _value(second), 0.0)
             group = tl.arange(0, GROUPS)[None, :]
             left = _keys(best, group, group * each < experts)
             opened = tl.zeros([ROWS, GROUPS], tl.int32)
@@ -209,16 +211,9 @@ def _strided(x_TE: Tensor) -> Tensor:
 
 
 def forward(
-    logits_TE: Tensor,
-    bias_E: Tensor | None,
-    chosen_TK: Tensor | None,
-    top_k: int,
-    score: str,
-    groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits_TE: Tensor, bias_E: Tensor | None, chosen_TK: Tensor | None, top_k: int, score: str,
+    groups: int, top_groups: int, group_score: str, normalise: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Launch the forward.
 
     Args:
@@ -229,6 +224,7 @@ def forward(
         score: `softmax`, `sigmoid` or `softmax_after`.
         groups: Groups of experts.
         top_groups: How many of them are open to a token.
+        group_score: `top2` or `max`.
         normalise: Whether the weights of a token sum to `scale`.
         scale: Factor on the weights.
 
@@ -264,6 +260,7 @@ def forward(
                 NORMALISE=normalise,
                 K=top_k,
                 TOP_GROUPS=top_groups,
+                BEST=group_score,
                 PICKED=next_power_of_two(top_k),
                 **chosen,
             )

@@ -127,6 +127,7 @@ class MoE(nn.Module):
         score: `softmax`, `sigmoid` or `softmax_after` the choice.
         groups: Groups of neighbouring experts.
         top_groups: How many of the groups are open to a token.
+        group_score: What the groups are chosen by, `top2` or `max`; see `kernels/moe`.
         normalise: Whether the weights of a token sum to `scale`.
         scale: Factor on the weights.
         bias: Whether a bias that `update_biases` moves takes part in the choice.
@@ -156,7 +157,8 @@ class MoE(nn.Module):
         self, width: int, hidden: int, experts: int, top_k: int, *, group: Group,
         etp_group: Group = None, tp_group: Group = None, context_group: Group = None,
         sequence_parallel: bool = True, score: str = "softmax", groups: int = 1,
-        top_groups: int = 1, normalise: bool = True, scale: float = 1.0, bias: bool = False,
+        top_groups: int = 1, group_score: str = "top2", normalise: bool = True,
+        scale: float = 1.0, bias: bool = False,
         shared: int = 0, balance: str | None = None, z_loss: bool = False,
         capacity: float | None = None, drop: str = "position", chunks: int = 1,
         router_dtype: torch.dtype | None = None, router_bias: bool = False,
@@ -181,6 +183,7 @@ class MoE(nn.Module):
             score=score,
             groups=groups,
             top_groups=top_groups,
+            group_score=group_score,
             normalise=normalise,
             scale=scale,
             bias=bias,

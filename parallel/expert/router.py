@@ -110,6 +110,7 @@ class Router(nn.Module):
         score: `softmax`, `sigmoid` or `softmax_after`; see `kernels/moe`.
         groups: Groups of neighbouring experts.
         top_groups: How many of the groups are open to a token.
+        group_score: What the groups are chosen by, `top2` or `max`; see `kernels/moe`.
         normalise: Whether the weights of a token sum to `scale`.
         scale: Factor on the weights.
         bias: Whether a bias takes part in the choice; `update_biases` moves it.
@@ -133,6 +134,7 @@ class Router(nn.Module):
         score: str = "softmax",
         groups: int = 1,
         top_groups: int = 1,
+        group_score: str = "top2",
         normalise: bool = True,
         scale: float = 1.0,
         bias: bool = False,
@@ -140,10 +142,10 @@ class Router(nn.Module):
         linear_bias: bool = False,
     ) -> None:
         super().__init__()
-        check_routing(experts, top_k, score, groups, top_groups, normalise)
+        check_routing(experts, top_k, score, groups, top_groups, normalise, group_score)
         self.top_k, self.tp_group, self.dtype = top_k, tp_group, dtype
         self.way: dict[str, Any] = {"score": score, "groups": groups, "top_groups": top_groups}
-        self.way |= {"normalise": normalise, "scale": scale}
+        self.way |= {"group_score": group_score, "normalise": normalise, "scale": scale}
         self.forced = False
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.linear_bias = nn.Parameter(torch.zeros(experts)) if linear_bias else None

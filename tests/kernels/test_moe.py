@@ -29,6 +29,7 @@ WAYS = [
     {"score": "sigmoid", "groups": 4, "top_groups": 2, "scale": 2.5, "biased": True},
     {"score": "softmax", "normalise": False, "scale": 0.7},
     {"score": "softmax", "groups": 2, "top_groups": 1, "biased": True},
+    {"groups": 4, "top_groups": 2, "group_score": "max", "normalise": False, "scale": 16.0},
     {"score": "sigmoid", "normalise": False},
     {"score": "softmax_after", "scale": 3.0, "biased": True},
 ]
@@ -76,6 +77,10 @@ def test_equal_values_go_to_the_lowest_index():
         assert indices.tolist() == [[0, 1, 2]] * 2
     _, indices, _ = route(torch.zeros(1, 8), 2, groups=4, top_groups=1)
     assert indices.tolist() == [[0, 1]]
+    pairs = torch.tensor([[2.0, 2, 3, 0, 3, -9, 0, 0]])  # the best two, and the best single
+    for group_score, pair in (("top2", [0, 1]), ("max", [2, 3])):
+        way = {"score": "sigmoid", "groups": 4, "top_groups": 1, "group_score": group_score}
+        assert route(pairs, 2, **way)[1].tolist() == [pair]
     _, indices, _ = route(torch.tensor([[0.0, 3, 1, 3, 2, 3]]), 4)
     assert indices.tolist() == [[1, 3, 5, 4]]
 
@@ -125,15 +130,25 @@ def _sorted(weights, indices):
     return weights.gather(1, order), indices.gather(1, order)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "qwen3_moe_raw", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe", "qwen3_moe_raw", "deepseek_v2", "deepseek_v3"]
+)
 def test_transformers_agrees(name):
     torch.manual_seed(0)
-    x = torch.randn(33, 16)
     if name == "mixtral":
         from transformers.models.mixtral import modeling_mixtral as m
 
         config = m.MixtralConfig(hidden_size=16, num_local_experts=8, num_experts_per_tok=2)
         router, ways = m.MixtralTopKRouter(config), [{"score": "softmax_after"}, {}]
+    elif name == "deepseek_v2":
+        from transformers.models.deepseek_v2 import modeling_deepseek_v2 as m
+
+        grouped = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
+        config = m.DeepseekV2Config(
+            hidden_size=32, n_routed_experts=16, num_experts_per_tok=3, **grouped
+        )
+        router = m.DeepseekV2TopkRouter(config)
+        ways = [{"groups": 4, "top_groups": 2, "group_score": "max", "normalise": False}]
     elif name == "deepseek_v3":
         from transformers.models.deepseek_v3 import modeling_deepseek_v3 as m
 
@@ -153,7 +168,7 @@ def test_transformers_agrees(name):
         )
         router, ways = m.Qwen3MoeTopKRouter(config), [{"normalise": plain}]
     torch.nn.init.normal_(router.weight)
-    logits, weights, indices = router(x)
+    logits, weights, indices = router(torch.randn(33, config.hidden_size))
     for way in ways:
         got = _sorted(*route(logits, indices.shape[1], **way)[:2])
         want = _sorted(weights, indices)
@@ -237,6 +252,10 @@ def test_the_references_are_differentiable():
         (lambda: route(torch.ones(2, 4), 5), r"top_k \(5\) must be from 1 to .* experts \(4\)"),
         (lambda: route(torch.ones(2, 4), 2, score="relu"), "score must be one of .*, got 'relu'"),
         (lambda: route(torch.ones(2, 4), 2, groups=3), r"groups \(3\) must divide the experts"),
+        (
+            lambda: route(torch.ones(2, 4), 2, group_score="min"),
+            "group_score must be one of top2, m",
+        ),
         (lambda: route(torch.ones(2, 4), 2, groups=2, top_groups=3), r"top_groups \(3\) must be"),
         (lambda: route(torch.ones(2, 4), 2, groups=4, top_groups=1), r"at most the experts of 1 g"),
         (

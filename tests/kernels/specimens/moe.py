@@ -30,8 +30,7 @@ def _route(name, *, grouped=False, biased=False, chosen=False, rows=(0, 1, 2), *
             fixed["chosen"] = draw.integers(width + 1, rows, top_k, seed=4) - 1
         return (draw(rows, width),), fixed
 
-    def plain(z, *, top_k, groups, top_groups, bias=None, chosen=None):
-        rest = {"groups": groups, "top_groups": top_groups, "bias": bias, "chosen": chosen}
+    def plain(z, *, top_k, **rest):
         indices = route_reference(z.detach(), top_k, **way, **rest)[1]
         held, absent = indices.clamp(min=0), indices < 0
         score = way.get("score", "softmax")
@@ -122,6 +121,7 @@ SPECIMENS = (
     _route("route"),
     _route("route_deepseek", grouped=True, biased=True, score="sigmoid", scale=2.5),
     _route("route_groups", grouped=True, normalise=False),
+    _route("route_group_max", grouped=True, normalise=False, group_score="max"),
     _route("route_after", biased=True, score="softmax_after", scale=3.0),
     _route("route_chosen", chosen=True, score="sigmoid", normalise=False, scale=0.7, rows=(2, 0)),
     _route("route_chosen_after", chosen=True, score="softmax_after", rows=(2, 0)),
