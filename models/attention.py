@@ -89,6 +89,14 @@ def attend(
     return y
 
 
+def score_options(a: Architecture, kind: Kind) -> dict[str, Any]:
+    """Return what `attend` is told of the scores: `scale`, `softcap` and `window`, if any."""
+    scale = a.attention_scale or (8 / a.head_dim if a.mup_base else None)
+    window = (a.window - 1, 0) if kind == "sliding" and a.window else None
+    options = {"scale": scale, "softcap": a.softcap or None, "window": window}
+    return {name: x for name, x in options.items() if x is not None}
+
+
 class Attention(nn.Module):
     """Grouped-query attention over tokens that are sharded on entry and exit.
 
@@ -143,10 +151,7 @@ class Attention(nn.Module):
         self.widths = self.qkv.split
         self.whole = a.qk_norm == "full"
         self.q_norm, self.k_norm = (_qk_norm(a, n, group) for n in (a.heads, a.kv_heads))
-        scale = a.attention_scale or (8 / a.head_dim if a.mup_base else None)
-        self.options: dict[str, Any] = {"scale": scale, "softcap": a.softcap or None}
-        self.options["window"] = (a.window - 1, 0) if kind == "sliding" and a.window else None
-        self.options = {name: x for name, x in self.options.items() if x is not None}
+        self.options = score_options(a, kind)
         self.heads, self.first = a.heads, place(group)[0] * (a.heads // size)
         self.sinks = nn.Parameter(torch.zeros(a.heads // size)) if a.sinks else None
         self.out = RowLinear(a.heads * a.head_dim, a.width, group=group, bias=a.out_bias, fp8=fp8)

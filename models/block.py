@@ -17,13 +17,14 @@ from warploom.parallel.mesh import Mesh
 from .architecture import Architecture
 from .attention import Attention
 from .feed_forward import FeedForward
+from .latent import LatentAttention
 from .moe import route_and_serve, routed_feed_forward
 from .norm import RMSNorm, block_norm
 from .sequences import Sequences
 from .ssm import StateSpaceMixer
 
 Sums = dict[str, Tensor]
-Mixer = Attention | StateSpaceMixer
+Mixer = Attention | LatentAttention | StateSpaceMixer
 
 
 NOTHING = Recompute()
@@ -59,7 +60,8 @@ class Block(nn.Module):
         before, after = a.norm_at != "after", a.norm_at != "before"
         self.attention_norm = block_norm(a, group=group) if before else None
         kinds: dict[str, type[Mixer]] = {"ssm": StateSpaceMixer}
-        self.attention: Mixer = kinds.get(a.kind(layer), Attention)(
+        usual = Attention if a.latent is None else LatentAttention
+        self.attention: Mixer = kinds.get(a.kind(layer), usual)(
             a,
             a.kind(layer),
             layer,
