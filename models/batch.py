@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+IGNORED = -100  # the target of a position that is not trained
+
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Batch:

@@ -60,7 +60,8 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, ...]] = {}
         for n, block in model.blocks.items():
             assert isinstance(block, Block)
-            self.layers[int(n)] = block.attention.cache(pages, page_size, slots)
+            if int(n) < model.architecture.layers:  # those after predict further tokens in training
+                self.layers[int(n)] = block.attention.cache(pages, page_size, slots)
         self.states = [n for n in self.layers if model.architecture.kind(n) == "ssm"]
 
     def copy(self, source: int, target: int) -> None:

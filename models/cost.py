@@ -30,6 +30,7 @@ from warploom.kernels.attention import Scores
 
 from .architecture import Architecture, StateSpace
 from .block import Block
+from .predict import Prediction
 
 _KINDS = ("norm", "router", "experts", "feed_forward", "attention", "embedding", "head")
 
@@ -43,7 +44,8 @@ def parameters(architecture: Architecture) -> dict[str, int]:
     Returns:
         `embedding` (and learned positions), `attention` (and what mixes tokens in its place),
         `feed_forward` (dense ones and shared experts), `router`, `experts`, `norm` and `head`, over
-        all layers and ranks, without padding; a tied head has none of its own.
+        all layers and ranks, without padding; a tied head has none of its own. Blocks that predict
+        further tokens count, and their projections as `head`.
     """
     return {kind: sum(sizes) for kind, sizes in _counted(architecture).items()}
 
@@ -58,6 +60,7 @@ def _counted(a: Architecture) -> dict[str, tuple[int, int]]:
     first = {(a.kind(n), a.routed(n)): n for n in reversed(range(a.layers))}
     with torch.device("meta"):
         blocks = [(Block(a, first[sort], mesh=None), times) for sort, times in alike.items()]
+        blocks += [(Prediction(a, a.layers, mesh=None), a.predict)] if a.predict else []
     ends = a.vocabulary * a.width
     norm = a.width * (2 if a.norm == "layer" else 1)
     positions = a.max_positions * a.width if a.positions == "learned" else 0
@@ -65,7 +68,7 @@ def _counted(a: Architecture) -> dict[str, tuple[int, int]]:
     found["head"] = (0 if a.tied else ends, 0)
     for block, times in blocks:
         for path, p in block.named_parameters():
-            kind = next(k for k in _KINDS if k in path)
+            kind = next((k for k in _KINDS if k in path), "head")
             before, matrix = found[kind], p.dim() > 1
             found[kind] = (
                 before[0] + matrix * times * p.numel(),
@@ -121,11 +124,12 @@ def flops_per_token(
     count = {kind: sizes[0] for kind, sizes in _counted(a).items()}
     if a.experts is not None:
         count["experts"] = count["experts"] * a.experts.top_k // a.experts.count
-    matrices = sum(count.values()) + (a.vocabulary * a.width if a.tied else 0)
+    matrices = sum(count.values()) + (a.predict + a.tied) * a.vocabulary * a.width
     both = a.head_dim + (a.head_dim if a.latent is None else a.latent.values)
-    scores = sum(_context(lengths, a, n, halve) for n in range(a.layers)) * 2 * a.heads * both
+    pairs = sum(_context(lengths, a, n, halve) for n in range(a.layers + a.predict))
     states = 0 if a.ssm is None else scan_flops(a.ssm)
-    forward = 2.0 * matrices + scores + states * sum(a.kind(n) == "ssm" for n in range(a.layers))
+    states *= sum(a.kind(n) == "ssm" for n in range(a.layers))
+    forward = 2.0 * matrices + pairs * 2 * a.heads * both + states
     return Flops(forward, 3 * forward)
 
 

@@ -21,6 +21,7 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, section 2.2; Radf
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,18 +41,18 @@ from warploom.parallel.step import Term
 from warploom.parallel.tensor import VocabEmbedding, VocabHead, scale_entries, update_scales
 
 from .architecture import Architecture, Experts
-from .batch import Batch
+from .batch import IGNORED, Batch
 from .block import Block, Sums
 from .embedding import LearnedPositions
 from .mup import initial_scale
 from .norm import RMSNorm, block_norm
+from .predict import Prediction, predict, targets_ahead
 from .sequences import Sequences, sequences
 from .stages import Stages
 
-__all__ = ["Architecture", "Decoder", "Experts"]
+__all__ = ["IGNORED", "Architecture", "Decoder", "Experts"]
 
 INIT_STD = 0.02
-IGNORED = -100  # the target of a position that is not trained
 
 
 class Decoder(nn.Module):
@@ -124,27 +125,29 @@ class Decoder(nn.Module):
         a, mesh = self.architecture, self.mesh
         group = None if mesh is None else mesh.tp
         place = self.stages.placement
-        if a.tied and place[0] != place[-1] and {place[0], place[-1]} != {0, max(place)}:
+        shared, last = a.tied or a.predict > 0, self.stages.last in self.held
+        if shared and place[0] != place[-1] and {place[0], place[-1]} != {0, max(place)}:
             raise ValueError(
-                f"a tied embedding must be on the first and the last pipeline rank, or both ends "
-                f"on one; stages 0 and {self.stages.last} are on ranks {place[0]} and {place[-1]}"
+                f"a tied embedding, or one beside multi-token prediction, must be on the first and "
+                f"the last pipeline rank, or both ends on one; stages 0 and {self.stages.last} are "
+                f"on ranks {place[0]} and {place[-1]}"
             )
-        if 0 in self.held:
+        if 0 in self.held or (last and a.predict):
             self.embedding = VocabEmbedding(a.vocabulary, a.width, group=group)
             learned = a.positions == "learned"
             self.positions = (
                 LearnedPositions(a.max_positions, a.width, group=group) if learned else None
             )
-        numbers = [n for stage in self.held for n in self.stages.blocks(stage)]
-        self.blocks = nn.ModuleDict(
-            {
-                str(n): Block(a, n, mesh=mesh, context=context, recompute=self.recompute, fp8=fp8)
-                for n in sorted(numbers)
-            }
-        )
-        if self.stages.last in self.held:
+        numbers = sorted(n for stage in self.held for n in self.stages.blocks(stage))
+        how: dict[str, Any] = {"mesh": mesh, "context": context, "fp8": fp8}
+        how["recompute"] = self.recompute
+        made = {str(n): Block(a, n, **how) for n in numbers}
+        for n in range(a.layers, a.layers + a.predict) if last else ():
+            made[str(n)] = Prediction(a, n, **how)
+        self.blocks = nn.ModuleDict(made)
+        if last:
             self.norm = block_norm(a, group=group)
-            tied = self.embedding if a.tied and 0 in self.held else None
+            tied = self.embedding if a.tied and hasattr(self, "embedding") else None
             softcap = a.logit_softcap or None
             self.head = VocabHead(a.vocabulary, a.width, group=group, tied=tied, softcap=softcap)
 
@@ -168,10 +171,12 @@ class Decoder(nn.Module):
         return "embedding.weight" if tied else name
 
     def _tie(self, made: dict[str, sharding.Layout]) -> dict[str, sharding.Layout]:
-        """Have the gradients of a tied weight that two stages hold summed over both."""
-        place = self.stages.placement
-        if self.architecture.tied and self.mesh is not None and place[0] != place[-1]:
-            for path in {"embedding.weight", "head.weight"} & made.keys():
+        """Have the gradients of a weight that both end stages hold summed over both."""
+        a, place = self.architecture, self.stages.placement
+        shared = {"embedding.weight", "positions.weight"} if a.predict else set()
+        shared |= {"embedding.weight", "head.weight"} if a.tied else set()
+        if self.mesh is not None and place[0] != place[-1]:
+            for path in shared & made.keys():
                 partial = (*made[path].partial, self.mesh.ends)
                 made[path] = replace(made[path], partial=partial)
         return made
@@ -242,7 +247,8 @@ class Decoder(nn.Module):
 
         Never forms `[T, V]`. Sums are in nats; nothing is divided. Under context parallelism the
         sums are those of this rank's tokens. Beside `language_model` there is `z_loss`, and for
-        experts `load_balance` and `router_z`, where their weights are not 0.
+        experts `load_balance` and `router_z`, where their weights are not 0, and of each further
+        token that is predicted `multi_token_prediction`, from the second with its number.
 
         Raises:
             ValueError: As `forward`, or if the targets' shape differs from the tokens'.
@@ -275,6 +281,7 @@ class Decoder(nn.Module):
             )
         where = self._sequences_of(batch)
         y, sums = self._stage(stage, x, batch.tokens, where)
+        further = self._predict(y, batch, where, sums) if stage == self.stages.last else []
         counts, weights = self.counts(batch) if sums else {}, self._weights()
         terms = [Term(name, total, counts[name], weights[name]) for name, total in sums.items()]
         if stage < self.stages.last:
@@ -283,7 +290,29 @@ class Decoder(nn.Module):
         pairs = self.head.loss(y, targets, z_loss=self.z_loss > 0)
         for name, (total, count) in zip(("language_model", "z_loss"), pairs, strict=False):
             terms.insert(len(terms) - len(sums), Term(name, total, count, weights[name]))
+        names = self._further()
+        terms += [Term(n, *pair, weights[n]) for n, pair in zip(names, further, strict=True)]
         return None, tuple(terms)
+
+    def _further(self) -> list[str]:
+        """Name the terms of the further tokens that are predicted."""
+        numbers = range(1, self.architecture.predict + 1)
+        return ["multi_token_prediction" + (f"_{n}" if n > 1 else "") for n in numbers]
+
+    def _predict(
+        self, hidden: Tensor, batch: Batch, where: Sequences, sums: Sums
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return sum and count of the cross-entropy of each further token; add to routers' sums."""
+        a, pairs = self.architecture, []
+        blocks: list[Any] = [self.blocks[str(a.layers + n)] for n in range(a.predict)]
+        depths = predict(
+            partial(self.recompute.run, "block"), blocks, self._embed, hidden, batch, where
+        )
+        targets = targets_ahead(batch, where, a.predict)
+        for (y, found), wanted in zip(depths, targets, strict=True):
+            pairs.append(self.head.loss(self._scaled(y), wanted)[0])
+            _accumulate(sums, found)
+        return pairs
 
     def _refuse_stages(self, what: str) -> None:
         if self.stages.last:
@@ -307,13 +336,14 @@ class Decoder(nn.Module):
         if experts is not None:
             named = {"load_balance": experts.balance, "router_z": experts.router_z}
             weights |= {name: weight for name, weight in named.items() if weight > 0}
-        return weights
+        a = self.architecture
+        return weights | {name: a.predict_weight / a.predict for name in self._further()}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Return this rank's share of the counts of all terms, 0-dim, without a forward pass.
 
         Tokens that train (`language_model`, `z_loss`), documents (`load_balance`, which the first
-        context-parallel rank counts), and tokens (`router_z`).
+        context-parallel rank counts), tokens (`router_z`), and tokens that train further ahead.
         """
         where = self._sequences_of(batch)
         trained = (where.cut(batch.targets.flatten(), IGNORED) != IGNORED).sum()
@@ -324,6 +354,8 @@ class Decoder(nn.Module):
             "load_balance": torch.tensor(where.count if first else 0),
             "router_z": (where.documents >= 0).sum(),
         }
+        ahead = targets_ahead(batch, where, self.architecture.predict)
+        found |= {n: (t != IGNORED).sum() for n, t in zip(self._further(), ahead, strict=True)}
         return {name: found[name] for name in self._weights()}
 
     def after_step(self, mesh: Mesh) -> None:
@@ -352,13 +384,15 @@ class Decoder(nn.Module):
             if "block" in self.recompute.operators:
                 added, stream = _plus(added, stream), None
             added, stream, found = self.recompute.run("block", block, added, stream, where)
-            for name, value in found.items():
-                sums[name] = sums[name] + value if name in sums else value
+            _accumulate(sums, found)
         if stage < self.stages.last:
             return _plus(added, stream), sums
-        hidden = self.norm.add(added, stream)[0]
+        return self._scaled(self.norm.add(added, stream)[0]), sums
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        """Scale what the head takes, and so the logits."""
         scale = self.architecture.logit_scale / self.architecture.multiple
-        return hidden if scale == 1 else hidden * scale, sums
+        return hidden if scale == 1 else hidden * scale
 
     def _embed(self, ids: Tensor, where: Sequences) -> Tensor:
         """Map ids `[T]` to the first stream `[T/R, D]`."""
@@ -408,6 +442,11 @@ class Decoder(nn.Module):
             balance=self.balance,
             device=tokens.device,
         )
+
+
+def _accumulate(sums: Sums, found: Sums) -> None:
+    for name, value in found.items():
+        sums[name] = sums[name] + value if name in sums else value
 
 
 def _plus(added: Tensor, stream: Tensor | None) -> Tensor:
