@@ -42,7 +42,8 @@ class Experts:
         scale: Multiplies the weights.
         balance: Weight of the load-balancing loss, defined per document.
         router_z: Weight of the routers' mean squared log-partition.
-        bias_rate: Step of the balancing bias after each optimizer step; 0 for no bias.
+        bias_rate: Step of the balancing bias after each optimizer step; 0 for no bias, or one that
+            does not move where the score is `sigmoid`.
         group_score: How a group's experts make the score that it is chosen by: the `top2` added,
             or the `max`.
         shared_gate: Whether the shared experts' output is weighted by a sigmoid of the token.

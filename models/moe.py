@@ -39,7 +39,7 @@ def routed_feed_forward(width: int, experts: Experts, *, mesh: Mesh | None) -> M
         group_score=experts.group_score,
         normalise=experts.normalise,
         scale=experts.scale,
-        bias=experts.bias_rate > 0,
+        bias=experts.bias_rate > 0 or experts.score == "sigmoid",
         shared=experts.shared or 0,
         balance="sequence" if experts.balance > 0 else None,
         z_loss=experts.router_z > 0,

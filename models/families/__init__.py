@@ -4,26 +4,15 @@ Each is a module with its `FAMILY` and one function a size.
 """
 
 from ..architecture import Architecture
-from . import (
-    bamba,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_oss,
-    llama,
-    mixtral,
-    olmo2,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-)  # fmt: skip
+
+from . import bamba, deepseek_v2, deepseek_v3, gemma2, gemma3, gpt2, gpt_oss, llama  # isort: skip
+from . import mixtral, olmo2, qwen2, qwen2_moe, qwen3, qwen3_moe  # isort: skip
 from .family import Family
 
 __all__ = ["Family", "of_architecture", "of_model_type"]
 
 _DENSE = (llama, qwen2, qwen3, gpt2, gemma2, gemma3, olmo2, bamba)
-_ROUTED = (mixtral, qwen2_moe, qwen3_moe, gpt_oss)
+_ROUTED = (mixtral, qwen2_moe, qwen3_moe, gpt_oss, deepseek_v2, deepseek_v3)
 _FAMILIES: tuple[Family, ...] = tuple(module.FAMILY for module in (*_DENSE, *_ROUTED))
 
 
