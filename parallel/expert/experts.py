@@ -202,7 +202,7 @@ class Experts(nn.Module):
             x: Rows; those beyond the counts are not read, nor written in the result.
             counts: Rows of each held expert `[E/P]` int64.
         """
-        gate_up = grouped_linear(x, self.gate_up, counts, self.gate_up_bias)
-        y = swiglu(gate_up) if self.clamp is None else clamped_swiglu(gate_up, self.clamp)
         bias = None if self.down_bias is None else self.down_bias * (self.start == 0)
+        y = grouped_linear(x, self.gate_up, counts, self.gate_up_bias)
+        y = swiglu(y) if self.clamp is None else clamped_swiglu(y, self.clamp)
         return grouped_linear(y, self.down, counts, bias)
