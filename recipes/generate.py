@@ -113,11 +113,6 @@ def _engine(asked: Generate, codec: Codec) -> Engine:
         model = hf.load(asked.folder, dtype=dtype, device=asked.device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    if codec.vocabulary > model.architecture.vocabulary:
-        raise UserError(
-            f"{asked.folder}: tokenizer.json has {codec.vocabulary} ids and the model "
-            f"{model.architecture.vocabulary}: it is another model's"
-        )
     return Engine(model.eval(), codec, pages=asked.pages)
 
 

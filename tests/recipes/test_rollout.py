@@ -1,20 +1,25 @@
 """The engine over real models: transformers' text, the trainer's log-probabilities, two ranks."""
 
 import functools
+import importlib
+import pkgutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from warploom.models import hf
+from warploom.models import families, hf
 from warploom.models.decoder import Decoder
-from warploom.models.families import llama, mixtral, qwen3
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.mesh import Mesh
 from warploom.recipes.rollout import Engine, Sampling
 
-FAMILIES = {"llama": llama.tiny, "qwen3": qwen3.tiny, "mixtral": mixtral.tiny}
-GREEDY = Sampling(temperature=0.0, max_tokens=24)
+MODULES = {
+    name: importlib.import_module(f"{families.__name__}.{name}")
+    for _, name, _ in pkgutil.iter_modules(families.__path__)
+}
+FAMILIES = {name: module.tiny for name, module in MODULES.items() if hasattr(module, "tiny")}
+GREEDY = Sampling(temperature=0.0, max_tokens=16)
 
 
 @functools.cache
@@ -43,16 +48,12 @@ def test_greedy_texts_are_those_of_transformers(family, tmp_path):
     hf.save(model(family), tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     theirs.config.output_router_logits = False  # a loss, which cannot be computed over a mask
-    given, wanted = prompts(), []
-    options = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0}
-    for prompt in given:
-        out = theirs.generate(torch.tensor([prompt]), **options)
-        wanted.append(out[0, len(prompt) :].tolist())
+    given = prompts(theirs.config.vocab_size)
+    options = {"do_sample": False, "max_new_tokens": 16, "eos_token_id": None, "pad_token_id": 0}
     longest = max(map(len, given))
     padded = torch.tensor([[0] * (longest - len(p)) + p for p in given])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
-    together = theirs.generate(padded, attention_mask=mask, **options)[:, longest:]
-    assert together.tolist() == wanted
+    wanted = theirs.generate(padded, attention_mask=mask, **options)[:, longest:].tolist()
     for settings in (
         {"pages": 200},
         {"pages": 24, "page_size": 8, "chunk": 7, "max_sequences": 3},
@@ -62,7 +63,7 @@ def test_greedy_texts_are_those_of_transformers(family, tmp_path):
         assert engine.stats.pages_free == engine.stats.pages
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral"])
 def test_log_probabilities_are_the_models(family):
     how = Sampling(max_tokens=12, n=3, seed=5, logprobs=2)
     sampled = Engine(model(family), pages=200).generate(prompts(), how)
