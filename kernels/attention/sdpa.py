@@ -127,7 +127,7 @@ def _mask_cpu(q: Tensor, k: Tensor, scores: Scores) -> tuple[bool, Tensor | None
     queries, keys = q.shape[1], k.shape[1]
     if scores.left < 0 and scores.right == 0 and scores.first(queries, keys) == 0:
         return True, None
-    if not scores.masked:
+    if scores.pairs(queries, keys) == queries * keys:
         return False, None
     hidden_SU = ~visible(queries, keys, scores, q.device)
     return False, torch.zeros_like(hidden_SU, dtype=q.dtype).masked_fill_(hidden_SU, -torch.inf)
