@@ -27,6 +27,7 @@ from warploom.recipes.errors import UserError, unboxed
 from warploom.recipes.rollout import Completion, Engine, Sampling
 from warploom.recipes.rollout.codec import Codec, read_json
 
+_MOST = 64  # texts at a time
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
@@ -72,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     speak = _speak(codec, asked) if asked.chat else codec.encode
     talk = asked.chat and not asked.prompt and sys.stdin.isatty()
     prompts = asked.prompt or (() if talk else (sys.stdin.read(),))
-    engine = _engine(asked, codec)
+    given = [speak(prompt) for prompt in prompts]
+    engine = _engine(asked, codec, max(1, len(given) * asked.sampling.n))
     try:
         if talk:
             _talk(engine, codec, asked)
         else:
-            _continue(engine, [speak(prompt) for prompt in prompts], asked)
+            _continue(engine, given, asked)
     except KeyboardInterrupt:
         print()
         return 1
@@ -107,13 +109,13 @@ def _sampling(folder: Path) -> Sampling:
         raise UserError(f"{folder}/generation_config.json: {error}") from None
 
 
-def _engine(asked: Generate, codec: Codec) -> Engine:
+def _engine(asked: Generate, codec: Codec, samples: int) -> Engine:
     try:
         dtype = None if asked.dtype is None else getattr(torch, asked.dtype)
         model = hf.load(asked.folder, dtype=dtype, device=asked.device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    return Engine(model.eval(), codec, pages=asked.pages)
+    return Engine(model.eval(), codec, pages=asked.pages, max_sequences=min(samples, _MOST))
 
 
 def _speak(codec: Codec, asked: Generate) -> Callable[[str], list[int]]:

@@ -10,7 +10,7 @@ from warploom.parallel.collectives import all_reduce_
 
 from ..errors import UserError
 
-_SHARE = {"cpu": 0.4, "cuda": 0.9}  # of the free memory; the rest is for activations and others
+_SHARE = {"cpu": 0.2, "cuda": 0.9}  # of the free memory; the rest is for activations and others
 
 
 def pages_that_fit(

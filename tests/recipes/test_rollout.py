@@ -122,7 +122,7 @@ def test_memory_decides_how_many_pages(monkeypatch):
     a = model("llama").architecture
     page = a.layers * 2 * a.kv_heads * a.head_dim * 4 * 16
     monkeypatch.setattr(room, "_free", lambda device: 50 * page)
-    assert Engine(model("llama")).stats.pages == 20
+    assert Engine(model("llama")).stats.pages == 10
     monkeypatch.setattr(room, "_free", lambda device: page)
     with pytest.raises(ValueError, match=f"needs {page} bytes"):
         Engine(model("llama"))

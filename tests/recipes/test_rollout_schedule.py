@@ -120,6 +120,8 @@ def test_a_prompt_is_found_again():
     assert whole.found == 12  # the last token is computed: its logits are wanted
     (other,) = made.generate([[1, *range(1, 18)]], Sampling(max_tokens=3))
     assert other.found == 0
+    (later,) = made.generate([[*range(4, 18)]], Sampling(max_tokens=3))
+    assert later.found == 0  # its first page holds what the second of another holds
     made.forget()
     (anew,) = made.generate([[*range(18)]], Sampling(max_tokens=3))
     assert anew.found == 0
@@ -142,7 +144,9 @@ def test_running_samples_go_first_and_the_youngest_is_put_back():
     made.add(young, Sampling(max_tokens=10))
     order = []
     while made.busy:
-        order += [e.request for e in made.step() if e.completion is not None]
+        events = made.step()
+        assert order or events[0].request == 0  # a token of the old one in each step
+        order += [e.request for e in events if e.completion is not None]
     assert order == [0, 1]
     assert made.stats.put_back == 1
 
@@ -167,6 +171,17 @@ def test_what_came_first_is_not_overtaken():
     while made.busy:
         order += [e.request for e in made.step() if e.completion is not None]
     assert order[0] == 0
+
+
+def test_what_was_found_is_given_back_where_the_rest_does_not_fit():
+    made = engine(pages=5, page_size=4, chunk=64)
+    made.add([1] * 12, Sampling(max_tokens=5))
+    made.step()
+    made.add([1] * 12 + [2] * 5, Sampling(max_tokens=2))
+    while made.busy:
+        made.step()
+        check(made)
+    assert made.stats.found_tokens == 12
 
 
 def test_idle_pages_go_from_the_end_of_what_was_given_back_first():
