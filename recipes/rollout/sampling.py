@@ -235,14 +235,14 @@ def floors(scores_RV: Tensor, how: Sequence[Sampling]) -> Tensor:
 def _nucleus(scores_RV: Tensor, p_R1: Tensor) -> Tensor:
     """Return the least score of the likeliest tokens that sum to p; sort no more than it takes."""
     vocabulary, size = scores_RV.shape[-1], _LIKELIEST
-    lse_R1 = scores_RV.logsumexp(-1, keepdim=True)
+    log_p_RV = scores_RV.log_softmax(-1)  # a row's bits are its own, those of logsumexp are not
     while True:
-        largest_RC = scores_RV.topk(min(size, vocabulary)).values
-        upto_RC = (largest_RC - lse_R1).exp().cumsum(-1)
+        largest_RC, ids_RC = log_p_RV.topk(min(size, vocabulary))
+        upto_RC = largest_RC.exp().cumsum(-1)
         above_RC = torch.cat((torch.zeros_like(p_R1), upto_RC[:, :-1]), -1)
         count_R1 = (above_RC < p_R1).sum(-1, keepdim=True).clamp_(min=1)
         if size >= vocabulary or int(count_R1.max()) < size:
-            return largest_RC.gather(-1, count_R1 - 1)[:, 0]
+            return scores_RV.gather(-1, ids_RC.gather(-1, count_R1 - 1))[:, 0]
         size *= 8
 
 
