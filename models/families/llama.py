@@ -130,13 +130,13 @@ def llama3_1_405b() -> Architecture:
 
 def llama3_2_1b() -> Architecture:
     """Return Llama 3.2 1B: 1,235,814,400 parameters, tied embeddings."""
-    sizes = {"layers": 16, "width": 2048, "head_dim": 64, "hidden": 8192}
+    sizes: dict[str, Any] = {"layers": 16, "width": 2048, "head_dim": 64, "hidden": 8192}
     return replace(_stretched(llama3_8b(), 32.0), **sizes, tied=True)
 
 
 def llama3_2_3b() -> Architecture:
     """Return Llama 3.2 3B: 3,212,749,824 parameters, tied embeddings."""
-    sizes = {"layers": 28, "width": 3072, "heads": 24, "hidden": 8192}
+    sizes: dict[str, Any] = {"layers": 28, "width": 3072, "heads": 24, "hidden": 8192}
     return replace(_stretched(llama3_8b(), 32.0), **sizes, tied=True)
 
 

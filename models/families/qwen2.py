@@ -38,7 +38,7 @@ def _qwen2_5(
 
 
 def _small(*sizes: int) -> Architecture:
-    outer = {"vocabulary": 151_936, "max_positions": 32_768, "norm_eps": 1e-6}
+    outer: dict[str, Any] = {"vocabulary": 151_936, "max_positions": 32_768, "norm_eps": 1e-6}
     return _qwen2_5(*sizes, **outer, tied=True)
 
 
