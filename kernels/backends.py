@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from . import peers
+from .invariant import need_invariant
 from .launch import has_triton, next_power_of_two
 from .launch import interpreted as interpreted
 
@@ -309,8 +310,11 @@ def choose(
 
     Raises:
         ValueError: If there is no such operator.
-        RuntimeError: If the explicit choice cannot be served here.
+        RuntimeError: If the explicit choice cannot be served here, or not in the batch-invariant
+            mode.
     """
+    served = device.type == "cpu" and backend in (None, "reference", "torch")
+    need_invariant(op, served and not op.startswith(("fp8", "mx", "nf4")), backend or device)
     if backend is None:
         measured = None
         if case is not None and device.type == "cuda":

@@ -12,14 +12,13 @@ without a gate); So et al. 2021, https://arxiv.org/abs/2109.08668, section 4 (sq
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import MappingProxyType
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from warploom.kernels.activation import geglu, relu2, swiglu
 from warploom.kernels.gemm import Fp8Recipe
+from warploom.kernels.invariant import gelu
 from warploom.parallel.collectives import Group, place
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 from warploom.parallel.tensor.product import swiglu_linear
@@ -28,7 +27,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "swiglu": swiglu,
         "geglu": geglu,
-        "gelu": partial(F.gelu, approximate="tanh"),
+        "gelu": gelu,
         "relu2": relu2,
     }
 )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..invariant import invariant, sigmoid
 from ..library import (
     below_autograd,
     first_derivative_only,
@@ -97,18 +98,19 @@ def relu2_reference(x: Tensor) -> Tensor:
 def _gate(z: Tensor, kind: str) -> Tensor:
     """Return f(z) / z: the share of z that passes."""
     if kind == "swiglu":
-        return torch.sigmoid(z)
+        return sigmoid(z)
     if kind == "geglu":
         return torch.mul(z, 0.5**0.5).erf_().add_(1).mul_(0.5)
     apart = z.new_empty(z.shape[0], z.shape[1] + 16)[:, :-16]  # as one row, the last elements of
     # all of them would be those that are not vectorised, and a row would depend on the others
-    return torch.mul(z, z, out=apart).mul_(_U3).add_(_U1).mul_(z).sigmoid_()
+    torch.mul(z, z, out=apart).mul_(_U3).add_(_U1).mul_(z)
+    return sigmoid(apart) if invariant() else apart.sigmoid_()
 
 
 def _activate_(gate: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
     """Apply f without a temporary where PyTorch has f: into `out`, or in place."""
     out = gate if out is None else out
-    if kind == "geglu_tanh":
+    if kind == "geglu_tanh" or (invariant() and kind != "relu2"):
         return torch.mul(gate, _gate(gate, kind), out=out)
     if kind == "relu2":
         return torch.clamp(gate, min=0, out=out).square_()

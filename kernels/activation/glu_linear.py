@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import choose
+from ..invariant import linear
 from ..library import autocast, below_autograd, first_derivative_only, register
 from .glu import backward_cpu, swiglu, swiglu_reference
 
@@ -38,7 +39,7 @@ def swiglu_linear_reference(gate_up: Tensor, weight_DF: Tensor) -> Tensor:
 
 def _forward(gate_up: Tensor, weight: Tensor, backend: str | None) -> Tensor:
     choose("swiglu", gate_up.device, gate_up.dtype, backend)
-    return F.linear(swiglu(gate_up, backend=backend), weight)
+    return linear(swiglu(gate_up, backend=backend), weight)
 
 
 def _forward_fake(gate_up: Tensor, weight: Tensor, backend: str | None) -> Tensor:

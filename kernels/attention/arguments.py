@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..invariant import sigmoid
 from ..library import autocast, need_tensors, wide
 from .scores import Scores
 
@@ -192,5 +193,5 @@ def with_sinks(part: Dense, sinks: Tensor) -> Dense:
     """
     out, lse = part
     sink_H1 = sinks.to(lse.dtype)[:, None]
-    kept = torch.sigmoid(lse - sink_H1).mT[..., None]
+    kept = sigmoid(lse - sink_H1).mT[..., None]
     return (out * kept).to(out.dtype), torch.logaddexp(lse, sink_H1)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..invariant import need_invariant
 from ..library import below_autograd, first_derivative_only, need_tensors, register
 
 Part = tuple[Tensor, Tensor]
@@ -112,9 +113,11 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Part:
     Raises:
         TypeError: If an argument is no tensor.
         ValueError: If the shapes are not these, or the dtypes are not of floating point.
+        RuntimeError: In the batch-invariant mode.
     """
     both = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     need_tensors("merge", **both)
+    need_invariant("merge", False, "attention over parts of the keys")
     if not all(x.is_floating_point() for x in both.values()):
         dtypes = ", ".join(str(x.dtype) for x in both.values())
         raise ValueError(f"merge: all must be of floating point, got {dtypes}")

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..invariant import invariant
 from ..library import below_autograd, first_derivative_only, register, wide
 from . import documents, sdpa, tiled
+from .invariant import forward as invariant_forward
 from .reference import attention_backward_reference, attention_reference
 from .scores import Packed, Scores
 
@@ -72,7 +74,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Dense:
         "torch": tiled.forward,
         "cudnn": sdpa.forward_cudnn,
     }
-    dense = partial(runs[backend], scores=scores)
+    run = invariant_forward if invariant() else runs[backend]
+    dense = partial(run, scores=scores)
     if packed is None:
         return dense(q, k, v)
     return documents.forward(dense, q, k, v, _batches(packed, q, k), wide(q.dtype))

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..invariant import invariant
 from ..library import need_tensors, register, wide
 from . import tiled
 from .arguments import (
@@ -31,6 +32,7 @@ from .arguments import (
     with_sinks,
 )
 from .documents import check
+from .invariant import forward as invariant_forward
 from .reference import attention_reference
 from .scores import Scores
 
@@ -69,6 +71,7 @@ def _forward(
 
         return forward(q, k, v, tables, lengths, cu_seqlens, scores)
     dense: Any = attention_reference if backend == "reference" else tiled.forward
+    dense = invariant_forward if invariant() else dense
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[1], len(q), dtype=wide(q.dtype))
     sequences = _sequences(tables, lengths, cu_seqlens, len(q), len(k), k.shape[1])

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import case_key, choose
+from ..invariant import invariant, linear
 from ..library import (
     autocast,
     below_autograd,
@@ -155,7 +156,10 @@ def _forward(
     end = 0
     for expert, rows in _groups(counts, x.shape[0]):
         if rows.start < rows.stop:
-            _multiply(x[rows], weight[expert].t(), y_MF[rows])
+            if invariant():
+                y_MF[rows] = linear(x[rows], weight[expert])
+            else:
+                _multiply(x[rows], weight[expert].t(), y_MF[rows])
         end = rows.stop
     if zero_rest:
         y_MF[end:].zero_()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..invariant import invariant, linear
 from ..library import need_tensors, wide
 
 _CPU_BYTES = 64 << 20  # of float32 logits a chunk
@@ -78,7 +79,11 @@ class Chunks:
             hidden_CD = self.hidden_TD[rows]
             if hidden_CD.device.type != "cpu":
                 hidden_CD = torch.where(self.trained_T[rows, None], hidden_CD, 0)
-            logits_CV = torch.mm(hidden_CD, self.weight_VD.t(), out=self.logits_CV[:count])
+            logits_CV = self.logits_CV[:count]
+            if invariant():
+                logits_CV.copy_(linear(hidden_CD, self.weight_VD))
+            else:
+                torch.mm(hidden_CD, self.weight_VD.t(), out=logits_CV)
             yield rows, hidden_CD, self.targets[rows], logits_CV
 
 

@@ -145,8 +145,10 @@ def cross_entropy_partials_reference(
             max_C = torch.amax(z_CV, -1, out=parts[0, rows])
             below_CV = z_CV - max_C.masked_fill(max_C == -torch.inf, 0.0)[:, None]
             exp_CV = below_CV.exp()
-            parts[1, rows], parts[3, rows] = exp_CV.sum(-1), z_CV.sum(-1)
-            parts[4, rows] = below_CV.clamp_(min=_LEAST).mul_(exp_CV).sum(-1)
+            weighted_CV = below_CV.clamp_(min=_LEAST).mul_(exp_CV)
+            for n, x_CV in ((1, exp_CV), (3, z_CV), (4, weighted_CV)):
+                # of one row all threads would sum, in their own order
+                parts[n, rows] = x_CV.expand(max(len(x_CV), 2), -1).sum(-1)[: len(x_CV)]
     else:
         for rows, z_CV, log_p_CV in log_probabilities(logits_CV, softcap):
             torch.amax(z_CV, -1, out=parts[0, rows])

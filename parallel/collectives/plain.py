@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warploom.kernels.invariant import invariant
+
 from .door import Message, observers, passing, waiting
 
 Group = dist.ProcessGroup | None
@@ -86,12 +88,27 @@ def all_reduce_begin(x: Tensor, group: Group, *, op: str = "sum") -> Pending:
     """Begin to reduce `x` in place over the group; `wait` gives `x`."""
     if group is None:
         return Pending(x)
+    if _ordered(group) and op == "sum":
+        return Pending(x.copy_(_sum(x, group)))
 
     def run() -> dist.Work:
         work: dist.Work = dist.all_reduce(x, op=_REDUCE[op], group=group, async_op=True)
         return work
 
     return Pending(x, [passing("all_reduce", x, group, run, detail=op)])
+
+
+def _ordered(group: dist.ProcessGroup) -> bool:
+    """Tell whether the order of a sum must not depend on the place, as that of a ring does."""
+    return invariant() and group.size() > 2
+
+
+def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Sum `x` over the group, in the order of the ranks."""
+    total, *rest = all_gather_rows(x[None], group)
+    for part in rest:
+        total = total + part
+    return total
 
 
 def all_gather_rows(x: Tensor, group: Group) -> Tensor:
@@ -126,6 +143,8 @@ def reduce_scatter_rows_begin(x: Tensor, group: Group, *, out: Tensor | None = N
         return Pending(x if out is None else out.copy_(x))
     x = x.contiguous()
     part = x.new_empty(x.shape[0] // group.size(), *x.shape[1:]) if out is None else out
+    if _ordered(group):
+        return Pending(part.copy_(_sum(x, group).chunk(group.size())[group.rank()]))
 
     def run() -> dist.Work:
         work: dist.Work = _reduce_scatter(part, x, group=group, async_op=True)

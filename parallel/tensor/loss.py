@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from warploom.kernels import loss as kernel
+from warploom.kernels.invariant import linear
 from warploom.kernels.library import autocast, wide
 from warploom.kernels.loss import statistics as merge
 from warploom.kernels.loss.chunks import Gradients, scaled, trained
@@ -202,7 +203,7 @@ class _Slices:
         for first in range(0, max(1, self.hidden.shape[0]), self.step):
             rows = slice(first, min(first + self.step, self.hidden.shape[0]))
             hidden = torch.where(self.trained[rows, None], self.hidden[rows], 0)  # NaN stays out
-            yield rows, hidden, hidden @ self.weight.t()
+            yield rows, hidden, linear(hidden, self.weight)
 
     def statistics(self, rows: slice, logits: Tensor, moments: bool) -> Tensor:
         """Return `[K, C]` over the whole vocabulary, 0 where not trained."""

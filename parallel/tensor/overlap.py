@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from warploom.kernels.invariant import invariant, linear
 from warploom.kernels.library import autocast, first_derivative_only
 
 from ..collectives import (
@@ -150,9 +151,9 @@ def _gathered_product(x: Tensor, matrix: Tensor, plan: Plan, keep: bool) -> tupl
     group, ranks = plan.group, plan.group.size()
     if plan.symmetric:
         return _fused_gather(x, matrix, group, keep)
-    if plan.chunks == 1:
+    if plan.chunks == 1 or invariant():
         full: Any = all_gather_rows_begin(x, group).wait()
-        return full @ matrix, full if keep else None
+        return linear(full, matrix.t()), full if keep else None
     rows, width = plan.cut(x.shape[0]), x.shape[1]
     y = x.new_empty(ranks, plan.chunks, rows, matrix.shape[1])
     full = x.new_empty(y.shape[:3] + (width,)) if keep else None
@@ -173,8 +174,8 @@ def _product_scattered_begin(x: Tensor, matrix: Tensor, plan: Plan) -> Pending:
     group, ranks = plan.group, plan.group.size()
     if plan.symmetric:
         return Pending(_fused_scatter(x, matrix, group))
-    if plan.chunks == 1:
-        return reduce_scatter_rows_begin(x @ matrix, group)
+    if plan.chunks == 1 or invariant():
+        return reduce_scatter_rows_begin(linear(x, matrix.t()), group)
     rows = plan.cut(x.shape[0] // ranks)
     y = x.new_empty(plan.chunks, rows, matrix.shape[1])
     each = matrix.expand(ranks, *matrix.shape)
@@ -216,7 +217,7 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         wanted = ctx.needs_input_grad[1] or queue is not None
         if full is not None:
-            y = full @ held[0].t()
+            y = linear(full, held[0])
         else:
             y, full = _gathered_product(x, held[0].t(), plan, wanted and not plan.regather)
             ctx.save_for_backward(x if plan.regather else full, held[0])

@@ -8,7 +8,7 @@
 A pipeline schedule that fills its bubbles with weight gradients opens a queue around a stage's
 forward. Each product that runs inside remembers the queue; its backward computes dx alone and
 leaves the rest there. Every matmul runs once, whichever half it belongs to. Without an open queue
-`linear` is `F.linear`.
+`linear` is that of the kernels.
 
 What waits is computed by autograd itself, in one pass over nodes that have nothing but a weight
 behind them: a parameter accumulates once a queue, its hooks run, and a weight that is not a leaf (a
@@ -29,12 +29,12 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from warploom.kernels.activation import swiglu
 from warploom.kernels.activation import swiglu_linear as fused_swiglu_linear
+from warploom.kernels.invariant import linear as plain_linear
 from warploom.kernels.library import autocast, first_derivative_only
 
 P = ParamSpec("P")
@@ -213,7 +213,7 @@ def _linear_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply `F.linear`; the gradients of weight and bias wait, if a queue is open.
+    """Apply `linear` of the kernels; the gradients of weight and bias wait, if a queue is open.
 
     Args:
         x: `[..., D]`.
@@ -224,12 +224,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `[..., F]`.
     """
     if _QUEUE.get() is None:
-        return F.linear(x, weight, bias)
+        return plain_linear(x, weight, bias)
     return deferred(
         x,
         weight,
         bias,
-        forward=F.linear,
+        forward=plain_linear,
         input_gradient=_linear_input,
         weight_gradient=_linear_weight,
     )

@@ -1,0 +1,81 @@
+"""Attention whose rows depend on their own query, and the keys that it sees, alone.
+
+The scores of a query are all made before its softmax, so that their maximum, which has no order,
+needs no correction later. Values are summed in tiles of 256 keys at positions that are multiples of
+256 among the keys of the sequence, one after the other: a tile that a query does not see adds zeros,
+however many there are. A column of ones beside the values gives the sum of the exponentials in the
+same order. Keys are copied, so that they are the plain right-hand factor of a product: as such MKL
+has one order of sums for two rows and more (a transposed one has not); a single row gets a second.
+
+Memory: the scores of 128 queries at a time.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..invariant import need_tensor
+from .reference import visible
+from .scores import Scores
+
+_KEYS = 256
+_QUERIES = 128
+
+
+def forward(
+    q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor]:
+    """Attend; as `attention_reference`, of float32 and narrower on the CPU.
+
+    Args:
+        q_BSHK: `[B, S, H, K]`.
+        k_BUGK: `[B, U, G, K]`; key 0 is the first of its sequence.
+        v_BUGL: `[B, U, G, L]`.
+        scores: Scale, window, soft cap.
+
+    Returns:
+        `[B, S, H, L]` and the log-sum-exp `[B, H, S]`.
+    """
+    need_tensor("flash_attention", q_BSHK)
+    (batch, queries, heads, _), (keys, groups) = q_BSHK.shape, k_BUGK.shape[1:3]
+    out = q_BSHK.new_zeros(*q_BSHK.shape[:3], v_BUGL.shape[-1])
+    lse = q_BSHK.new_full((batch, heads, queries), -torch.inf, dtype=torch.float32)
+    fill = -keys % _KEYS
+    k_NKU = pad(k_BUGK.float().permute(0, 2, 3, 1), (0, fill)).flatten(0, 1).contiguous()
+    v_NUL = pad(v_BUGL.float(), (0, 1), value=1.0).transpose(1, 2)
+    v_NUL = pad(v_NUL, (0, 0, 0, fill)).flatten(0, 1).contiguous()
+    start, stop = scores.seeing(queries, keys)
+    for low in range(start, stop, _QUERIES):
+        high = min(low + _QUERIES, stop)
+        first, last = scores.seen(low, high, queries, keys)
+        first -= first % _KEYS
+        last += -last % _KEYS
+        x_BnHK = q_BSHK[:, low:high].float().unflatten(2, (groups, -1))
+        x_BGQnK = x_BnHK.permute(0, 2, 3, 1, 4).contiguous()
+        shape = x_BGQnK.shape[:-1]
+        s = _product(x_BGQnK.view(batch * groups, -1, x_BGQnK.shape[-1]), k_NKU[..., first:last])
+        s.mul_(scores.scale)
+        if scores.softcap:
+            s.div_(scores.softcap).tanh_().mul_(scores.softcap)
+        at = replace(scores, offset=scores.first(queries, keys) + low - first)
+        seen = visible(high - low, last - first, at, s.device)
+        seen[:, keys - first :] = False
+        s.view(*shape, -1).masked_fill_(~seen, -torch.inf)
+        most = s.amax(-1, keepdim=True)
+        p, total = s.sub_(most).exp_(), torch.zeros(())
+        for tile in range(0, last - first, _KEYS):
+            values = v_NUL[:, first + tile : first + tile + _KEYS]
+            total = total + _product(p[..., tile : tile + _KEYS], values)
+        y_BGQnL = (total[..., :-1] / total[..., -1:]).view(*shape, -1)
+        out[:, low:high] = y_BGQnL.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        lse[..., low:high] = (total[..., -1:].log() + most).view(shape).flatten(1, 2)
+    return out, lse
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply batches of matrices; the one row of `a` twice."""
+    if a.shape[1] > 1:
+        return torch.bmm(a, b)
+    return torch.bmm(a.expand(-1, 2, -1).contiguous(), b)[:, :1].contiguous()
