@@ -2,7 +2,7 @@
 
 The scores of a query are all made before its softmax, so that their maximum, which has no order,
 needs no correction later. Values are summed in tiles of 256 keys at positions that are multiples of
-256 among the keys of the sequence, one after the other: a tile that a query does not see adds zeros,
+256 among the keys of the sequence, in order: a tile that a query does not see adds zeros,
 however many there are. A column of ones beside the values gives the sum of the exponentials in the
 same order. Keys are copied, so that they are the plain right-hand factor of a product: as such MKL
 has one order of sums for two rows and more (a transposed one has not); a single row gets a second.
