@@ -18,7 +18,7 @@ and is written nowhere: `tests/kernels/test_invariant.py` is the proof on a mach
 those of a machine and its number of threads. Gradients are computed as always.
 
 The mode serves float32, bfloat16 and float16 on the CPU; what it has no invariant form for is an
-error, as is torch.compile, which would bake into its code what it found when it ran first.
+error. What is compiled runs as it is written, uncompiled.
 
 Source: He et al. 2025, https://thinkingmachines.ai/blog/defeating-nondeterminism-in-llm-inference
 (one order of sums, whatever the size of the batch).
@@ -43,14 +43,15 @@ def batch_invariant() -> Iterator[None]:
     """Have what runs in this context, in this thread, be invariant of the batch, or refuse."""
     token = _ON.set(True)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         _ON.reset(token)
 
 
 def invariant() -> bool:
-    """Tell whether the mode is on here."""
-    return _ON.get()
+    """Tell whether the mode is on here; the compiler, which cannot ask, is off where it is."""
+    return not torch.compiler.is_compiling() and _ON.get()
 
 
 def need_invariant(op: str, served: bool, found: object) -> None:
@@ -64,17 +65,17 @@ def need_invariant(op: str, served: bool, found: object) -> None:
     Raises:
         RuntimeError: If the mode is on and it is not served.
     """
-    if _ON.get() and not served:
+    if invariant() and not served:
         raise RuntimeError(
             f"{op}: batch_invariant() serves float32, bfloat16 and float16 on the CPU, without "
-            f"torch.compile, quantised products or rings, got {found}: leave the mode for this"
+            f"quantised products, rings or Triton, got {found}: leave the mode for this"
         )
 
 
 def need_tensor(op: str, x: Tensor) -> None:
     """Refuse in the mode a tensor of another device or dtype, as `need_invariant`."""
     served = x.device.type == "cpu" and x.dtype != torch.float64
-    need_invariant(op, served and not torch.compiler.is_compiling(), f"{x.dtype} on {x.device}")
+    need_invariant(op, served, f"{x.dtype} on {x.device}")
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: In the mode, if it does not serve the tensors.
     """
-    if not _ON.get():
+    if not invariant():
         return F.linear(x, weight, bias)
     x, weight = autocast(x, weight)
     need_tensor("linear", x)
@@ -130,12 +131,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """Apply the sigmoid, in the mode an invariant one."""
-    return ((-x).exp() + 1).reciprocal() if _ON.get() else torch.sigmoid(x)
+    return ((-x).exp() + 1).reciprocal() if invariant() else torch.sigmoid(x)
 
 
 def gelu(x: Tensor) -> Tensor:
     """Apply the GELU in its tanh form, in the mode an invariant one."""
-    if not _ON.get():
+    if not invariant():
         return F.gelu(x, approximate="tanh")
     h = x.to(wide(x.dtype))
     return (h * sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))).to(x.dtype)

@@ -105,8 +105,8 @@ def _ordered(group: dist.ProcessGroup) -> bool:
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Sum `x` over the group, in the order of the ranks."""
-    total, *rest = all_gather_rows(x[None], group)
-    for part in rest:
+    total: Tensor = x.new_zeros(())
+    for part in all_gather_rows(x[None], group):
         total = total + part
     return total
 

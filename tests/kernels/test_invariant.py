@@ -14,11 +14,13 @@ from warploom.kernels.attention import (
     merge,
     paged_attention,
 )
-from warploom.kernels.gemm import fp8_linear, grouped_gemm
+from warploom.kernels.backends import choose
+from warploom.kernels.gemm import grouped_gemm
 from warploom.kernels.invariant import batch_invariant, gelu, invariant, linear, sigmoid
 from warploom.kernels.loss import linear_log_probs
 from warploom.kernels.moe import route
 from warploom.kernels.norm import layer_norm, rms_norm
+from warploom.kernels.quant import fp8_quantize
 from warploom.kernels.rope import rotary
 
 both = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -252,12 +254,18 @@ def test_what_the_mode_does_not_serve_is_refused():
         for wrong in (
             lambda: linear(x.double(), x.double()),
             lambda: linear(x.to("meta"), x.to("meta")),
-            lambda: rms_norm(x.to("meta"), x[0].to("meta")),
+            lambda: choose("rms_norm", torch.device("cuda"), torch.float32),
             lambda: swiglu(x, backend="triton"),
             lambda: merge(part, lse, part, lse),
             lambda: flash_attention(*3 * [_draw(1, 4, 2, 8).double()]),
-            lambda: fp8_linear(_draw(16, 16), _draw(16, 16)),
-            lambda: torch.compile(linear, backend="eager")(x, x),
+            lambda: fp8_quantize(x),
         ):
             with pytest.raises(RuntimeError, match=r"batch_invariant\(\) serves float32"):
                 wrong()
+
+
+def test_what_was_compiled_before_is_invariant_too():
+    weight, x = _draw(300, 576, seed=1), _draw(20, 576)
+    compiled = torch.compile(lambda x: linear(x, weight), fullgraph=True, backend="eager")
+    compiled(x)
+    _rows(compiled, x, [1, 2, 17])
