@@ -78,8 +78,8 @@ def need_tensor(op: str, x: Tensor) -> None:
     need_invariant(op, served, f"{x.dtype} on {x.device}")
 
 
-def _multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `x weight^T`, each row by itself; x is `[..., D]`, weight `[F, D]`."""
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x weight^T` on the CPU, each row by itself; x is `[..., D]`, weight `[F, D]`."""
     rows = x.reshape(-1, x.shape[-1])
     native = x.dtype == torch.float32 or (
         x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -97,7 +97,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiply(x, weight)
+        return multiply(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
