@@ -76,7 +76,9 @@ def _forward(
     lse = q.new_empty(q.shape[1], len(q), dtype=wide(q.dtype))
     sequences = _sequences(tables, lengths, cu_seqlens, len(q), len(k), k.shape[1])
     for rows, pages, keys in sequences:
-        held = (x.flatten(1).index_select(0, pages).view(1, -1, *x.shape[2:])[:, :keys] for x in (k, v))
+        held = (
+            x.flatten(1).index_select(0, pages).view(1, -1, *x.shape[2:])[:, :keys] for x in (k, v)
+        )
         part, part_lse = dense(q[None, rows], *held, scores)
         out[rows], lse[:, rows] = part[0], part_lse[0]
     return out, lse
