@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from warploom.models import hf
 from warploom.models.decoder import Decoder
 from warploom.models.families import llama, mixtral, qwen3
-from warploom.models.hf import files
+from warploom.models.hf import files, saving
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.pipeline import Schedule
@@ -216,6 +216,67 @@ def test_tokenizer_card_and_end_of_text_come_along(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty must hold a tokenizer"):
         hf.save(Decoder.create(BASE), tmp_path / "m2", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(folder, wrong, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][-1, -1] = wrong
+    save_file(tensors, folder / "model.safetensors")
+    said = r"model\.layers\.1\.mlp\.up_proj\.weight in .* must hold finite weights; 1 of"
+    with pytest.raises(ValueError, match=said):
+        hf.load(folder, dtype=dtype)
+
+
+def test_a_tokenizer_with_more_ids_than_the_vocabulary_is_refused(folder, tmp_path):
+    _tokenizer(tmp_path / "tok")
+    text = json.loads((tmp_path / "tok" / "tokenizer.json").read_text())
+    for where, words in (("added", "256"), ("vocab", "300")):
+        if where == "added":
+            text["added_tokens"][0]["id"] = 256
+        else:
+            text["model"]["vocab"]["b"] = 300
+        (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(text))
+        said = rf"ids up to {words}, which must be below the vocabulary of the model \(256\)"
+        with pytest.raises(ValueError, match=said):
+            hf.save(Decoder.create(BASE), tmp_path / "m", tmp_path / "tok")
+        shutil.copy(tmp_path / "tok" / "tokenizer.json", folder)
+        with pytest.raises(ValueError, match=said):
+            hf.load(folder)
+
+
+def test_an_export_that_a_disk_or_a_config_changes_is_noticed(tmp_path, monkeypatch):
+    real, calls = files.Writer.write, []
+
+    def damage(writer, name, blocks):
+        calls.append(name)
+        real(writer, name, [block * 1.001 for block in blocks] if len(calls) == 7 else blocks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.Writer, "write", damage)
+        with pytest.raises(OSError, match="does not hold .* as it was written"):
+            hf.save(Decoder.create(BASE), tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+    write = saving.write_json
+
+    def other(path, fields):
+        write(path, {**fields, "rope_theta": 7.0, "rope_parameters": None})
+
+    monkeypatch.setattr(saving, "write_json", other)
+    with pytest.raises(OSError, match="describes another model: outputs of stage 0 differ by"):
+        hf.save(Decoder.create(BASE), tmp_path / "m")
+    hf.save(Decoder.create(BASE), tmp_path / "m", check=False)
+
+
+def test_a_file_that_ends_too_soon_is_refused(folder):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 5, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is not a whole safetensors file|must have .* bytes"):
+            hf.load(folder)
 
 
 def test_a_folder_is_never_overwritten(folder):

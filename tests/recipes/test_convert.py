@@ -1,161 +1,274 @@
-"""Megatron-Core's checkpoints are read without a pickle."""
+"""`warploom convert`: GGUF files and Hugging Face folders in, a Hugging Face folder out."""
 
-import io
-import pickletools
-import warnings
-import zipfile
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from safetensors.torch import load_file, save_file
 
-from warploom.parallel.mesh import Mesh
-from warploom.parallel.sharding import Layout, Piece, rows, whole
-from warploom.recipes.convert import gpt_names, read_megatron_checkpoint
-from warploom.recipes.convert.pickled import read
+from warploom.models import hf
+from warploom.models.decoder import Decoder
+from warploom.models.families import llama, mixtral, qwen3
+from warploom.recipes.convert import command
+from warploom.recipes.errors import UserError
 
-LAYERS, WIDTH, HEADS, KV, HEAD, HIDDEN, VOCABULARY = 2, 8, 4, 2, 4, 12, 10
+gguf = pytest.importorskip("gguf")
+
+SIZES = {"vocabulary": 270, "rope_base": 123_456.0}
+FORMS = {
+    "llama": replace(llama.tiny(), **SIZES, norm_eps=1e-5, tied=False),
+    "tied": replace(llama.tiny(), **SIZES),
+    "qwen3": replace(qwen3.tiny(), **SIZES),
+}
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}<|end|>{% endfor %}"
 
 
-def _model():
-    """Hugging Face tensors of a small Llama, and Megatron's tensors of the same."""
-    g = torch.Generator().manual_seed(0)
+def _pairs(weight, head_dim):
+    """Order the rows of heads as llama.cpp has them."""
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
-    def made(*shape):
-        return torch.randn(*shape, generator=g)
 
-    hf = {
-        "model.embed_tokens.weight": made(VOCABULARY, WIDTH),
-        "model.norm.weight": made(WIDTH),
-        "lm_head.weight": made(VOCABULARY, WIDTH),
+def _byte_tokens():
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["<|pad|>", "<|end|>", *letters, "Ġt", "he", "Ġthe", "12", "Ġ1", "ĊĊ"]
+    kinds = [3, 3, *[1] * (len(tokens) - 2)]
+    while len(tokens) < SIZES["vocabulary"]:
+        tokens.append(f"<user{len(tokens)}>")
+        kinds.append(4)
+    return tokens, kinds, ["Ġ t", "h e", "Ġt he", "1 2", "Ġ 1", "Ċ Ċ"]
+
+
+def _write(path, model, quantise=None, **changes):
+    """Write a model as a GGUF file, as llama.cpp's converter lays it out; by its own writer."""
+    a = model.architecture
+    family = "qwen3" if a.qk_norm else "llama"
+    writer = gguf.GGUFWriter(path, family)
+    own = {
+        "block_count": a.layers,
+        "embedding_length": a.width,
+        "feed_forward_length": a.hidden,
+        "context_length": a.max_positions,
+        "attention.head_count": a.heads,
+        "attention.head_count_kv": a.kv_heads,
+        "rope.dimension_count": a.head_dim,
+        "vocab_size": a.vocabulary,
+        **changes,
     }
-    stacked = {}
-    for i in range(LAYERS):
-        at = f"model.layers.{i}."
-        q, k, v = (made(n * HEAD, WIDTH) for n in (HEADS, KV, KV))
-        gate, up, down = made(HIDDEN, WIDTH), made(HIDDEN, WIDTH), made(WIDTH, HIDDEN)
-        out, first, second = made(WIDTH, HEADS * HEAD), made(WIDTH), made(WIDTH)
-        hf |= {f"{at}self_attn.{n}_proj.weight": t for n, t in (("q", q), ("k", k), ("v", v))}
-        hf |= {f"{at}mlp.{n}_proj.weight": t for n, t in (("gate", gate), ("up", up))}
-        hf |= {f"{at}self_attn.o_proj.weight": out, f"{at}mlp.down_proj.weight": down}
-        hf |= {f"{at}input_layernorm.weight": first, f"{at}post_attention_layernorm.weight": second}
-        groups = [
-            torch.cat((q[n * 2 * HEAD :][: 2 * HEAD], k[n * HEAD :][:HEAD], v[n * HEAD :][:HEAD]))
-            for n in range(KV)
-        ]
-        for name, tensor in {
-            "self_attention.linear_qkv.weight": torch.cat(groups),
-            "self_attention.linear_qkv.layer_norm_weight": first,
-            "self_attention.linear_proj.weight": out,
-            "mlp.linear_fc1.weight": torch.cat((gate, up)),
-            "mlp.linear_fc1.layer_norm_weight": second,
-            "mlp.linear_fc2.weight": down,
-        }.items():
-            stacked.setdefault(f"decoder.layers.{name}", []).append(tensor)
-    padded = torch.zeros(12, WIDTH)
-    padded[:VOCABULARY] = hf["model.embed_tokens.weight"]
-    theirs = {name: torch.stack(found) for name, found in stacked.items()}
-    theirs |= {
-        "embedding.word_embeddings.weight": padded,
-        "decoder.final_layernorm.weight": hf["model.norm.weight"],
-        "output_layer.weight": hf["lm_head.weight"].bfloat16(),
-    }
-    return hf, theirs
+    for name, value in own.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(f"{family}.{name}", value)
+    writer.add_float32(f"{family}.rope.freq_base", a.rope_base)
+    writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", a.norm_eps)
+    tokens, kinds, merges = _byte_tokens()
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(1)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    layer = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "q_norm": "attn_q_norm"}
+    layer |= {"k_norm": "attn_k_norm", "out": "attn_output", "gate": "ffn_gate", "up": "ffn_up"}
+    layer |= {"down": "ffn_down", "attention_norm": "attn_norm", "feed_forward_norm": "ffn_norm"}
+    outer = {"embedding": "token_embd", "norm": "output_norm", "head": "output"}
+    given = {}
+    for path_, made in model.logical_layouts().items():
+        for piece in made.pieces:
+            words = piece.name.split(".")
+            weight = piece.of_local(model.get_parameter(path_).detach())
+            name = f"blk.{words[1]}.{layer[words[-2]]}" if words[0] == "blocks" else outer[words[0]]
+            if family == "llama" and words[-2] in "qk":
+                weight = _pairs(weight, a.head_dim)
+            data = weight.contiguous().numpy()
+            kind = gguf.GGMLQuantizationType.F32
+            if quantise is not None and data.ndim == 2:
+                kind = quantise
+                data = gguf.quants.quantize(data, kind)
+            given[piece.name] = gguf.quants.dequantize(data, kind)
+            writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return given
 
 
-def _write(folder):
-    """Save Megatron's tensors from two ranks, each with a half of one dimension or another."""
-    mesh = init_device_mesh("cpu", (2,))
-    state = {}
-    for name, tensor in _model()[1].items():
-        dim = tensor.dim() - 1 if "proj" in name or "fc2" in name else max(tensor.dim() - 2, 0)
-        part = tensor.chunk(2, dim)[dist.get_rank()]
-        state[name] = DTensor.from_local(part.contiguous(), mesh, [Shard(dim)])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save({**state, "step": {"iteration": 3}}, checkpoint_id=folder)
+def _run(*words):
+    return command.main([str(word) for word in words])
 
 
-def _names():
-    return gpt_names(heads=HEADS, kv_heads=KV, head_dim=HEAD, hidden=HIDDEN)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gguf_file_becomes_the_model_that_it_was_made_of(form, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = Decoder.create(FORMS[form], seed=3)
+    _write(tmp_path / "m.gguf", model)
+    assert _run(tmp_path / "m.gguf", tmp_path / "out") == 0
+    again = hf.load(tmp_path / "out")
+    assert again.architecture == model.architecture
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(270, (2, 12))
+    torch.testing.assert_close(peer(tokens).logits, model(tokens), atol=1e-5, rtol=0)
+    assert peer.generation_config.eos_token_id == 1
 
 
-def _read_cut(folder):
-    hf, _ = _model()
-    mesh = Mesh.build("tp4")
-    rank = mesh.rank
-    layouts, tensors = {}, {}
-    for name, tensor in hf.items():
-        part = rank % 2  # kv heads are fewer than ranks
-        if tensor.dim() == 1:
-            layouts[name] = whole(name, tensor.shape)
-        elif name.endswith(("down_proj.weight", "o_proj.weight")):  # columns, every fourth one
-            slices = ((0, tensor.shape[0], 1), (rank, tensor.shape[1], 4))
-            shape = (tensor.shape[0], tensor.shape[1] // 4)
-            layouts[name] = Layout(shape, (Piece(name, tuple(tensor.shape), slices, (0, 0)),))
-        elif name.endswith("v_proj.weight"):  # transposed, a half
-            slices = ((part * 4, part * 4 + 4, 1), (0, WIDTH, 1))
-            piece = Piece(name, tuple(tensor.shape), slices, (0, 0), transposed=True)
-            layouts[name] = Layout((WIDTH, 4), (piece,))
-        else:
-            each = -(-tensor.shape[0] // 4)
-            first, last = rank * each, min((rank + 1) * each, len(tensor))
-            layouts[name] = Layout((each, WIDTH), (rows(name, tensor.shape, first, last),))
-        tensors[name] = torch.full(layouts[name].shape, torch.nan)
-    read_megatron_checkpoint(folder, tensors, layouts, names=_names())
-    for name, layout in layouts.items():
-        (piece,) = layout.pieces
-        want = hf[name].bfloat16().float() if name == "lm_head.weight" else hf[name]
-        assert torch.equal(piece.of_local(tensors[name]), piece.of_logical(want)), name
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q4_0", "F16", "BF16"])
+def test_quantised_weights_are_numbers_again(kind, tmp_path):
+    model = Decoder.create(FORMS["llama"], seed=3)
+    quantise = getattr(gguf.GGMLQuantizationType, kind)
+    given = _write(tmp_path / "m.gguf", model, quantise)
+    _run(tmp_path / "m.gguf", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    expected = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind, torch.float32)
+    up = found["model.layers.1.mlp.up_proj.weight"]
+    assert up.dtype == expected
+    assert found["model.norm.weight"].dtype == torch.float32
+    assert np.array_equal(up.float(), given["blocks.1.feed_forward.gate_up.up.weight"])
+    key = _pairs(found["model.layers.1.self_attn.k_proj.weight"].float(), 16)
+    assert np.array_equal(key, given["blocks.1.attention.qkv.k.weight"])
+    again = hf.load(tmp_path / "out", dtype=torch.float32)
+    assert torch.isfinite(again(torch.arange(8)[None])).all()
 
 
-def test_a_checkpoint_of_two_ranks_is_read_by_four_to_the_bit(ranks, tmp_path):
-    ranks(2, _write, str(tmp_path / "saved"))
-    ranks(4, _read_cut, str(tmp_path / "saved"))
+def test_the_tokenizer_of_a_gguf_file_cuts_as_it_says(tmp_path):
+    from transformers import AutoTokenizer
+
+    _write(tmp_path / "m.gguf", Decoder.create(FORMS["tied"]))
+    _run(tmp_path / "m.gguf", tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokens = _byte_tokens()[0]
+
+    def cut(text):
+        return [tokens[n] for n in tokenizer(text)["input_ids"]]
+
+    assert cut("the the") == ["t", "he", "Ġthe"]
+    assert cut("12 12") == ["1", "2", "Ġ", "1", "2"]  # digits apart: the merge is never used
+    assert cut("a<|end|><user269>b\n\n") == ["a", "<|end|>", "<user269>", "b", "ĊĊ"]
+    for text in ("naïve 日本語 😀\n\t x", "\r\n  a  b ", ""):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|pad|>")
+    assert tokenizer.model_max_length == FORMS["tied"].max_positions
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert said == "hi<|end|>"
 
 
-def _one(tensors, folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dcp.save(tensors, checkpoint_id=str(folder), no_dist=True)
+def test_what_a_gguf_file_says_and_we_do_not_know_is_refused_by_name(tmp_path):
+    model = Decoder.create(FORMS["tied"])
+
+    def refusal(**changes):
+        path = tmp_path / "bad.gguf"
+        _write(path, model, **changes)
+        with pytest.raises(UserError) as caught:
+            _run(path, tmp_path / "out")
+        assert not list(tmp_path.glob("*out*"))
+        return str(caught.value)
+
+    said = refusal(**{"rope.scaling.type": "linear", "expert_count": 4})
+    assert "llama.rope.scaling.type='linear', llama.expert_count=4" in said
+    assert "llama.vocab_size=99" in refusal(vocab_size=99)
+    assert "of another shape: blk.0.ffn_gate.weight is (160, 64), must" in refusal(
+        feed_forward_length=128
+    )
+    assert "missing: blk.2.attn_norm.weight" in refusal(block_count=3)
+    with torch.no_grad():
+        model.blocks["1"].feed_forward.down.weight[3, 5] = float("nan")
+    assert "blk.1.ffn_down.weight in" in refusal()
 
 
-def test_what_is_missing_is_named(tmp_path):
-    _, theirs = _model()
-    name = "model.layers.1.mlp.up_proj.weight"
-    layouts = {"up": whole(name, (HIDDEN, WIDTH))}
-    tensors = {"up": torch.zeros(HIDDEN, WIDTH)}
-    with pytest.raises(ValueError, match=r"must have a file \.metadata; .* has none"):
-        read_megatron_checkpoint(tmp_path, tensors, layouts, names=_names())
-    _one({"output_layer.weight": theirs["output_layer.weight"]}, tmp_path / "a")
-    with pytest.raises(ValueError, match=r"must lie in one of mlp\.linear_fc1\.weight; the check"):
-        read_megatron_checkpoint(tmp_path / "a", tensors, layouts, names=_names())
-    _one({"decoder.layers.1.mlp.linear_fc1.weight": torch.ones(HIDDEN + 1, WIDTH)}, tmp_path / "b")
-    with pytest.raises(ValueError, match=r"88 elements of decoder.layers.1.mlp.linear_fc1.weight"):
-        read_megatron_checkpoint(tmp_path / "b", tensors, layouts, names=_names())
-    with pytest.raises(ValueError, match="no tensor for model.layers.N.x.weight"):
-        _names()("model.layers.0.x.weight")
+def test_a_file_that_is_no_gguf_or_not_whole_is_refused(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"PK\x03\x04 and so on")
+    with pytest.raises(UserError, match=r"it begins with b'PK"):
+        _run(path, tmp_path / "out")
+    with pytest.raises(UserError, match="does not exist: name a GGUF file"):
+        _run(tmp_path / "nowhere", tmp_path / "out")
+    _write(path, Decoder.create(FORMS["tied"]))
+    whole = path.read_bytes()
+    for size in (40, len(whole) // 2, len(whole) - 4000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="not a whole GGUF file"):
+            _run(path, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
 
 
-class _Evil:
-    def __reduce__(self):
-        return (eval, ("1 + 1",))
+@pytest.fixture
+def folder(tmp_path):
+    made = replace(mixtral.tiny(), vocabulary=270)
+    hf.save(Decoder.create(made, seed=3), tmp_path / "in", shard_bytes=100_000)
+    (tmp_path / "in" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    (tmp_path / "in" / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path / "in"
 
 
-def test_a_pickle_that_names_a_function_is_refused_and_not_run(tmp_path):
-    buffer = io.BytesIO()
-    torch.save(_Evil(), buffer)
-    with zipfile.ZipFile(io.BytesIO(buffer.getvalue())) as archive:
-        (name,) = [n for n in archive.namelist() if n.endswith("data.pkl")]
-        data = archive.read(name)
-    assert any(op.name == "REDUCE" for op, _, _ in pickletools.genops(data))
-    with pytest.raises(ValueError, match=r"x may hold plain .* the name .*eval: it is damaged"):
-        read(data, {"torch.Size"}, "x")
-    with pytest.raises(ValueError, match="it holds no pickle"):
-        read(b"\x80\x02}", set(), "x")
-    (tmp_path / ".metadata").write_bytes(data)
-    with pytest.raises(ValueError, match=r"\.metadata may hold plain data and known names alone"):
-        read_megatron_checkpoint(tmp_path, {}, {}, names=_names())
+def _tensors(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def test_a_folder_is_converted_and_everything_comes_along(folder, tmp_path):
+    before = _tensors(folder)
+    assert _run(folder, tmp_path / "one") == 0
+    after = _tensors(tmp_path / "one")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert _run(folder, tmp_path / "low", "--dtype", "bf16", "--shard-bytes", 50_000) == 0
+    low = _tensors(tmp_path / "low")
+    assert all(torch.equal(low[name], tensor.bfloat16()) for name, tensor in before.items())
+    assert len(list((tmp_path / "low").glob("*.safetensors"))) > 6
+    config = json.loads((tmp_path / "low" / "config.json").read_text())
+    assert config["torch_dtype"] == "bfloat16"
+    for name in ("generation_config.json", "chat_template.jinja"):
+        assert (tmp_path / "low" / name).read_bytes() == (folder / name).read_bytes()
+    with pytest.raises(UserError, match="low exists: weights are never overwritten"):
+        _run(folder, tmp_path / "low")
+
+
+def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
+    name = "model.layers.1.self_attn.o_proj.weight"
+    file = next(f for f in folder.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name][1, 2] = float("inf")
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{name} in .* must hold finite weights; 1 of"):
+        _run(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+    tensors[name][1, 2] = 0.0
+    save_file(tensors, file)
+    real, seen = command.Writer.write, SimpleNamespace(count=0)
+
+    def damage(writer, name, blocks):
+        seen.count += 1
+        real(writer, name, [b + 1 for b in blocks] if seen.count == 5 else blocks)
+
+    monkeypatch.setattr(command.Writer, "write", damage)
+    with pytest.raises(OSError, match="does not hold .* as it was written"):
+        _run(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_tokenizer_can_be_taken_from_elsewhere(folder, tmp_path):
+    (tmp_path / "tok").mkdir()
+    with pytest.raises(UserError, match="must hold a tokenizer"):
+        _run(folder, tmp_path / "out", "--tokenizer", tmp_path / "tok")
+    big = {"model": {"vocab": {"a": 0, "b": 270}}, "added_tokens": []}
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(big))
+    said = r"ids up to 270, which must be below the vocabulary of the model \(270\)"
+    with pytest.raises(UserError, match=said):
+        _run(folder, tmp_path / "out", "--tokenizer", tmp_path / "tok")
+    big["model"]["vocab"]["b"] = 269
+    (tmp_path / "tok" / "tokenizer.json").write_text(json.dumps(big))
+    _run(folder, tmp_path / "out", "--tokenizer", tmp_path / "tok")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    shutil.rmtree(tmp_path / "out")
