@@ -10,9 +10,9 @@ from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
 from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.expert import Experts, record_routing
-from warploom.recipes.plan.tracker import track
 
 from ..plan.memory import activations
+from ..plan.tracker import track
 from . import traffic
 from .plan import Case
 
