@@ -44,7 +44,8 @@ BY_KIND = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": PLAIN,
 }
-GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 10, "sliding_window": 5}
+GEMMA = {"head_dim": 12, "query_pre_attn_scalar": 40, "sliding_window": 5}
+OPEN = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 16}
 MAMBA = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_n_groups": 2, "mamba_d_state": 6}
 CASES = {
     "llama": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
@@ -56,7 +57,7 @@ CASES = {
     "qwen3": ("Qwen3", {"head_dim": 12, "attention_bias": True}),
     "gpt2": ("GPT2", {"n_inner": 40}),
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
-    "gemma2, open": ("Gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2, open": ("Gemma2", OPEN),
     "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 7, "rope_parameters": BY_KIND}),
     "bamba": ("Bamba", {**MAMBA, "mamba_n_groups": 1}),
     "bamba, groups": ("Bamba", {**MAMBA, "attention_bias": True, "mlp_bias": True}),
@@ -81,12 +82,12 @@ def _peer(name, changes):
     text = "Text" if name == "Gemma3" else ""
     config = getattr(t, f"{name}{text}Config")(**sizes | changes)
     config._attn_implementation = "eager"
+    torch.manual_seed(11)  # as many float32 digits are lost each time
     made = getattr(t, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")(config)
-    g = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in made.parameters():
-            near = 0.3 if p.dim() == 1 else 0.17
-            p.add_(near * torch.randn(p.shape, generator=g))
+            near = 0.3 if p.dim() == 1 else 0.15
+            p.add_(near * torch.randn(p.shape))
     return made.eval()
 
 
@@ -369,7 +370,8 @@ def test_the_embedding_scale_is_rounded_as_the_weights(tmp_path):
 MESH = {"width": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "hidden": 24, "vocabulary": 37}
 MESH |= {"max_positions": 16}
 SMALL = {module.FAMILY.model_type: replace(module.tiny(), **MESH) for module in MODULES}
-SMALL |= {name: replace(SMALL[name], window=3) for name in ("gemma2", "gemma3_text")}
+WINDOW = {"window": 3, "layers": 2, "kinds": ("sliding", "full")}
+SMALL |= {name: replace(SMALL[name], **WINDOW) for name in ("gemma2", "gemma3_text")}
 
 
 def _mesh_equals_one_process(text, names, options):
@@ -383,7 +385,7 @@ PROOFS = [
     pytest.param("tp4", tuple(SMALL), {"recompute": "full"}, marks=pytest.mark.slow),
     pytest.param("pp2", ("gpt2", "gemma2"), {"schedule": "1f1b"}, marks=pytest.mark.slow),
     pytest.param("tp2,pp2", ("olmo2",), {"schedule": "1f1b"}, marks=pytest.mark.slow),
-    pytest.param("cp2", ("gpt2", "qwen2", "olmo2"), {}, marks=pytest.mark.slow),
+    pytest.param("cp2", tuple(SMALL), {}, marks=pytest.mark.slow),
 ]
 
 
