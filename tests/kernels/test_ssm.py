@@ -75,6 +75,11 @@ def test_float32_is_as_exact_as_float32_and_strong_decay_stays_finite(sequential
         got.square().sum().backward()
         assert mine[2].grad.isfinite().all()
         assert last.dtype == torch.float32
+    rounded[0][4], rounded[1][4] = 0, 1e4  # what comes after a reset is not lost in its size
+    front = [t.double() for t in rounded[:5]]
+    want, _ = state_space_scan(*front, bounds((TOKENS,)))
+    got, _ = state_space_scan(*rounded[:5], bounds((TOKENS,)), sequential=sequential)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
     half = [t.bfloat16() for t in rounded[:5]]
     y, last = state_space_scan(*half, bounds(LENGTHS))
     assert y.dtype == torch.bfloat16

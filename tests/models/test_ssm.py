@@ -134,8 +134,11 @@ def test_chunks_through_slots_give_the_logits_of_the_whole():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_token_by_token_generation_has_the_bits_of_training(threads):
     torch.manual_seed(0)
-    model = Decoder.create(replace(SIZES, ssm=StateSpace(heads=16, head_dim=24, state=40)))
+    model = Decoder.create(replace(SIZES, ssm=StateSpace(heads=15, head_dim=23, state=35)))
     mixer = model.blocks["0"].attention
+    mixer.d.zero_()  # the state alone, and much of it
+    mixer.dt_bias.fill_(1)
+    mixer.conv_weight.mul_(50)
     lengths = [sum(counts) for counts in zip(*PLAN, strict=True)]
     width = mixer.in_proj.weight.shape[0]
     rows = [torch.randn(n, width) for n in lengths]
@@ -150,7 +153,7 @@ def test_token_by_token_generation_has_the_bits_of_training(threads):
             got = _cached(model, rows, mixer.mix, PLAN)
             for found, wanted in zip(got, want, strict=True):
                 assert torch.equal(found, wanted) or not sequential
-                torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     finally:
         torch.set_num_threads(before)
 
