@@ -50,9 +50,6 @@ class StateSpaceMixer(nn.Module):
         context: Not read.
         fp8: How both projections are rounded to FP8; `None` multiplies in the model's dtype.
 
-    Attributes:
-        sequential: Whether the scan goes token by token, for the same bits in any batch.
-
     Raises:
         ValueError: If the tensor-parallel size does not divide the heads, or neither divides the
             groups nor is a multiple of them; if the context-parallel size does not divide the heads
@@ -81,7 +78,7 @@ class StateSpaceMixer(nn.Module):
         super().__init__()
         assert a.ssm is not None
         self.sizes, self.layer, self.eps, self.group = a.ssm, layer, a.norm_eps, group
-        self.ring, self.ulysses, self.sequential = ring, ulysses, False
+        self.ring, self.ulysses = ring, ulysses
         heads, groups, width = a.ssm.heads, a.ssm.groups, a.ssm.heads * a.ssm.head_dim
         rank, ranks = place(group)
         if heads % ranks or (groups % ranks and ranks % groups):
@@ -211,8 +208,7 @@ class StateSpaceMixer(nn.Module):
         )
         dt = softplus(dt[..., 0] + self.dt_bias[own].to(dtype))
         decay = -self.a_log[own].to(dtype).exp()
-        how = {"initial_NHPM": start[1], "sequential": self.sequential}
-        y, state = state_space_scan(x, dt, decay, b, c, ends, **how)
+        y, state = state_space_scan(x, dt, decay, b, c, ends, initial_NHPM=start[1])
         return y + self.d[own, None].to(dtype) * x, inputs, state
 
     def _across(self, xdt: Tensor, bc: Tensor, split: Split) -> Tensor:

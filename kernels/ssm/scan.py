@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..invariant import invariant
 from ..library import wide
 
 CHUNK = 64
@@ -100,8 +101,8 @@ def state_space_scan(
         cu_seqlens: Where documents start, and the end: `[N + 1]`, int32.
         initial_NHPM: State before each document `[N, H, P, M]`; `None` for zeros.
         chunk: Tokens Q of a chunk.
-        sequential: Whether every token is a step by itself, as where no document has two: slow,
-            for bits that do not depend on the rest of the batch.
+        sequential: Whether every token is a step by itself, as in `batch_invariant()` and where no
+            document has two: slow, for bits that do not depend on the rest of the batch.
 
     Returns:
         y `[T, H, P]` in the dtype of `x_THP`, and the last states `[N, H, P, M]` in float32, or
@@ -124,7 +125,7 @@ def state_space_scan(
     dtype = wide(x_THP.dtype)
     x, dt, a, b, c = (t.to(dtype) for t in (x_THP, dt_TH, a_H, b_TGM, c_TGM))
     longest = int(cu_seqlens.diff().max()) if shape[0] else 0
-    single = sequential or longest <= 1
+    single = sequential or invariant() or longest <= 1
     plan = _plan(cu_seqlens, 1 if single else min(chunk, longest), x.device)
     start = x.new_zeros(shape) if initial_NHPM is None else initial_NHPM.to(dtype)[plan.order]
     run = _token_by_token if single else _in_chunks
