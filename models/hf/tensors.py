@@ -106,7 +106,7 @@ def _finite(block: Tensor) -> bool:
     """Whether no exponent is all ones: on this thread alone, while the block is in its cache."""
     kind = np.dtype(f"u{block.element_size()}")
     infinite = torch.tensor([float("inf")], dtype=block.dtype).view(torch.uint8).numpy().view(kind)
-    bits = block.reshape(-1).view(torch.uint8).numpy().view(kind)
+    bits = block.contiguous().view(-1).view(torch.uint8).numpy().view(kind)
     sign = kind.type(np.iinfo(kind).max >> 1)
     parts = (bits[at : at + _CHECKED] for at in range(0, len(bits), _CHECKED))
     return all((part & sign).max() < infinite for part in parts)
