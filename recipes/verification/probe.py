@@ -1,5 +1,6 @@
 """One micro-batch through the stages of a rank, without its pipeline: what travels, what stays."""
 
+import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
@@ -11,7 +12,7 @@ from warploom.parallel.collectives import Call, observed
 from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.expert import Experts, record_routing
 
-from ..plan.memory import activations
+from ..plan.memory import activations, is_exact
 from ..plan.tracker import track
 from . import traffic
 from .plan import Case
@@ -73,7 +74,7 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
     A collective call. Rows that experts serve are the router's decision: they are counted here.
 
     Returns:
-        Bytes on this rank.
+        Bytes on this rank; NaN for what is predicted for a plain decoder alone.
     """
     served: list[int] = []
     with ExitStack() as stack:
@@ -108,4 +109,4 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         documents=documents,
         rows=list(zip(sent, served, strict=True)),
     )
-    return float(held), float(wanted)
+    return float(held), float(wanted) if is_exact(case.architecture) else math.nan

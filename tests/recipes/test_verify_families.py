@@ -1,0 +1,43 @@
+"""`warploom verify` proves every family on a mesh that uses every axis that it has."""
+
+import json
+
+import pytest
+
+from warploom.models.families import (
+    bamba,
+    deepseek_v2,
+    deepseek_v3,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)
+from warploom.recipes import verify
+
+DENSE = (llama, qwen2, qwen3, gpt2, gemma2, gemma3, olmo2, bamba)
+ROUTED = (mixtral, qwen2_moe, qwen3_moe, gpt_oss, deepseek_v2, deepseek_v3)
+
+
+def _folder(family, path):
+    (path / "config.json").write_text(json.dumps(family.FAMILY.config(family.tiny())))
+    return str(path)
+
+
+def _name(family):
+    return family.__name__.rpartition(".")[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [*DENSE, *ROUTED], ids=_name)
+def test_every_axis_at_once(family, tmp_path, capsys):
+    mesh = "tp2,pp2,cp2" + (",ep4" if family in ROUTED else "")
+    assert verify.main([_folder(family, tmp_path), "--mesh", mesh]) == 0, capsys.readouterr().out
+    assert "proven" in capsys.readouterr().out
