@@ -129,7 +129,7 @@ def train(
     one = Subject(model, made, optimizer, batches, case.clip, case.parallel.zero, table)
     gradients: dict[str, Tensor] = {}
     flows = {"embedding": 0.0}
-    for n in range(case.architecture.layers):
+    for n in range(case.architecture.layers + case.architecture.predict):
         flows |= {f"blocks.{n}.attention": 0.0, f"blocks.{n}.feed_forward": 0.0}
     _watch(model, gradients, flows)
     inner = optimizer.step

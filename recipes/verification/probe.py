@@ -86,6 +86,8 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         chosen = stack.enter_context(record_routing())
         _run(model, batch, backward=False)
         held = seen.highest["activations"]
+    if not is_exact(case.architecture):
+        return float(held), math.nan
     sent = [int((indices >= 0).sum()) for indices in chosen]
     d = case.degrees
     tokens, total = _tokens(model, batch), batch.tokens.numel()
@@ -109,4 +111,4 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         documents=documents,
         rows=list(zip(sent, served, strict=True)),
     )
-    return float(held), float(wanted) if is_exact(case.architecture) else math.nan
+    return float(held), float(wanted)
