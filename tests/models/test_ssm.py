@@ -138,17 +138,21 @@ def test_generation_has_the_bits_of_training_in_the_invariant_mode(threads):
     mixer = model.blocks["0"].attention
     mixer.d.zero_()  # the state alone, and much of it
     mixer.dt_bias.fill_(1)
-    for p in (mixer.in_proj.weight, mixer.conv_weight):
-        p.mul_(50)
+    mixer.conv_weight.mul_(50)
     lengths = [sum(counts) for counts in zip(*PLAN, strict=True)]
+    sizes = torch.tensor(lengths, dtype=torch.int32)
+    whole = sequences((1, sum(lengths)), sizes, SIZES, mesh=None)
     rows = [torch.randint(11, (n,)) for n in lengths]
+    inside = [torch.randn(n, len(mixer.in_proj.weight)) for n in lengths]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with batch_invariant():
-            want = model(torch.cat(rows)[None], torch.tensor(lengths, dtype=torch.int32))[0]
+            want = [*model(torch.cat(rows)[None], sizes)[0].split(lengths)]
+            want += mixer.mix(torch.cat(inside), whole).split(lengths)
             got = _cached(model, rows, lambda x, at: model.logits(model.advance(x, at)), PLAN)
-        for found, wanted in zip(got, want.split(lengths), strict=True):
+            got += _cached(model, inside, mixer.mix, PLAN)
+        for found, wanted in zip(got, want, strict=True):
             assert torch.equal(found, wanted)
     finally:
         torch.set_num_threads(before)
