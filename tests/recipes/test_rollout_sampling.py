@@ -10,7 +10,7 @@ from transformers.generation import logits_process as oracle
 
 from warploom.kernels.loss import linear_log_probs
 from warploom.recipes.errors import UserError
-from warploom.recipes.rollout import Sampling
+from warploom.recipes.rollout import Sampling, sampling
 from warploom.recipes.rollout.sampling import draw, floors, uniform
 
 CHOICES = st.builds(
@@ -139,12 +139,15 @@ def test_logits_that_are_not_finite_are_refused(wrong):
             draw(logits, [Sampling(temperature=temperature)] * 2, [(0, 0)] * 2)
 
 
-def test_masked_logits_are_never_drawn():
+def test_masked_logits_are_never_drawn(monkeypatch):
     logits = torch.full((1, 50), -math.inf)
     logits[0, 17] = 1.0
     logits[0, 3] = 1.0
     drawn = {draw(logits, [Sampling(seed=n)], [(0, 0)])[0].id for n in range(40)}
     assert drawn == {3, 17}
+    for number, wanted in ((0.0, 3), (1 - 2.0**-53, 17)):
+        monkeypatch.setattr(sampling, "uniform", lambda *_, n=number: n)
+        assert draw(logits, [Sampling()], [(0, 0)])[0].id == wanted
 
 
 @pytest.mark.parametrize(
