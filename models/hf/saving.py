@@ -1,7 +1,7 @@
 """A decoder to a folder, which is read again before it gets its name."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial as bound
 from pathlib import Path
 
@@ -74,18 +74,23 @@ def save(
 
     checks = (bound(_compare, model, partial), bound(_probe, model, partial))
     tensors = bound(_write_tensors, model, family, partial, shard_bytes)
+    try:
+        for step in (begin, tensors, *(checks if check else ()), finish):
+            _together(step, final, _world(model))
+    finally:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _together(step: Callable[[], None], final: Path, world: Group) -> None:
+    """Run a step on every rank; raise on all where one fails."""
     error: OSError | ValueError | None = None
-    failures: list[str] = []
-    for step in (begin, tensors, *(checks if check else ()), finish):
-        try:
-            step()
-        except (OSError, ValueError) as failed:  # the other ranks are about to gather
-            error = failed
-        said = "" if error is None else f"{type(error).__name__}: {error}"
-        if failures := [text for text in gather_json(said, _world(model)) if text]:
-            break
-    if writes:
-        shutil.rmtree(partial, ignore_errors=True)
+    try:
+        step()
+    except (OSError, ValueError) as failed:  # the other ranks are about to gather
+        error = failed
+    said = "" if error is None else f"{type(error).__name__}: {error}"
+    failures = [text for text in gather_json(said, world) if text]
     if error is not None:
         raise error
     if failures:
