@@ -78,14 +78,16 @@ FAMILY = Family(
 )
 
 
-def _gemma2(
-    layers: int, width: int, heads: int, kv_heads: int, hidden: int, **outer: Any
-) -> Architecture:
-    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
-    given = {"head_dim": 256, "vocabulary": 256_000, "max_positions": 8192, "window": 4096, **outer}
-    given = {"attention_scale": 256**-0.5, "embedding_scale": width**0.5, **PLAIN, **given}
+def gemma(*sizes: int, **others: Any) -> Architecture:
+    """Return an architecture with what all Gemmas share, and a window of 4096."""
+    given = {"head_dim": 256, "max_positions": 8192, "window": 4096, **PLAIN, **others}
+    given = {"attention_scale": 256**-0.5, "embedding_scale": sizes[1] ** 0.5, **given}
+    return llama.sized(*sizes, **given, norm_eps=1e-6, tied=True)
+
+
+def _gemma2(*sizes: int, **outer: Any) -> Architecture:
     kinds: dict[str, Any] = {"kinds": ("sliding", "full"), "softcap": 50.0, "logit_softcap": 30.0}
-    return Architecture(**sizes, **given, **kinds, hidden=hidden, norm_eps=1e-6, tied=True)
+    return gemma(*sizes, **{"vocabulary": 256_000, **outer}, **kinds)
 
 
 def tiny() -> Architecture:

@@ -44,15 +44,10 @@ FAMILY = Family(
 )
 
 
-def _gemma3(
-    layers: int, width: int, heads: int, kv_heads: int, hidden: int, **outer: Any
-) -> Architecture:
-    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
-    given: dict[str, Any] = {"head_dim": 256, "vocabulary": 262_208, "max_positions": 131_072}
-    given |= {"rope_scaling": Linear(8.0), "window": 1024, "attention_scale": 256**-0.5, **outer}
-    sizes |= {"kinds": ("sliding",) * 5 + ("full",), "rope_base": 1e6, "sliding_rope_base": 1e4}
-    sizes |= {"hidden": hidden, "norm_eps": 1e-6, "embedding_scale": width**0.5, "tied": True}
-    return Architecture(**sizes, **given, **_PLAIN)
+def _gemma3(*sizes: int, **outer: Any) -> Architecture:
+    given: dict[str, Any] = {"vocabulary": 262_208, "max_positions": 131_072, "window": 1024}
+    given |= {"rope_scaling": Linear(8.0), "rope_base": 1e6, "sliding_rope_base": 1e4, **outer}
+    return gemma2.gemma(*sizes, **given, kinds=("sliding",) * 5 + ("full",), qk_norm="head")
 
 
 def tiny() -> Architecture:

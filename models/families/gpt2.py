@@ -11,22 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ..architecture import Architecture
-from .family import Config, Family
+from . import llama
+from .family import Family
 
 _DROPPED = MappingProxyType({"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0})
 _SUMMARY = ("activation", "first_dropout", "proj_to_labels", "type", "use_proj")
-_PLAIN: dict[str, Any] = {
-    "positions": "learned",
-    "norm": "layer",
-    "activation": "gelu",
-    "qkv_bias": True,
-    "out_bias": True,
-    "mlp_bias": True,
-}
-
-
-def _head_dim(config: Config) -> dict[str, Any]:
-    return {"head_dim": config["n_embd"] // config["n_head"]}
+_BIASES = dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias"), True)
+_PLAIN: dict[str, Any] = {"positions": "learned", "norm": "layer", "activation": "gelu", **_BIASES}
 
 
 _H = "transformer.h.*"
@@ -80,7 +71,7 @@ FAMILY = Family(
     },
     ignored=("n_ctx", *_DROPPED, *(f"summary_{name}" for name in _SUMMARY)),
     rope="",
-    read=_head_dim,
+    read=lambda config: {"head_dim": config["n_embd"] // config["n_head"]},
     write=lambda architecture: dict(_DROPPED),
     prefix="transformer.",
     skipped=(".attn.bias", ".attn.masked_bias"),
@@ -88,9 +79,8 @@ FAMILY = Family(
 
 
 def _gpt2(layers: int, width: int, heads: int, **outer: Any) -> Architecture:
-    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": heads}
     outer = {"vocabulary": 50_257, "max_positions": 1024, "tied": True, **_PLAIN, **outer}
-    return Architecture(**sizes, head_dim=width // heads, hidden=4 * width, **outer)
+    return llama.sized(layers, width, heads, heads, 4 * width, **outer)
 
 
 def tiny() -> Architecture:

@@ -70,37 +70,36 @@ FAMILY = Family(
 )
 
 
-def _llama(
-    layers: int, width: int, heads: int, kv_heads: int, hidden: int, **outer: Any
-) -> Architecture:
-    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
-    return Architecture(**sizes, **outer, head_dim=width // heads, hidden=hidden)
+def sized(*sizes: int, **others: Any) -> Architecture:
+    """Return an architecture of five sizes; a head is as wide as there is room for."""
+    given = dict(zip(("layers", "width", "heads", "kv_heads", "hidden"), sizes, strict=True))
+    return Architecture(**{"head_dim": given["width"] // given["heads"], **given, **others})
 
 
 def tiny() -> Architecture:
     """Return a model of a tenth of a million parameters, for tests and for a first look."""
-    return _llama(2, 64, 4, 2, 160, vocabulary=256, max_positions=512, tied=True)
+    return sized(2, 64, 4, 2, 160, vocabulary=256, max_positions=512, tied=True)
 
 
 def llama2_7b() -> Architecture:
     """Return Llama 2 7B: 6,738,415,616 parameters."""
-    return _llama(32, 4096, 32, 32, 11008, vocabulary=32_000, max_positions=4096)
+    return sized(32, 4096, 32, 32, 11008, vocabulary=32_000, max_positions=4096)
 
 
 def llama2_13b() -> Architecture:
     """Return Llama 2 13B: 13,015,864,320 parameters."""
-    return _llama(40, 5120, 40, 40, 13824, vocabulary=32_000, max_positions=4096)
+    return sized(40, 5120, 40, 40, 13824, vocabulary=32_000, max_positions=4096)
 
 
 def llama2_70b() -> Architecture:
     """Return Llama 2 70B: 68,976,648,192 parameters."""
-    return _llama(80, 8192, 64, 8, 28672, vocabulary=32_000, max_positions=4096)
+    return sized(80, 8192, 64, 8, 28672, vocabulary=32_000, max_positions=4096)
 
 
 def llama3_8b() -> Architecture:
     """Return Llama 3 8B: 8,030,261,248 parameters."""
     outer = {"vocabulary": 128_256, "max_positions": 8192, "rope_base": 500_000.0}
-    return _llama(32, 4096, 32, 8, 14336, **outer)
+    return sized(32, 4096, 32, 8, 14336, **outer)
 
 
 def llama3_70b() -> Architecture:
@@ -148,7 +147,7 @@ def llama3_3_70b() -> Architecture:
 def smollm2_135m() -> Architecture:
     """Return SmolLM2 135M: 134,515,008 parameters, tied embeddings."""
     outer = {"vocabulary": 49_152, "max_positions": 8192, "rope_base": 100_000.0}
-    return _llama(30, 576, 9, 3, 1536, **outer, tied=True)
+    return sized(30, 576, 9, 3, 1536, **outer, tied=True)
 
 
 def smollm2_360m() -> Architecture:

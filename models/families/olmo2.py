@@ -31,10 +31,9 @@ def tiny() -> Architecture:
     return replace(llama.tiny(), tied=False, **_PLAIN)
 
 
-def _olmo2(layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> Architecture:
-    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
-    sizes |= {"head_dim": 128, "hidden": hidden, "vocabulary": 100_352, "max_positions": 4096}
-    return Architecture(**sizes, **_PLAIN, rope_base=500_000.0, norm_eps=1e-6)
+def _olmo2(*sizes: int) -> Architecture:
+    outer = {"vocabulary": 100_352, "max_positions": 4096, "rope_base": 500_000.0, **_PLAIN}
+    return llama.sized(*sizes, **outer, norm_eps=1e-6)
 
 
 def olmo2_1b() -> Architecture:

@@ -28,13 +28,9 @@ def tiny() -> Architecture:
     return replace(llama.tiny(), qkv_bias=True)
 
 
-def _qwen2_5(
-    layers: int, width: int, heads: int, kv_heads: int, hidden: int, **outer: Any
-) -> Architecture:
-    sizes: dict[str, Any] = {"layers": layers, "width": width, "heads": heads, "kv_heads": kv_heads}
+def _qwen2_5(*sizes: int, **outer: Any) -> Architecture:
     given = {"vocabulary": 152_064, "max_positions": 131_072, "norm_eps": 1e-5, **outer}
-    sizes |= {"head_dim": width // heads, "hidden": hidden, "rope_base": 1e6, "qkv_bias": True}
-    return Architecture(**sizes, **given)
+    return llama.sized(*sizes, **given, rope_base=1e6, qkv_bias=True)
 
 
 def _small(*sizes: int) -> Architecture:

@@ -59,15 +59,9 @@ def tiny() -> Architecture:
 
 
 def _qwen3(layers: int, width: int, heads: int, hidden: int, *, tied: bool) -> Architecture:
-    sizes: dict[str, Any] = {
-        "layers": layers,
-        "width": width,
-        "heads": heads,
-        "kv_heads": 8,
-        "hidden": hidden,
-    }
     outer: dict[str, Any] = {"rope_base": 1e6, "norm_eps": 1e-6, "qk_norm": "head", "tied": tied}
-    return Architecture(**sizes, **outer, head_dim=128, vocabulary=151_936, max_positions=40_960)
+    outer |= {"head_dim": 128, "vocabulary": 151_936, "max_positions": 40_960}
+    return llama.sized(layers, width, heads, 8, hidden, **outer)
 
 
 def qwen3_0_6b() -> Architecture:
