@@ -270,6 +270,8 @@ def step(
             gathers = math.nan  # the first step also gathers who owns which matrix
         theory.add(group, SCATTER, "", math.nan, scatters * sent)
         theory.add(group, GATHER, "", math.nan, gathers * sent)
+    if case.optimizer == "muon":  # who owns which matrix is asked of the experts' ranks too
+        theory.add(mesh.edp, GATHER, "", math.nan, math.nan)
     return dict(theory.found)
 
 

@@ -41,3 +41,9 @@ def test_every_axis_at_once(family, tmp_path, capsys):
     mesh = "tp2,pp2,cp2" + (",ep4" if family in ROUTED else "")
     assert verify.main([_folder(family, tmp_path), "--mesh", mesh]) == 0, capsys.readouterr().out
     assert "proven" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_muon_asks_the_experts_ranks_who_owns_what(tmp_path, capsys):
+    words = [_folder(llama, tmp_path), "--mesh", "tp2,dp2", "--optimizer", "muon"]
+    assert verify.main(words) == 0, capsys.readouterr().out
