@@ -185,8 +185,9 @@ class Reader:
     def _fill(self, space: Tensor, entry: Entry, hull: list[tuple[int, int]]) -> None:
         """Read a box of a tensor, one stretch of neighbours in the file after the other."""
         if entry.file not in self._open:
-            self._open[entry.file] = os.open(entry.file, os.O_RDONLY)
-            self._stack.callback(os.close, self._open[entry.file])
+            handle = os.open(entry.file, os.O_RDONLY)  # of threads, several may: all are closed
+            self._stack.callback(os.close, handle)
+            self._open[entry.file] = handle
         raw = space.view(torch.uint8).numpy().data
         size, done = space.element_size(), 0
         for start, length in _stretches(entry.shape or (1,), hull):

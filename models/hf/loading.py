@@ -1,17 +1,22 @@
 """A decoder from a folder."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from warploom.parallel.mesh import Mesh
+from warploom.parallel.sharding import Slice
 
 from ..decoder import Decoder
-from .files import DTYPES, Reader
+from .files import DTYPES, Entry, Reader
 from .tensors import checked, held, refuse_nan, stored_dtype, targets
 from .texts import architecture, check_tokenizer
+
+_THREADS = 2  # one waits for the disk or for pages of memory, one looks for NaN
 
 
 def load(
@@ -60,11 +65,18 @@ def load_into(model: Decoder, folder: str | Path) -> None:
         covered = sum(math.prod(piece.sizes) for piece in layout.pieces)
         if covered < tensor.numel():
             tensor.zero_()  # padding
-    with Reader() as reader:
-        for name, entry, piece, target in targets(model, found):
-            own = target.is_contiguous() and target.device.type == "cpu" and not entry.scales
-            own &= target.dtype == DTYPES[entry.kind] and all(s[2] == 1 for s in piece)
-            for rows, block in reader.blocks(entry, piece, target if own else None):
-                refuse_nan(block, name, entry)
-                if not own:
-                    target[rows if entry.shape else ...].copy_(block)
+    with Reader() as reader, ThreadPoolExecutor(_THREADS) as pool:
+        for _ in pool.map(lambda item: _fill(reader, *item), targets(model, found)):
+            pass  # the first error is raised
+
+
+def _fill(
+    reader: Reader, name: str, entry: Entry, slices: tuple[Slice, ...], target: Tensor
+) -> None:
+    """Read a slice of a stored tensor into a view of the model, straight where it can be."""
+    own = target.is_contiguous() and target.device.type == "cpu" and not entry.scales
+    own &= target.dtype == DTYPES[entry.kind] and all(s[2] == 1 for s in slices)
+    for rows, block in reader.blocks(entry, slices, target if own else None):
+        refuse_nan(block, name, entry)
+        if not own:
+            target[rows if entry.shape else ...].copy_(block)
