@@ -74,7 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     talk = asked.chat and not asked.prompt and sys.stdin.isatty()
     prompts = asked.prompt or (() if talk else (sys.stdin.read(),))
     given = [speak(prompt) for prompt in prompts]
-    engine = _engine(asked, codec, max(1, len(given) * asked.sampling.n))
+    engine = load_engine(
+        asked.folder,
+        codec,
+        dtype=asked.dtype,
+        device=asked.device,
+        pages=asked.pages,
+        max_sequences=min(max(1, len(given) * asked.sampling.n), _MOST),
+    )
     try:
         if talk:
             _talk(engine, codec, asked)
@@ -91,31 +98,54 @@ def _asked(words: list[str]) -> Generate:
     options: dict[str, Any] = {"prog": "warploom generate", "description": __doc__, "args": words}
     with unboxed():
         asked: Generate = tyro.cli(Generate, **options)
-        default = Generate(folder=asked.folder, sampling=_sampling(asked.folder))
+        default = Generate(folder=asked.folder, sampling=folder_sampling(asked.folder))
         asked = tyro.cli(Generate, default=default, **options)
     if asked.system and not asked.chat:
         raise UserError(f"system ({asked.system!r:.40}) is what a chat begins with: add --chat")
     return asked
 
 
-def _sampling(folder: Path) -> Sampling:
-    """Return how a folder's generation_config.json would have tokens chosen."""
+def folder_sampling(folder: Path, *, temperature: float = 0.0) -> Sampling:
+    """Return how a folder's generation_config.json would have tokens chosen.
+
+    Args:
+        folder: Of Hugging Face's layout.
+        temperature: Where the file does not say that they are drawn.
+
+    Raises:
+        UserError: If it says what cannot be.
+    """
     config = read_json(folder / "generation_config.json")
     names = {"top_k", "top_p", "min_p", "temperature"} if config.get("do_sample") else set()
     said = {name: config[name] for name in names if config.get(name) is not None}
     try:
-        return Sampling(**{"temperature": float(bool(names)), "max_tokens": 256, **said})
+        temperature = 1.0 if names else temperature
+        return Sampling(**{"temperature": temperature, "max_tokens": 256, **said})
     except UserError as error:
         raise UserError(f"{folder}/generation_config.json: {error}") from None
 
 
-def _engine(asked: Generate, codec: Codec, samples: int) -> Engine:
+def load_engine(
+    folder: Path, codec: Codec, *, dtype: str | None, device: str, **options: Any
+) -> Engine:
+    """Return an engine of a folder's model.
+
+    Args:
+        folder: Of Hugging Face's layout.
+        codec: Its tokenizer.
+        dtype: Of weights and activations; `None` for the file's.
+        device: Where the model is.
+        **options: Of `Engine`.
+
+    Raises:
+        UserError: If the folder cannot be read, or the tokenizer is another model's.
+    """
     try:
-        dtype = None if asked.dtype is None else getattr(torch, asked.dtype)
-        model = hf.load(asked.folder, dtype=dtype, device=asked.device)
+        kind = None if dtype is None else getattr(torch, dtype)
+        model = hf.load(folder, dtype=kind, device=device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None
-    return Engine(model.eval(), codec, pages=asked.pages, max_sequences=min(samples, _MOST))
+    return Engine(model.eval(), codec, **options)
 
 
 def _speak(codec: Codec, asked: Generate) -> Callable[[str], list[int]]:

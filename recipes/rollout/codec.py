@@ -79,6 +79,11 @@ class Codec:
         text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
+    def spell(self, token: int) -> str:
+        """Return the text of one id, a special token's spelling too."""
+        text: str = self._backend.decode([token], skip_special_tokens=False)
+        return text
+
     @cached_property
     def chat(self) -> Chat:
         """The folder's chat template.

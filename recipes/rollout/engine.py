@@ -202,6 +202,7 @@ class Engine:
         self._cache = make_cache(model, pages=pages, **options)
         states = "ssm" in {a.kind(layer) for layer in range(a.layers)}
         self._pages = Pages(pages, page_size, shared=share_prefixes and not states)
+        self.longest = min(self.window, pages * page_size + 1)  # what is drawn last has no page
         self._scheduler = Scheduler(
             self._pages,
             slots=max_sequences,

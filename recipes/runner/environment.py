@@ -98,8 +98,8 @@ OPTIONAL = (
     ),
     Optional("text", "pyarrow", "pyarrow", "corpora in Parquet"),
     Optional("text", "zstandard", "zstandard", "corpora compressed by zstd"),
-    Optional("serve", "uvicorn", "uvicorn", "a model served over HTTP"),
-    Optional("serve", "starlette", "starlette", "a model served over HTTP"),
+    Optional("serve", "uvicorn", "uvicorn", "a model served over HTTP", used=True),
+    Optional("serve", "starlette", "starlette", "a model served over HTTP", used=True),
     Optional("docs", "mkdocs-material", "material", "this documentation, built", used=True),
     Optional(
         "bench",

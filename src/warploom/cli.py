@@ -89,6 +89,12 @@ def _generate(argv: list[str]) -> int:
     return generate.main(argv)
 
 
+def _serve(argv: list[str]) -> int:
+    from warploom.recipes import serve
+
+    return serve.main(argv)
+
+
 def _convert(argv: list[str]) -> int:
     from warploom.recipes.convert import command
 
@@ -121,6 +127,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "convert": Command("SOURCE TARGET", "weights as a Hugging Face folder", _convert),
         "tokens": Command("train|build|show ...", "a tokenizer or a token store", _tokens),
         "generate": Command("FOLDER [--chat] ...", "text from a model", _generate),
+        "serve": Command("FOLDER [--port ...] ...", "a model over HTTP, as OpenAI's", _serve),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
         "bench mup": Command("[--FLAG VALUE ...]", "muP's coordinate check", _bench_mup),
         "bench kernels": Command(
