@@ -104,7 +104,7 @@ class Service:
         """
         if self.api_key:
             word, _, key = headers.get("authorization", "").partition(" ")
-            same = hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+            same = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
             if word.lower() != "bearer" or not same:
                 raise Refusal(
                     401,

@@ -8,6 +8,7 @@ ends them too. Either way the process ends with exit code 0; with 1 where the en
 import asyncio
 import functools
 import socket
+import struct
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -39,7 +40,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Begin the deadline of the first header."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": transport.abort}
+        self.app_state = {**self.app_state, "abort": self._abort}
         if (own := transport.get_extra_info("socket")) is not None:
             own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._expect_header()
@@ -63,7 +64,7 @@ class Connection(H11Protocol):
         """Begin the deadline of a client that takes nothing."""
         super().pause_writing()
         if self._stall is None:
-            self._stall = self.loop.call_later(self._limits.stall_s, self.transport.abort)
+            self._stall = self.loop.call_later(self._limits.stall_s, self._abort)
 
     def resume_writing(self) -> None:
         """End the deadline of a client that took something."""
@@ -83,7 +84,7 @@ class Connection(H11Protocol):
         self._abort_later()
 
     def _abort_later(self) -> None:
-        self.loop.call_later(self._limits.stall_s, self.transport.abort)
+        self.loop.call_later(self._limits.stall_s, self._abort)
 
     def _expect_header(self) -> None:
         self._header = self.loop.call_later(self._limits.request_s, self._late)
@@ -91,7 +92,15 @@ class Connection(H11Protocol):
     def _late(self) -> None:
         self._header = None
         if self.cycle is None or self.cycle.response_complete:
-            self.transport.abort()
+            self.transport.close()
+            self._abort_later()
+
+    def _abort(self) -> None:
+        """Cut the connection; the system forgets too what it has not sent."""
+        own = self.transport.get_extra_info("socket")
+        if own is not None and own.fileno() >= 0:
+            own.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
 
 def _end(*timers: asyncio.TimerHandle | None) -> None:

@@ -32,7 +32,7 @@ TEMPLATE = """\
 """
 
 
-def make_folder(root, positions=400):
+def make_folder(root, positions=120):
     """A tiny model and a tokenizer, as a Hugging Face folder with a chat template."""
     tokenizer = train_bpe(["abc abc aab cab äöü €"] * 20, BPE(vocabulary=296))
     tokenizer.save(root / "tokenizer")
