@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from warploom.kernels.activation import swiglu
 from warploom.kernels.gemm import grouped_gemm, grouped_gemm_weight_gradient
+from warploom.kernels.invariant import sigmoid
 from warploom.kernels.library import first_derivative_only, wide
 
 from ..collectives import Group, place
@@ -45,7 +46,7 @@ class _Clamped(torch.autograd.Function):
         ctx.limit = limit
         gate, up = gate_up.to(wide(gate_up.dtype)).chunk(2, -1)
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return ((up + 1) * gate * torch.sigmoid(_ALPHA * gate)).to(gate_up.dtype)
+        return ((up + 1) * gate * sigmoid(_ALPHA * gate)).to(gate_up.dtype)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, None]:

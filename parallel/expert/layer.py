@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from warploom.kernels.invariant import sigmoid
 from warploom.kernels.library import wide
 
 from ..collectives import Group, join, place, reduce, split
@@ -84,7 +85,7 @@ class SharedGate(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Weigh the shared experts' result `y` of tokens `x`, both `[T/R, D]`."""
         z = linear(x, self.weight)
-        return y * torch.sigmoid(z.to(wide(z.dtype))).to(y.dtype)
+        return y * sigmoid(z.to(wide(z.dtype))).to(y.dtype)
 
 
 def _check_options(

@@ -11,29 +11,32 @@ from warploom.kernels.invariant import batch_invariant
 from warploom.models.architecture import Architecture
 from warploom.models.cache import Cache
 from warploom.models.decoder import Decoder
-from warploom.models.families import llama, mixtral, qwen3
+from warploom.models.families import (
+    bamba,
+    deepseek_v3,
+    gemma3,
+    gpt2,
+    gpt_oss,
+    llama,
+    mixtral,
+    qwen2_moe,
+)
 from warploom.parallel.mesh import Mesh
 
 SIZES = {"layers": 2, "width": 48, "heads": 6, "kv_heads": 3, "head_dim": 8, "hidden": 60}
 SIZES |= {"vocabulary": 90, "max_positions": 400}
-CASES = {
-    "llama": llama.tiny(),
-    "qwen3": qwen3.tiny(),
-    "mixtral": mixtral.tiny(),
-    "windows": Architecture(
-        **SIZES,
-        kinds=("sliding", "full"),
-        window=5,
-        softcap=3.0,
-        logit_softcap=9.0,
-        sinks=True,
-        norm_at="both",
-        activation="geglu",
-    ),
-    "positions": Architecture(
-        **SIZES, positions="learned", norm="layer", activation="gelu", qkv_bias=True, mlp_bias=True
-    ),
-}
+WINDOWS = Architecture(
+    **SIZES,
+    kinds=("sliding", "full"),
+    window=5,
+    softcap=3.0,
+    logit_softcap=9.0,
+    sinks=True,
+    norm_at="both",
+    activation="geglu",
+)
+MODULES = (bamba, deepseek_v3, gemma3, gpt2, gpt_oss, llama, mixtral, qwen2_moe)
+CASES = {"windows": WINDOWS} | {m.FAMILY.model_type: m.tiny() for m in MODULES}
 LENGTHS = (13, 5, 270)
 
 
@@ -63,7 +66,7 @@ def _ways(model, lengths=LENGTHS):
         counts = [min(1 + (7 * place[n] + n) % (5, 2, 91)[n], lengths[n] - place[n]) for n in live]
         tokens = [rows[n][place[n] : place[n] + c] for n, c in zip(live, counts, strict=True)]
         starts = torch.tensor([place[n] for n in live])
-        where = cache.step(starts, torch.tensor(counts), tables[live])
+        where = cache.step(starts, torch.tensor(counts), tables[live], torch.tensor(live))
         logits = model.logits(model.advance(torch.cat(tokens), where))
         for n, c, part in zip(live, counts, logits.split(counts), strict=True):
             paged[n].append(part)
@@ -74,7 +77,7 @@ def _ways(model, lengths=LENGTHS):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, torch.float32) for name in CASES), ("qwen3", torch.bfloat16)],
+    [*((name, torch.float32) for name in CASES), ("llama", torch.bfloat16)],
 )
 def test_company_chunks_and_pages_leave_no_trace(name, dtype):
     model = _model(name, dtype)
@@ -82,7 +85,7 @@ def test_company_chunks_and_pages_leave_no_trace(name, dtype):
         pairs = _ways(model)
     for n, (found, want) in enumerate(pairs):
         assert torch.equal(found, want), n
-    if name == "llama":  # and not by itself
+    if name == "llama" and dtype == torch.float32:  # and not by itself
         assert not all(torch.equal(*pair) for pair in _ways(model))
 
 
