@@ -349,7 +349,7 @@ class Engine:
         self._steps += 1
         return events + [self._take(sample, token) for sample, token in drawn]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _compute(self, planned: Sequence[tuple[Sample, int]]) -> list[tuple[_Running, Token]]:
         """Run the model over the planned tokens, and draw where a sample has no token left."""
         tokens: list[int] = []

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from warploom.kernels.invariant import batch_invariant
+from warploom.kernels.loss import cross_entropy_partials
 from warploom.models import families, hf
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import gather_json
@@ -90,6 +92,27 @@ def test_samples_do_not_depend_on_their_company():
     for n, prompt in enumerate(prompts()):
         alone = Engine(model("llama"), pages=40).generate([prompt], how)
         assert ids(alone) == ids(whole[4 * n : 4 * n + 4])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_invariant_mode_gives_the_trainers_bits(family, dtype):
+    made = Decoder(FAMILIES[family](), dtype=dtype)
+    made.load_state_dict(model(family).state_dict())
+    how = Sampling(max_tokens=8, n=2, seed=5, top_p=0.95)
+    with batch_invariant(), torch.no_grad():
+        sampled = Engine(made, pages=300).generate(prompts(), how)
+        small = Engine(made, pages=14, page_size=8, chunk=5, max_sequences=3)
+        for one, again in zip(sampled, small.generate(prompts(), how), strict=True):
+            assert (one.ids, one.logprobs) == (again.ids, again.logprobs)
+        assert small.stats.put_back > 0
+        rows = [[*c.prompt_ids, *c.ids] for c in sampled]
+        lengths = [len(row) for row in rows]
+        whole = made(torch.tensor([sum(rows, [])]), torch.tensor(lengths, dtype=torch.int32))[0]
+        for c, logits in zip(sampled, whole.split(lengths), strict=True):
+            before = logits[len(c.prompt_ids) - 1 : -1]
+            high, total, true = cross_entropy_partials(before, torch.tensor(c.ids))
+            assert (true - (high + total.log())).tolist() == list(c.logprobs)
 
 
 def on_two_ranks(family, how):

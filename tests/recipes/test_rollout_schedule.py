@@ -138,7 +138,7 @@ def test_equal_prompts_of_one_step_share_at_once():
 
 
 def test_running_samples_go_first_and_the_youngest_is_put_back():
-    made = engine(pages=5, page_size=4, max_sequences=4, chunk=8, share_prefixes=False)
+    made = engine(pages=4, page_size=4, max_sequences=4, chunk=16, share_prefixes=False)
     old, young = ([n] * 7 for n in (1, 2))
     made.add(old, Sampling(max_tokens=10))
     made.add(young, Sampling(max_tokens=10))
