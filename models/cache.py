@@ -21,12 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from warploom.kernels.rope import DynamicNtk
+
+from .architecture import Architecture
 from .block import Block
 from .paged import Paged
 from .sequences import Sequences, rotary_angles
 
 if TYPE_CHECKING:
     from .decoder import Decoder
+
+
+def longest(a: Architecture) -> int:
+    """Return how many tokens a cached sequence may have.
+
+    Under dynamic NTK scaling no more than in the pretraining: beyond, the angles of all keys change
+    with the length, and cached ones are already rotated.
+    """
+    scaling = a.rope_scaling
+    most = scaling.original if isinstance(scaling, DynamicNtk) else a.max_positions
+    return min(most, a.max_positions)
 
 
 class Cache:
@@ -56,6 +70,7 @@ class Cache:
                 f"({mesh.degree('pp')}) and cp ({mesh.degree('cp')}) out of the mesh"
             )
         self.architecture, self.size = model.architecture, model.size
+        self.longest = longest(model.architecture)
         self.pages, self.page_size, self.slots = pages, page_size, slots
         self.layers: dict[int, tuple[Tensor, ...]] = {}
         for n, block in model.blocks.items():
@@ -99,6 +114,11 @@ class Cache:
         places = pages.long() * self.page_size + (positions % self.page_size).to(tables.device)
         ends = torch.tensor([0, *accumulate(counts.tolist())], dtype=torch.int32)
         lengths = starts + counts
+        if (most := int(lengths.max())) > self.longest:
+            raise ValueError(
+                f"a sequence of {most} tokens must be at most {self.longest}: the model's "
+                f"positions, or where its angles would change with the length (dynamic NTK)"
+            )
         padding = -total % self.size
         paged = Paged(
             layers=self.layers,
@@ -112,7 +132,7 @@ class Cache:
         places_of = F.pad(positions, (0, padding)).to(device)
         return Sequences(
             batch=1,
-            angles=rotary_angles(places_of, self.architecture, int(lengths.max())),
+            angles=rotary_angles(places_of, self.architecture, most),
             positions=places_of,
             documents=F.pad(number, (0, padding), value=-1).to(device),
             count=len(counts),

@@ -100,40 +100,6 @@ def _scales(recipe: Fp8Recipe, rows: int, columns: int) -> int:
     return 4 * groups[recipe.scaling]
 
 
-def is_exact(a: Architecture) -> bool:
-    """Say whether `activations` is exact for an architecture, or counts it as a plain decoder's.
-
-    A norm after a block, a bias, a window's edges, a soft-cap, sinks, a latent, a state or a
-    further prediction keeps more than is counted.
-    """
-    plain = Architecture(
-        layers=a.layers,
-        width=a.width,
-        heads=a.heads,
-        kv_heads=a.kv_heads,
-        head_dim=a.head_dim,
-        hidden=a.hidden,
-        vocabulary=a.vocabulary,
-        max_positions=a.max_positions,
-    )
-    same: tuple[str, ...] = (
-        "kinds",
-        "positions",
-        "norm",
-        "norm_at",
-        "activation",
-        "qkv_bias",
-        "out_bias",
-    )
-    same += ("mlp_bias", "softcap", "sinks", "embedding_scale", "residual_scale", "logit_scale")
-    same += ("logit_softcap", "latent", "ssm", "predict", "rope_dim", "mup_base")
-    experts = a.experts is None or not (
-        a.experts.bias or a.experts.router_bias or a.experts.shared_gate or a.experts.clamp
-    )
-    regular = all(getattr(a, name) == getattr(plain, name) for name in same)
-    return regular and experts and a.qk_norm != "full"
-
-
 def activations(
     architecture: Architecture,
     tokens: int,

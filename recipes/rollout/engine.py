@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from warploom.models.cache import Cache
+from warploom.models.cache import Cache, longest
 
 from ..errors import UserError
 from .pages import Pages
@@ -195,7 +195,7 @@ class Engine:
                 raise UserError(f"{name} must be at least 1; got {size}")
         self.model, self.tokenizer = model, tokenizer
         a = model.architecture
-        self.window, self.vocabulary = int(a.max_positions), int(a.vocabulary)
+        self.window, self.vocabulary = longest(a), int(a.vocabulary)
         options = {"page_size": page_size, "slots": max_sequences}
         if pages is None:
             pages = pages_that_fit(model, make_cache, self.window, **options)

@@ -2,17 +2,19 @@
 
 import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import MISSING, fields
 
 import torch
 from torch import Tensor
 
+from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
 from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.expert import Experts, record_routing
 
-from ..plan.memory import activations, is_exact
+from ..plan.memory import activations
 from ..plan.tracker import track
 from . import traffic
 from .plan import Case
@@ -68,6 +70,12 @@ def _tokens(model: Decoder, batch: Batch) -> int:
     return shape[0] * (1 if model.mesh is None else model.mesh.degree("tp"))
 
 
+_COUNTED = {
+    *("rope_base", "rope_scaling", "sliding_rope_base", "norm_eps", "attention_scale", "tied"),
+    *("experts", "qk_norm", "predict_weight"),
+}
+
+
 def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
     """Return the bytes that a micro-batch saves for its backward, and what the cost model predicts.
 
@@ -86,7 +94,7 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         chosen = stack.enter_context(record_routing())
         _run(model, batch, backward=False)
         held = seen.highest["activations"]
-    if not is_exact(case.architecture):
+    if not _plain(case.architecture):
         return float(held), math.nan
     sent = [int((indices >= 0).sum()) for indices in chosen]
     d = case.degrees
@@ -112,3 +120,18 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         rows=list(zip(sent, served, strict=True)),
     )
     return float(held), float(wanted)
+
+
+def _plain(a: Architecture) -> bool:
+    """Say whether the saved bytes of an architecture are counted exactly: those of a plain decoder.
+
+    A norm after a block, a bias, a window's edges, a soft-cap, sinks, a latent, a state or a
+    further prediction keeps more than is counted.
+    """
+    uncounted = (f for f in fields(a) if f.default is not MISSING and f.name not in _COUNTED)
+    experts = a.experts is None or not (
+        a.experts.bias or a.experts.router_bias or a.experts.shared_gate or a.experts.clamp
+    )
+    return (
+        all(getattr(a, f.name) == f.default for f in uncounted) and experts and a.qk_norm != "full"
+    )

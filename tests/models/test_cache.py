@@ -1,8 +1,11 @@
 """Keys and values in pages: hidden states of a sequence in chunks are those of the whole pass."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from warploom.kernels.rope import DynamicNtk
 from warploom.models.architecture import Architecture
 from warploom.models.cache import Cache
 from warploom.models.decoder import Decoder
@@ -53,3 +56,12 @@ def test_chunks_through_pages_give_the_logits_of_the_whole(name):
                 place[n] += c
     for n in range(3):
         torch.testing.assert_close(torch.cat(got[n]), want[n], atol=1e-10, rtol=0)
+
+
+def test_a_sequence_longer_than_its_angles_are_made_for_is_refused():
+    a = replace(CASES["llama"], rope_scaling=DynamicNtk(2.0, original=16, length=16))
+    cache = Cache(Decoder.create(a), pages=4, page_size=8)
+    tables = torch.arange(4, dtype=torch.int32)[None]
+    cache.step(torch.tensor([0]), torch.tensor([16]), tables)
+    with pytest.raises(ValueError, match="a sequence of 17 tokens must be at most 16: the model"):
+        cache.step(torch.tensor([16]), torch.tensor([1]), tables)

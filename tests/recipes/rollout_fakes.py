@@ -44,7 +44,7 @@ class FakeModel:
 
     def __init__(self, kind="full", *, eos=None):
         self.architecture = SimpleNamespace(
-            max_positions=WINDOW, vocabulary=V, layers=1, kind=lambda layer: kind
+            max_positions=WINDOW, vocabulary=V, layers=1, kind=lambda layer: kind, rope_scaling=None
         )
         self.kind, self.fails, self.steps, self.most, self.computed = kind, (), 0, 0, 0
 
