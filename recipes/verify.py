@@ -32,12 +32,12 @@ from rich.table import Table
 
 from warploom.models import hf
 from warploom.models.architecture import Architecture
-from warploom.models.fits import check
-from warploom.parallel.collectives.ledger import AXES
 from warploom.parallel.memory import Recompute
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.parity import failures
 from warploom.recipes.errors import UserError, unboxed
+from warploom.recipes.plan.fits import check
+from warploom.recipes.plan.ledger import AXES
 from warploom.recipes.pretrain import RUNS
 from warploom.recipes.runner.parallel import Parallel, check_mesh, table
 from warploom.recipes.runner.run import Muon, Run

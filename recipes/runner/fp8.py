@@ -18,10 +18,10 @@ import torch
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.gemm.fp8_torch import FIRST, device_lack
 from warploom.models.architecture import Architecture
-from warploom.models.fits import check_fp8
 from warploom.parallel.mesh import Degrees
 
 from ..errors import UserError
+from ..plan.fits import check_fp8
 
 Fp8 = Literal["tensor", "delayed", "row", "block", "mx"]
 

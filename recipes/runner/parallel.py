@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from warploom.models.architecture import Architecture
-from warploom.models.fits import check as check_fit
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule
 
 from ..errors import UserError
+from ..plan.fits import check as check_fit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,13 +19,13 @@ from warploom.models.decoder import Decoder
 from warploom.models.mup import is_hidden, learning_rates
 from warploom.parallel import optimizer as optimizers
 from warploom.parallel.collectives import all_reduce_, observed
-from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.initialise import normal_
 from warploom.parallel.memory import offloaded
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
 from warploom.parallel.parity import Subject, Trace, differences, record
 
+from ..plan.ledger import Ledger
 from ..runner.parallel import Parallel
 from . import traffic
 from .batches import global_batch

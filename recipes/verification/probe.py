@@ -11,9 +11,9 @@ from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
-from warploom.parallel.collectives.ledger import Ledger
 from warploom.parallel.expert import Experts, record_routing
 
+from ..plan.ledger import Ledger
 from ..plan.memory import activations
 from ..plan.tracker import track
 from . import traffic

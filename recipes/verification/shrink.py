@@ -11,8 +11,9 @@ from dataclasses import replace
 from math import lcm
 
 from warploom.models.architecture import Architecture, Experts, Kind, Latent, StateSpace
-from warploom.models.fits import check
 from warploom.parallel.mesh import Degrees
+
+from ..plan.fits import check
 
 HEAD_DIM = 4
 _ODD = 5  # features that a rank has of what its degree divides: no power of two

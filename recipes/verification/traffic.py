@@ -30,10 +30,10 @@ from torch import Tensor
 from warploom.models.architecture import Architecture, Experts
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Group, gather_json, place
-from warploom.parallel.collectives.ledger import Ledger, ring_bytes
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import ShardedOptimizer
 
+from ..plan.ledger import Ledger, ring_bytes
 from .plan import Case
 
 ITEM = 8  # bytes of a float64

@@ -7,7 +7,7 @@ import torch
 
 from warploom.benchmarks import fp8_training
 from warploom.kernels.gemm import Fp8Recipe
-from warploom.models import cost, decoder, fits
+from warploom.models import cost, decoder
 from warploom.models.architecture import Experts
 from warploom.models.batch import Batch
 from warploom.models.decoder import Architecture, Decoder
@@ -18,6 +18,7 @@ from warploom.parallel.parity import Subject, differences, failures, record
 from warploom.parallel.pipeline import Schedule
 from warploom.parallel.step import Step
 from warploom.parallel.tensor import Fp8Product, fp8
+from warploom.recipes.plan import fits
 
 # Every part of a rank of tp2 is a multiple of 128: groups do not cross ranks.
 WIDE = Architecture(

@@ -14,12 +14,12 @@ from warploom.parallel.collectives import (
     observed,
     reduce_scatter_rows,
 )
-from warploom.parallel.collectives.ledger import Ledger, Total, ring_bytes
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.parallel.sharding import layouts
 from warploom.parallel.step import Step, Term
 from warploom.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
+from warploom.recipes.plan.ledger import Ledger, Total, ring_bytes
 
 T, D, FEATURES, V = 16, 6, 8, 12
 ITEM = 4  # bytes of a float32

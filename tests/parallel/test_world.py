@@ -10,12 +10,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from warploom.models.architecture import Architecture
 from warploom.models.attention import Attention
 from warploom.parallel.collectives import observed
-from warploom.parallel.collectives.ledger import Ledger, Total
 from warploom.parallel.expert import MoE
 from warploom.parallel.mesh import Mesh
 from warploom.parallel.pipeline import Schedule, simulate
 from warploom.parallel.sharding import layouts
 from warploom.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, VocabHead
+from warploom.recipes.plan.ledger import Ledger, Total
 
 WORLD = 4096
 TEXT = "tp8,cp4,uly2,pp16,dp4,rep2,ep8,etp2"

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 from warploom.kernels.gemm import Fp8Recipe
+from warploom.models.architecture import Architecture
+from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees
 from warploom.parallel.tensor import check_widths
-
-from .architecture import Architecture
-from .stages import Stages
 
 
 def check(architecture: Architecture, degrees: Degrees, *, stages: int | None = None) -> None:

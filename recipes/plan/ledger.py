@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from .door import Call
+from warploom.parallel.collectives.door import Call
 
 AXES = ("tp", "cp", "dp", "rep", "pp", "ep", "etp", "edp", "ulysses", "ring", "ends")
 _PRODUCTS = ("shard", "tokens", "stage", "world")  # of several axes: they name what none names
