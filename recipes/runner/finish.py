@@ -11,12 +11,13 @@ from typing import Any
 
 from warploom.models import hf
 from warploom.models.batch import Batch
-from warploom.models.cost import flops_per_token, measured_flops, parameters
+from warploom.models.cost import flops_per_token, parameters
 from warploom.parallel.collectives import barrier, gather_json
 from warploom.parallel.step import divisors
 
 from ..errors import StoppedError
 from ..evaluation.baselines import ngram_baselines, xz_baseline
+from ..plan.flops import measured_flops
 from .data import to_device
 from .environment import environment
 from .evaluate import HeldOut

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from warploom.models import cost
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
+from warploom.recipes.plan.flops import measured_flops
 from warploom.models.families import llama, qwen3
 
 PUBLISHED = {
@@ -61,7 +62,8 @@ def test_flops_of_llama3_8b():
 def test_planned_flops_are_those_of_transformers(made):
     from transformers import AutoModelForCausalLM
 
-    from warploom.models.families import of_architecture
+    from warploom.recipes.plan.flops import measured_flops
+from warploom.models.families import of_architecture
 
     family = of_architecture(made)
     import transformers
@@ -89,7 +91,7 @@ def test_measured_flops_are_planned_ones_and_the_scores_twice(made, lengths):
         batch = replace(batch, document_lengths=torch.tensor(lengths, dtype=torch.int32))
     plan = cost.flops_per_token(made, 24, document_lengths=lengths)
     again = made.layers * 2 * made.heads * made.head_dim * sum(n * n for n in lengths or [24, 24])
-    measured = cost.measured_flops(lambda: model.loss(batch)[0].sum.backward())
+    measured = measured_flops(lambda: model.loss(batch)[0].sum.backward())
     assert measured == 48 * plan.training + again / 2
 
 
@@ -102,11 +104,11 @@ def test_measured_flops_of_z_loss_and_of_inference():
     def train(model):
         sum(term.sum for term in model.loss(batch)).backward()
 
-    four = cost.measured_flops(lambda: train(z))
-    assert four - cost.measured_flops(lambda: train(plain)) == 48 * head
+    four = measured_flops(lambda: train(z))
+    assert four - measured_flops(lambda: train(plain)) == 48 * head
     with torch.no_grad():
-        loss = cost.measured_flops(lambda: plain.loss(batch))
-        logits = cost.measured_flops(lambda: plain(batch.tokens))
+        loss = measured_flops(lambda: plain.loss(batch))
+        logits = measured_flops(lambda: plain(batch.tokens))
     assert loss == logits == 48 * cost.flops_per_token(made, 24).forward
 
 

@@ -7,7 +7,7 @@ import torch
 
 from warploom.benchmarks import fp8_training
 from warploom.kernels.gemm import Fp8Recipe
-from warploom.models import cost, decoder
+from warploom.models import decoder
 from warploom.models.architecture import Experts
 from warploom.models.batch import Batch
 from warploom.models.decoder import Architecture, Decoder
@@ -19,6 +19,7 @@ from warploom.parallel.pipeline import Schedule
 from warploom.parallel.step import Step
 from warploom.parallel.tensor import Fp8Product, fp8
 from warploom.recipes.plan import fits
+from warploom.recipes.plan.flops import measured_flops
 
 # Every part of a rank of tp2 is a multiple of 128: groups do not cross ranks.
 WIDE = Architecture(
@@ -204,7 +205,7 @@ def test_flops_count_the_products_in_fp8():
 
     def flops(recipe):
         model = Decoder.create(SMALL, fp8=recipe)
-        return cost.measured_flops(lambda: model.loss(batch)[0].sum.backward())
+        return measured_flops(lambda: model.loss(batch)[0].sum.backward())
 
     assert flops(RECIPES["block"]) == flops(None)
 
