@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from warploom.models import cost
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
-from warploom.recipes.plan.flops import measured_flops
 from warploom.models.families import llama, qwen3
 
 PUBLISHED = {
@@ -62,8 +61,7 @@ def test_flops_of_llama3_8b():
 def test_planned_flops_are_those_of_transformers(made):
     from transformers import AutoModelForCausalLM
 
-    from warploom.recipes.plan.flops import measured_flops
-from warploom.models.families import of_architecture
+    from warploom.models.families import of_architecture
 
     family = of_architecture(made)
     import transformers
