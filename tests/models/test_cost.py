@@ -10,6 +10,7 @@ from warploom.models import cost
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.models.families import llama, qwen3
+from warploom.recipes.plan.flops import measured_flops
 
 PUBLISHED = {
     llama.llama2_7b: 6_738_415_616,
