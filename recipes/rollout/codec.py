@@ -85,6 +85,11 @@ class Codec:
         return text
 
     @cached_property
+    def widest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._backend.get_vocab()), default=0)
+
+    @cached_property
     def chat(self) -> Chat:
         """The folder's chat template.
 

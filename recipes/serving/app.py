@@ -8,6 +8,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from .worker import Job, Worker
 
 _TEXTS = 128  # that one request may ask for
 _DISCARDED = 16  # a body this many times too long is read to its end before it is refused
+_TOKENISERS = 2  # threads: a prompt that is made tokens takes a hundred times its bytes
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _SSE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -90,6 +92,7 @@ class Service:
         self.stopping = False
         self.reading = 0  # bytes of bodies that are held
         self.created = int(time.time())
+        self.tokenisers = ThreadPoolExecutor(_TOKENISERS, thread_name_prefix="tokeniser")
 
     @property
     def metrics(self) -> Metrics:
@@ -136,6 +139,7 @@ def make(service: Service) -> Starlette:
         finally:
             service.stopping = True
             await asyncio.to_thread(service.worker.stop, service.limits.stop_s)
+            service.tokenisers.shutdown(wait=False, cancel_futures=True)
 
     async def health(request: Request) -> Response:
         state = "failed" if service.worker.error else "stopping" if service.stopping else "ok"
@@ -226,8 +230,8 @@ class Texts:
         asked = protocol.read(body, chat=self.chat, name=name, default=service.default, most=most)
         worker.reserve(asked.samples)
         try:
-            prepare = asyncio.to_thread(protocol.prepare, asked, worker.engine, service.codec)
-            prompts = await prepare
+            loop, known = asyncio.get_running_loop(), (asked, worker.engine, service.codec)
+            prompts = await loop.run_in_executor(service.tokenisers, protocol.prepare, *known)
             if service.stopping:
                 raise stopping()
         except BaseException:

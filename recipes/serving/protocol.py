@@ -21,6 +21,7 @@ from .refusal import Refusal
 
 MOST_LOGPROBS = 20  # likeliest tokens of a position
 _MOST_ENTRIES = 2**20  # log-probabilities that an answer may list
+_WIDEST = 32  # characters that a token may stand for where no token is as long: some strip spaces
 _MOST_STOPS, _LONGEST_STOP = 16, 256
 _IDLE = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
@@ -150,7 +151,10 @@ def prepare(asked: Asked, engine: Engine, codec: Codec) -> list[tuple[list[int],
         how = replace(asked.sampling, seed=_seed(asked.sampling.seed, index))
         try:
             if asked.chat:
-                prompt = codec.encode_chat(prompt, **asked.switches)
+                prompt = codec.chat.render(prompt, **asked.switches)
+            if isinstance(prompt, str):
+                _check_length(prompt, engine, codec)
+                prompt = codec.encode(prompt, special=not asked.chat)
             ids = engine.encode(prompt, how)
         except UserError as error:
             raise Refusal(400, str(error), param="messages" if asked.chat else "prompt") from None
@@ -169,6 +173,16 @@ def prepare(asked: Asked, engine: Engine, codec: Codec) -> list[tuple[list[int],
             param="top_logprobs" if asked.chat else "logprobs",
         )
     return found
+
+
+def _check_length(text: str, engine: Engine, codec: Codec) -> None:
+    """Refuse a text that no tokens could cover, before it is made tokens: that takes long."""
+    most = engine.window * max(codec.widest, _WIDEST)
+    if len(text) > most:
+        raise UserError(
+            f"a prompt must fit the window of {engine.window} tokens, {most} characters at most; "
+            f"this one has {len(text)}: shorten it"
+        )
 
 
 def _seed(seed: int, index: int) -> int:
@@ -193,7 +207,7 @@ def _known(said: dict[str, Any], chat: bool) -> None:
     """Refuse what would change the text and is not served."""
     unknown = said.keys() - _SERVED - _OWN[chat] - _IDLE - _NEUTRAL.keys()
     if unknown:
-        names = ", ".join(f"{name:.80}" for name in sorted(unknown)[:8])
+        names = ", ".join(f"{name!r:.80}" for name in sorted(unknown)[:8])
         raise Refusal(400, f"a body may have no field that is not known; got {names}", param=names)
     for name, values in _NEUTRAL.items():
         if name == "best_of" and said.get(name) == said.get("n", 1):

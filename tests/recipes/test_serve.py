@@ -106,6 +106,8 @@ def test_completions_are_the_engines(client, alone, prompts):
         assert choice.token_ids == list(one.ids)
         assert choice.prompt_token_ids == list(one.prompt_ids)
         assert choice.logprobs.token_logprobs == list(one.logprobs)
+        before = ["".join(choice.logprobs.tokens[:i]) for i in range(len(one.ids))]
+        assert choice.logprobs.text_offset == [*map(len, before)]
         tops = [sorted(logprob for _, logprob in token.top) for token in one.tokens]
         assert [sorted(top.values()) for top in choice.logprobs.top_logprobs] == tops
     given = sum(len(one.prompt_ids) for one in wanted[::2])
@@ -249,9 +251,10 @@ WRONG = [
     ({"logit_bias": {"5": 1}}, "logit_bias is not served"),
     ({"tools": [{}]}, "tools is not served"),
     ({"response_format": {"type": "json_object"}}, "response_format is not served"),
-    ({"guided_regex": "a+", "beam": 2}, "no field that is not known; got beam, guided_regex"),
-    ({"messages": CHAT}, "no field that is not known; got messages"),
-    ({"prompt": "a" * 9999}, "leave room for a token in the window of 120"),
+    ({"guided_regex": "a+", "beam": 2}, "no field that is not known; got 'beam', 'guided_regex'"),
+    ({"messages": CHAT}, "no field that is not known; got 'messages'"),
+    ({"prompt": "a" * 2000}, "leave room for a token in the window of 120"),
+    ({"prompt": "a" * 9999}, "3840 characters at most; this one has 9999: shorten it"),
     ({"prompt": []}, "prompt must be a text, a list of ids, or a list of either"),
     ({"prompt": [[]]}, "a prompt must have at least one token"),
     ({"prompt": [1, "a"]}, "prompt must be a text, a list of ids"),
@@ -280,7 +283,7 @@ WRONG_CHATS = [
     ({"chat_template_kwargs": [1]}, "chat_template_kwargs must be an object"),
     ({"top_logprobs": 3}, "left out where logprobs is false"),
     ({"logprobs": 3}, "logprobs must be true or false"),
-    ({"prompt": "a"}, "no field that is not known; got prompt"),
+    ({"prompt": "a"}, "no field that is not known; got 'prompt'"),
 ]
 
 
@@ -464,6 +467,14 @@ def test_late_headers_and_bodies_are_not_waited_for(folder):
         for s in (nothing, slow, late):
             s.settimeout(10)
         assert nothing.recv(10) == b""
+        again = socket.create_connection(("127.0.0.1", server.port))
+        again.settimeout(10)
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        got = b""
+        while not got.endswith(b"}"):
+            got += again.recv(9999)
+        again.sendall(b"G")
+        assert again.recv(10) == b""  # the second header is not waited for either
         slow.sendall(b"x")
         with pytest.raises(ConnectionError):
             trickle(slow)
@@ -478,7 +489,7 @@ def test_late_headers_and_bodies_are_not_waited_for(folder):
         assert "a body may have 1000 bytes" in answer["error"]["message"]
         huge = server.connect("/v1/completions", {"prompt": "a" * 20_000})
         assert b" 413 " in huge.recv(9999)
-        for s in (nothing, slow, late, huge):
+        for s in (nothing, again, slow, late, huge):
             s.close()
         assert server.ask("/v1/completions", {"prompt": "a"})[0] == 200
         assert server.service.reading == 0
@@ -507,6 +518,7 @@ def test_a_server_that_stops_ends_what_runs_and_takes_nothing_new(folder):
         runs.start()
         wait_for(lambda: server.worker.pending == 1)
         server.server.stop()
+        time.sleep(0.3)
         status, headers, answer = server.ask("/v1/completions", body)
         assert (status, answer["error"]["code"]) == (503, "stopping")
         assert headers["retry-after"]
@@ -737,3 +749,19 @@ def test_the_commands_mistakes_are_told(folder, tmp_path, capsys):
         *(True, True, True),
         *(False, False),
     ]
+
+
+def test_a_loop_that_is_late_slows_the_engine_down(folder):
+    with live(folder) as server:
+        ask = threading.Thread(target=server.ask, args=("/v1/completions", LONG))
+        ask.start()
+        wait_for(lambda: server.service.metrics.tokens > 3)
+        late, go = threading.Event(), threading.Event()
+        server.worker._loop.call_soon_threadsafe(lambda: (late.set(), go.wait(20)))
+        assert late.wait(20)
+        steps = server.engine.stats.steps
+        time.sleep(0.3)
+        assert server.engine.stats.steps <= steps + 6
+        go.set()
+        ask.join(20)
+        assert server.service.metrics.outcomes == {"completed": 1}
