@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .library import autocast, first_derivative_only, wide
 
+_FEW = 16  # rows: from 4 on oneDNN is up to 2.5 times as fast as MKL
 _ON: ContextVar[bool] = ContextVar("warploom_batch_invariant", default=False)
 
 
@@ -52,6 +53,12 @@ def batch_invariant() -> Iterator[None]:
 def invariant() -> bool:
     """Tell whether the mode is on here; the compiler, which cannot ask, is off where it is."""
     return not torch.compiler.is_compiling() and _ON.get()
+
+
+def plain(x: Tensor) -> bool:
+    """Tell whether generation's short forms serve: no gradient can come, float32 on the CPU."""
+    narrow = torch.is_inference_mode_enabled() and x.is_cpu and x.dtype == torch.float32
+    return narrow and not invariant() and not torch.is_autocast_enabled("cpu")
 
 
 def need_invariant(op: str, served: bool, found: object) -> None:
@@ -122,10 +129,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: In the mode, if it does not serve the tensors.
     """
     if not invariant():
+        if plain(x) and 3 < x.shape[:-1].numel() <= _FEW and weight.is_contiguous():
+            few: Any = torch.ops.mkldnn._linear_pointwise.default
+            y: Tensor = few(x.contiguous(), weight, bias, "none", [], "")
+            return y
         return F.linear(x, weight, bias)
     x, weight = autocast(x, weight)
     need_tensor("linear", x)
-    y: Tensor = _Linear.apply(x, weight)
+    y = _Linear.apply(x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
 from warploom.kernels.gemm import Fp8Recipe
-from warploom.kernels.rope import rotary
+from warploom.kernels.invariant import plain
+from warploom.kernels.rope import rotary, turn_whole
 from warploom.parallel import context as context_parallel
 from warploom.parallel.collectives import Group, place
 from warploom.parallel.sharding import Layout, rows
@@ -185,10 +186,16 @@ class Attention(nn.Module):
         q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None and not self.whole:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        elif self.rotates:  # nothing else keeps the fused output: a copy of v frees it
+        elif self.rotates and torch.is_grad_enabled():  # nothing else keeps the fused output: a copy of v frees it
             v_TGK = v_TGK.contiguous()
         if self.rotates:
-            q_THK, k_TGK = rotary(q_THK, k_TGK, *sequences.angles[self.kind])
+            cos, sin = sequences.angles[self.kind]
+            if plain(qkv) and self.q_norm is None and 2 * cos.shape[1] == self.head_dim:
+                both = qkv[:, : -self.widths[2]].unflatten(-1, (-1, self.head_dim))
+                heads = q_THK.shape[1], k_TGK.shape[1]
+                q_THK, k_TGK = turn_whole(both, cos, sin).split(heads, 1)
+            else:
+                q_THK, k_TGK = rotary(q_THK, k_TGK, cos, sin)
         options = self.options if self.sinks is None else self.options | {"sinks": self.sinks}
         return attend(self.layer, q_THK, k_TGK, v_TGK, sequences, **self.across, **options)
 

@@ -24,6 +24,9 @@ from torch import Tensor
 from warploom.kernels.rope import DynamicNtk
 
 from .architecture import Architecture
+from warploom.kernels.attention import Decoding
+from warploom.kernels.invariant import plain
+
 from .block import Block
 from .paged import Paged
 from .sequences import Sequences, rotary_angles
@@ -105,7 +108,8 @@ class Cache:
         Returns:
             What `Decoder.advance` takes beside the tokens.
         """
-        device = next(iter(self.layers.values()))[0].device
+        held = next(iter(self.layers.values()))[0]
+        device = held.device
         total = int(counts.sum())
         number = torch.arange(len(counts)).repeat_interleave(counts)
         before = counts.cumsum(0) - counts
@@ -120,6 +124,9 @@ class Cache:
                 f"positions, or where its angles would change with the length (dynamic NTK)"
             )
         padding = -total % self.size
+        decoding = None
+        if total == len(counts) and plain(held):
+            decoding = Decoding(tables, lengths, ends, self.pages, self.page_size)
         paged = Paged(
             layers=self.layers,
             places=places.to(device),
@@ -128,6 +135,7 @@ class Cache:
             cu_seqlens=ends.to(device),
             slots=(torch.arange(len(counts)) if slots is None else slots).to(device),
             fresh=(starts == 0).to(device),
+            decoding=decoding,
         )
         places_of = F.pad(positions, (0, padding)).to(device)
         return Sequences(

@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from warploom.kernels.attention import paged_attention
+from warploom.kernels.attention import Decoding, paged_attention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,6 +27,7 @@ class Paged:
         cu_seqlens: Boundaries of the new tokens `[N + 1]`, int32.
         slots: Slot of each sequence `[N]`, int64.
         fresh: Whether a sequence begins with these tokens `[N]`, so that its state is zero.
+        decoding: What is made of these once, where each sequence has one new token, on a CPU.
     """
 
     layers: dict[int, tuple[Tensor, ...]]
@@ -36,6 +37,7 @@ class Paged:
     cu_seqlens: Tensor
     slots: Tensor
     fresh: Tensor
+    decoding: Decoding | None = None
 
     def write(self, pages: Tensor, rows: Tensor) -> None:
         """Put the new tokens' rows `[T, ...]`, without padding, into pages `[P, page, ...]`."""
@@ -48,6 +50,6 @@ class Paged:
         self.write(v_pages, v)
         n = len(self.places)
         where = self.tables, self.lengths, self.cu_seqlens
-        out: Any = paged_attention(q_THK[:n], k_pages, v_pages, *where, **options)
+        out: Any = paged_attention(q_THK[:n], k_pages, v_pages, *where, decoding=self.decoding, **options)
         mixed: Tensor = out
         return F.pad(mixed, (0, 0, 0, 0, 0, len(q_THK) - n)) if len(q_THK) > n else mixed

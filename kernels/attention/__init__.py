@@ -2,10 +2,11 @@
 
 from .flash import flash_attention, flash_attention_backward, flash_attention_varlen
 from .merging import merge
-from .paged import paged_attention
+from .paged import Decoding, paged_attention
 from .scores import Scores
 
 __all__ = [
+    "Decoding",
     "Scores",
     "flash_attention",
     "flash_attention_backward",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..invariant import invariant
+from ..invariant import invariant, plain
 from ..library import need_tensors, register, wide
 from . import tiled
 from .arguments import (
@@ -59,6 +59,80 @@ def _sequences(
             )
         found.append((slice(start, stop), held, keys))
     return found
+
+
+class Decoding:
+    """Where the keys of N sequences lie that have one query each; made once for all layers.
+
+    Args:
+        tables: As in `paged_attention`, on the CPU.
+        lengths: As in `paged_attention`.
+        cu_seqlens: As in `paged_attention`.
+        pages: Pages P of each layer.
+        page: Keys of a page.
+
+    Raises:
+        ValueError: As `paged_attention`.
+    """
+
+    def __init__(
+        self, tables: Tensor, lengths: Tensor, cu_seqlens: Tensor, pages: int, page: int
+    ) -> None:
+        sequences = _sequences(tables, lengths, cu_seqlens, len(lengths), pages, page)
+        self._tables, self._page = tables, page
+        self._lengths_N1 = torch.tensor([keys for *_, keys in sequences])[:, None]
+        self._made: dict[int, tuple[Tensor, Tensor | None, slice | None]] = {}
+
+    def keys(self, left: int) -> tuple[Tensor, Tensor | None, slice | None]:
+        """Return rows of the flattened pages `[N, U]`, a mask, and the rows as a slice.
+
+        Args:
+            left: Keys before its own that a query sees, -1 for all.
+        """
+        if left not in self._made:
+            first_N1 = (self._lengths_N1 - 1 - left).clamp_(min=0) * (left >= 0)
+            counts_N1 = self._lengths_N1 - first_N1
+            at_U = torch.arange(int(counts_N1.max()))
+            seen_NU = at_U < counts_N1
+            at_NU = at_U * seen_NU + first_N1  # what is not seen stands for the first key
+            rows_NU = self._tables.gather(1, at_NU // self._page) * self._page + at_NU % self._page
+            mask = None
+            if not bool(seen_NU.all()):
+                mask = torch.zeros(seen_NU.shape).masked_fill_(~seen_NU, -torch.inf)[:, None, None]
+            start, stop = int(rows_NU[0, 0]), int(rows_NU[0, -1]) + 1
+            together = len(rows_NU) == 1 and bool((rows_NU.diff() == 1).all())
+            self._made[left] = rows_NU, mask, slice(start, stop) if together else None
+        return self._made[left]
+
+    def attend(
+        self, q_NHK: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, left: int
+    ) -> Dense | None:
+        """Attend, the heads of a group as queries of their key; None where that is not proven.
+
+        Args:
+            q_NHK: `[N, H, K]`, float32 on the CPU.
+            k_pages: `[P, page, G, K]`.
+            v_pages: The same.
+            scale: Multiplies the scores.
+            left: As in `keys`.
+
+        Returns:
+            `[N, H, K]` and the log-sum-exp `[H, N]`; None where a log-sum-exp of 0 may be a NaN
+            that PyTorch's operator has lost.
+        """
+        rows_NU, mask, together = self.keys(left)
+        groups = k_pages.shape[2]
+        pages = (x.flatten(0, 1) for x in (k_pages, v_pages))
+        k, v = (
+            (x.index_select(0, rows_NU.view(-1)) if together is None else x[together])
+            .view(*rows_NU.shape, groups, -1)
+            .transpose(1, 2)
+            for x in pages
+        )
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_NHK.unflatten(1, (groups, -1)), k, v, 0.0, False, attn_mask=mask, scale=scale
+        )
+        return (out.reshape(q_NHK.shape), lse.flatten(1).t()) if bool(lse.all()) else None
 
 
 def _forward(
@@ -133,6 +207,7 @@ def paged_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    decoding: Decoding | None = None,
 ) -> Tensor | Dense:
     """Attend from the last queries of each sequence to its keys, which lie in pages.
 
@@ -154,6 +229,8 @@ def paged_attention(
         return_lse: Whether to return the log-sum-exp of the scores too.
         backend: `reference` or `torch` (both gather a sequence's pages, and read the tables on the
             host), `triton`; None takes the fastest proven one.
+        decoding: What was made of `tables`, `lengths` and `cu_seqlens`, which must be the same: the
+            short way of `plain` tensors, without a soft cap, K = L.
 
     Returns:
         `[T, H, L]` in the dtype of `q_THK`; with `return_lse` also the log-sum-exp `[H, T]`.
@@ -162,12 +239,17 @@ def paged_attention(
         ValueError: If shapes, dtypes or values are not these.
         RuntimeError: If a gradient is asked for, or `backend` cannot serve these tensors here.
     """
-    _check(q_THK, k_pages, v_pages, tables, lengths, cu_seqlens)
-    s = scores_of(_OP, q_THK, causal, window, scale, softcap, None)
-    if sinks is not None:
-        check_sinks(_OP, sinks, q_THK)
-    chosen = choose(_OP, q_THK.device, q_THK.dtype, backend)
-    where = tables, lengths, cu_seqlens
-    part = _PAGED(q_THK, k_pages, v_pages, *where, s.scale, s.left, s.right, s.softcap, chosen)
+    part: Dense | None = None
+    if decoding is not None and plain(q_THK) and k_pages.shape == v_pages.shape and not softcap:
+        scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
+        part = decoding.attend(q_THK, k_pages, v_pages, scale, window[0])
+    if part is None:
+        _check(q_THK, k_pages, v_pages, tables, lengths, cu_seqlens)
+        s = scores_of(_OP, q_THK, causal, window, scale, softcap, None)
+        if sinks is not None:
+            check_sinks(_OP, sinks, q_THK)
+        chosen = choose(_OP, q_THK.device, q_THK.dtype, backend)
+        where = tables, lengths, cu_seqlens
+        part = _PAGED(q_THK, k_pages, v_pages, *where, s.scale, s.left, s.right, s.softcap, chosen)
     out, lse = part if sinks is None else with_sinks(part, sinks)
     return (out, lse) if return_lse else out

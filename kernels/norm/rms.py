@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..invariant import plain
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
 from ..peers import PEERS, serve
 from ..quant.fp8 import Fp8, Grouping, carrier_of, fp8_rows, fp8_rows_fake
@@ -292,6 +293,10 @@ def rms_norm(
             "rms_norm", backend, x, weight, residual=residual, eps=eps
         )
         return found
+    if backend is None and plain(x):
+        total = x if residual is None else x + residual
+        normal = torch.rms_norm(total, weight.shape, weight, eps)
+        return normal if residual is None else (normal, total)
     if residual is None:
         y: Tensor = _FORWARD(x, weight, None, eps, backend)[0]
         return y

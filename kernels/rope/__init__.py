@@ -1,9 +1,9 @@
 """Rotary position embeddings."""
 
-from .rotate import rotary, rotary_reference
+from .rotate import rotary, rotary_reference, turn_whole
 from .tables import DynamicNtk, Linear, Llama3, NtkAware, Scaling, Yarn, rotary_tables
 
 __all__ = [
     "DynamicNtk", "Linear", "Llama3", "NtkAware", "Scaling", "Yarn", "rotary", "rotary_reference",
-    "rotary_tables",
+    "rotary_tables", "turn_whole",
 ]  # fmt: skip
