@@ -13,7 +13,7 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html (decoding split over the
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ from .reference import attention_reference
 from .scores import Scores
 
 _OP = "paged_attention"
+_GATHERED = 1 << 16  # elements of keys that are gathered at a time: they are read from the cache
+
+
+class _Part(NamedTuple):
+    """Rows of the flattened pages of `count` sequences, as long as their longest, and a mask."""
+
+    rows: Tensor | slice
+    count: int
+    mask: Tensor | None
 
 
 def _sequences(
@@ -81,58 +90,70 @@ class Decoding:
         sequences = _sequences(tables, lengths, cu_seqlens, len(lengths), pages, page)
         self._tables, self._page = tables, page
         self._lengths_N1 = torch.tensor([keys for *_, keys in sequences])[:, None]
-        self._made: dict[int, tuple[Tensor, Tensor | None, slice | None]] = {}
+        self._made: dict[tuple[int, int], list[_Part]] = {}
 
-    def keys(self, left: int) -> tuple[Tensor, Tensor | None, slice | None]:
-        """Return rows of the flattened pages `[N, U]`, a mask, and the rows as a slice.
+    def parts(self, left: int, most: int) -> list[_Part]:
+        """Cut the sequences into parts that are gathered together.
 
         Args:
             left: Keys before its own that a query sees, -1 for all.
+            most: Keys of a part, if it has more than one sequence.
         """
-        if left not in self._made:
+        if (left, most) not in self._made:
             first_N1 = (self._lengths_N1 - 1 - left).clamp_(min=0) * (left >= 0)
             counts_N1 = self._lengths_N1 - first_N1
-            at_U = torch.arange(int(counts_N1.max()))
-            seen_NU = at_U < counts_N1
-            at_NU = at_U * seen_NU + first_N1  # what is not seen stands for the first key
-            rows_NU = self._tables.gather(1, at_NU // self._page) * self._page + at_NU % self._page
-            mask = None
-            if not bool(seen_NU.all()):
-                mask = torch.zeros(seen_NU.shape).masked_fill_(~seen_NU, -torch.inf)[:, None, None]
-            start, stop = int(rows_NU[0, 0]), int(rows_NU[0, -1]) + 1
-            together = len(rows_NU) == 1 and bool((rows_NU.diff() == 1).all())
-            self._made[left] = rows_NU, mask, slice(start, stop) if together else None
-        return self._made[left]
+            step = max(most // int(counts_N1.max()), 1)
+            pieces = (x.split(step) for x in (self._tables, first_N1, counts_N1))
+            self._made[left, most] = [self._part(*piece) for piece in zip(*pieces, strict=True)]
+        return self._made[left, most]
+
+    def _part(self, tables: Tensor, first_N1: Tensor, counts_N1: Tensor) -> _Part:
+        at_U = torch.arange(int(counts_N1.max()))
+        seen_NU = at_U < counts_N1
+        at_NU = at_U * seen_NU + first_N1  # what is not seen stands for the first key
+        rows_NU = tables.gather(1, at_NU // self._page) * self._page + at_NU % self._page
+        mask = None
+        if not bool(seen_NU.all()):
+            mask = torch.zeros(seen_NU.shape).masked_fill_(~seen_NU, -torch.inf)[:, None, None]
+        rows_R = rows_NU.flatten()
+        if len(tables) == 1 and bool((rows_R.diff() == 1).all()):
+            return _Part(slice(int(rows_R[0]), int(rows_R[-1]) + 1), len(tables), mask)
+        return _Part(rows_R, len(tables), mask)
 
     def attend(
         self, q_NHK: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, left: int
     ) -> Dense | None:
-        """Attend, the heads of a group as queries of their key; None where that is not proven.
+        """Attend, the heads of a group as queries of their key.
 
         Args:
             q_NHK: `[N, H, K]`, float32 on the CPU.
             k_pages: `[P, page, G, K]`.
             v_pages: The same.
             scale: Multiplies the scores.
-            left: As in `keys`.
+            left: As in `parts`.
 
         Returns:
             `[N, H, K]` and the log-sum-exp `[H, N]`; None where a log-sum-exp of 0 may be a NaN
             that PyTorch's operator has lost.
         """
-        rows_NU, mask, together = self.keys(left)
-        groups = k_pages.shape[2]
-        pages = (x.flatten(0, 1) for x in (k_pages, v_pages))
-        k, v = (
-            (x.index_select(0, rows_NU.view(-1)) if together is None else x[together])
-            .view(*rows_NU.shape, groups, -1)
-            .transpose(1, 2)
-            for x in pages
-        )
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_NHK.unflatten(1, (groups, -1)), k, v, 0.0, False, attn_mask=mask, scale=scale
-        )
-        return (out.reshape(q_NHK.shape), lse.flatten(1).t()) if bool(lse.all()) else None
+        groups, width = k_pages.shape[2:]
+        parts = self.parts(left, _GATHERED // (groups * width))
+        q_NGHK = q_NHK.unflatten(1, (groups, -1))
+        k_RGK, v_RGK = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+        found = []
+        for (rows, count, mask), q in zip(parts, q_NGHK.split([p.count for p in parts]), strict=True):
+            held = (
+                (x[rows] if isinstance(rows, slice) else x.index_select(0, rows))
+                .view(count, -1, groups, width)
+                .transpose(1, 2)
+                for x in (k_RGK, v_RGK)
+            )
+            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+            found.append(attend(q, *held, 0.0, False, attn_mask=mask, scale=scale))
+        out, lse = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+        if bool((lse == 0).any()):
+            return None
+        return out.reshape(q_NHK.shape), lse.flatten(1).t()
 
 
 def _forward(
