@@ -113,6 +113,12 @@ def _bench_kernels(argv: list[str]) -> int:
     return command.main(argv)
 
 
+def _bench_generate(argv: list[str]) -> int:
+    from warploom.benchmarks import generate
+
+    return generate.main(argv)
+
+
 def _bench_mup(argv: list[str]) -> int:
     from warploom.benchmarks import coordinates
 
@@ -129,6 +135,7 @@ COMMANDS: Mapping[str, Command] = MappingProxyType(
         "generate": Command("FOLDER [--chat] ...", "text from a model", _generate),
         "serve": Command("FOLDER [--port ...] ...", "a model over HTTP, as OpenAI's", _serve),
         "bench train": Command("[--FLAG VALUE ...]", "time a step against peers", _bench_train),
+        "bench generate": Command("[--FLAG VALUE ...]", "time generation", _bench_generate),
         "bench mup": Command("[--FLAG VALUE ...]", "muP's coordinate check", _bench_mup),
         "bench kernels": Command(
             "[--FLAG VALUE ...]", "time operators against peers and the roof", _bench_kernels
