@@ -3,8 +3,8 @@
     warploom bench generate --threads 2 1 --rounds 3
 
 Each side lives in a process of its own; the sides take turns, so that a noisy machine is noisy for
-both. Weights are those of `smol/`, or random ones of the same sizes: the speed is the same. Float32,
-greedy, no end of text. The peer is `generate` with its default cache and SDPA attention.
+both. Weights are those of `smol/`, or random ones of the same sizes: the speed is the same. All in
+float32, greedy, no end of text. The peer is `generate` with its default cache and SDPA attention.
 
     one        one prompt of 128 tokens, 128 out
     equal      16 prompts of 128 tokens, 128 out each
@@ -255,7 +255,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print a table; return 1 if most texts of a workload differ."""
     asked = _arguments(argv)
     architecture = _MODELS[asked.model]()
-    chosen = {k: w for k, w in works(architecture.vocabulary, asked.scale).items() if k in asked.works}
+    chosen = {
+        k: w for k, w in works(architecture.vocabulary, asked.scale).items() if k in asked.works
+    }
     result: dict[str, Any] = {"model": asked.model, "torch": torch.__version__, "runs": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.folder

@@ -129,7 +129,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         RuntimeError: In the mode, if it does not serve the tensors.
     """
     if not invariant():
-        if plain(x) and 3 < x.shape[:-1].numel() <= _FEW and weight.is_contiguous():
+        if (
+            torch.is_inference_mode_enabled()
+            and plain(x)
+            and 3 < x.shape[:-1].numel() <= _FEW
+            and weight.is_contiguous()
+        ):
             few: Any = torch.ops.mkldnn._linear_pointwise.default
             y: Tensor = few(x.contiguous(), weight, bias, "none", [], "")
             return y

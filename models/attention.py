@@ -186,7 +186,9 @@ class Attention(nn.Module):
         q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None and not self.whole:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        elif self.rotates and torch.is_grad_enabled():  # nothing else keeps the fused output: a copy of v frees it
+        elif (
+            self.rotates and torch.is_grad_enabled()
+        ):  # nothing else keeps the fused output: a copy of v frees it
             v_TGK = v_TGK.contiguous()
         if self.rotates:
             cos, sin = sequences.angles[self.kind]

@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from warploom.kernels.attention import Decoding
+from warploom.kernels.invariant import plain
 from warploom.kernels.rope import DynamicNtk
 
 from .architecture import Architecture
-from warploom.kernels.attention import Decoding
-from warploom.kernels.invariant import plain
-
 from .block import Block
 from .paged import Paged
 from .sequences import Sequences, rotary_angles

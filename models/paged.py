@@ -50,6 +50,8 @@ class Paged:
         self.write(v_pages, v)
         n = len(self.places)
         where = self.tables, self.lengths, self.cu_seqlens
-        out: Any = paged_attention(q_THK[:n], k_pages, v_pages, *where, decoding=self.decoding, **options)
+        out: Any = paged_attention(
+            q_THK[:n], k_pages, v_pages, *where, decoding=self.decoding, **options
+        )
         mixed: Tensor = out
         return F.pad(mixed, (0, 0, 0, 0, 0, len(q_THK) - n)) if len(q_THK) > n else mixed

@@ -56,7 +56,7 @@ def test_version(capsys):
         (["train", "--steps"], "got --steps"),
         (
             ["bench", "kernel"],
-            "bench must be followed by one of train, mup, kernels, got 'kernel': did",
+            "bench must be followed by one of train, generate, mup, kernels, got 'kernel': did",
         ),
         (["train", "stdlib"], "a run is recipe/name, such as pretrain/stdlib; got 'stdlib'"),
         (["train", "pretrian/stdlib"], "got 'pretrian': did you mean pretrain?"),

@@ -41,10 +41,10 @@ _GATHERED = 1 << 16  # elements of keys that are gathered at a time: they are re
 
 
 class _Part(NamedTuple):
-    """Rows of the flattened pages of `count` sequences, as long as their longest, and a mask."""
+    """Rows of the flattened pages of some `sequences`, as long as their longest, and a mask."""
 
     rows: Tensor | slice
-    count: int
+    sequences: int
     mask: Tensor | None
 
 
@@ -141,7 +141,9 @@ class Decoding:
         q_NGHK = q_NHK.unflatten(1, (groups, -1))
         k_RGK, v_RGK = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
         found = []
-        for (rows, count, mask), q in zip(parts, q_NGHK.split([p.count for p in parts]), strict=True):
+        for (rows, count, mask), q in zip(
+            parts, q_NGHK.split([p.sequences for p in parts]), strict=True
+        ):
             held = (
                 (x[rows] if isinstance(rows, slice) else x.index_select(0, rows))
                 .view(count, -1, groups, width)

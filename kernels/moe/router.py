@@ -28,7 +28,6 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..invariant import sigmoid
 from ..library import below_autograd, first_derivative_only, need_tensors, register, wide
 
 SCORES = ("softmax", "sigmoid", "softmax_after")
@@ -84,7 +83,7 @@ def route_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Specify `route`, differentiably; the arguments and results are those of `route`."""
     z_TE = logits_TE.to(wide(logits_TE.dtype))
-    scores_TE = sigmoid(z_TE) if score == "sigmoid" else torch.softmax(z_TE, 1)
+    scores_TE = ((-z_TE).exp() + 1).reciprocal() if score == "sigmoid" else torch.softmax(z_TE, 1)
     probabilities_TE = scores_TE
     if score == "sigmoid":
         probabilities_TE = scores_TE / (scores_TE.sum(1, keepdim=True) + _TINY)

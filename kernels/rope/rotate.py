@@ -116,7 +116,8 @@ def turn_whole(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     (a, b), (first, second), sin_T1J = x_TH2J.unbind(2), out_TH2J.unbind(2), sin_TJ[:, None]
     first.addcmul_(b, sin_T1J, value=-1)
     second.addcmul_(a, sin_T1J)
-    return out_TH2J.flatten(-2)
+    turned: Tensor = out_TH2J.flatten(-2)
+    return turned
 
 
 def _in_place(

@@ -208,7 +208,8 @@ class ColumnLinear(nn.Module):
             return y if self.bias is None else y + self.bias
         if self.plan is not None:
             return gather_linear(x, self.weight, self.bias, self.plan)
-        return linear(copy(x, self.group), self.weight, self.bias)
+        x = x if self.group is None else copy(x, self.group)
+        return linear(x, self.weight, self.bias)
 
 
 class RowLinear(nn.Module):

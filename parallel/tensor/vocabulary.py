@@ -134,6 +134,8 @@ class VocabHead(_Vocabulary):
             ValueError: If `x` has another width.
         """
         self._check(x)
+        if self.group is None and self.softcap is None:
+            return linear(x, self.weight)
         return self.project(self.enter(x, self.group))
 
     def project(self, x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ OPTIONAL = (
     Optional(
         "gpu", "nvidia-ml-py", "pynvml", "power limit, clocks and driver of each GPU", used=True
     ),
-    Optional("smol", "gguf", "gguf", "weights in GGUF files"),
+    Optional("smol", "gguf", "gguf", "weights in GGUF files", used=True),
     Optional("track", "tensorboard", "tensorboard", "curves in TensorBoard", used=True),
     Optional("track", "wandb", "wandb", "curves in Weights & Biases"),
     Optional("track", "mlflow", "mlflow", "curves in MLflow"),

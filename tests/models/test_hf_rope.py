@@ -91,7 +91,8 @@ def test_angles_are_those_of_transformers_bit_for_bit(kind, spelling):
     ],
 )
 def test_what_is_written_is_read_again_in_every_spelling(scaling):
-    made = replace(llama.tiny(), rope_scaling=scaling)
+    longest = 2048 if isinstance(scaling, DynamicNtk) else 512  # that is four times the original
+    made = replace(llama.tiny(), max_positions=longest, rope_scaling=scaling)
     config = json.loads(json.dumps(FAMILY.config(made)))
     assert FAMILY.architecture(config) == made
     del config["rope_parameters"]
@@ -102,7 +103,7 @@ def test_what_is_written_is_read_again_in_every_spelling(scaling):
 
 
 def test_a_length_and_a_larger_base_are_the_same_model():
-    dynamic = replace(llama.tiny(), rope_scaling=DynamicNtk(4.0, 512, 2048))
+    dynamic = replace(llama.tiny(), max_positions=2048, rope_scaling=DynamicNtk(4.0, 512, 2048))
     assert of_architecture(dynamic) is FAMILY
     ntk = replace(llama.tiny(), rope_scaling=NtkAware(4.0))
     assert of_architecture(ntk) is FAMILY
@@ -113,5 +114,5 @@ def test_a_length_and_a_larger_base_are_the_same_model():
     theirs = rotary_tables(positions, 16, base=again.rope_base)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     far = replace(llama.tiny(), rope_scaling=DynamicNtk(4.0, 256, 256))
-    with pytest.raises(ValueError, match="llama, whose config.json cannot say rope_scaling="):
+    with pytest.raises(ValueError, match="llama, whose config.json cannot say max_positions="):
         of_architecture(far)  # transformers counts from max_position_embeddings
