@@ -128,17 +128,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: In the mode, if it does not serve the tensors.
     """
-    if not invariant():
-        if (
-            torch.is_inference_mode_enabled()
-            and plain(x)
-            and 3 < x.shape[:-1].numel() <= _FEW
-            and weight.is_contiguous()
-        ):
-            few: Any = torch.ops.mkldnn._linear_pointwise.default
-            y: Tensor = few(x.contiguous(), weight, bias, "none", [], "")
-            return y
+    if torch.compiler.is_compiling() or not (_ON.get() or torch.is_inference_mode_enabled()):
         return F.linear(x, weight, bias)
+    if not _ON.get():
+        if not plain(x) or not 3 < x.shape[:-1].numel() <= _FEW or not weight.is_contiguous():
+            return F.linear(x, weight, bias)
+        few: Any = torch.ops.mkldnn._linear_pointwise.default
+        y: Tensor = few(x.contiguous(), weight, bias, "none", [], "")
+        return y
     x, weight = autocast(x, weight)
     need_tensor("linear", x)
     y = _Linear.apply(x, weight)

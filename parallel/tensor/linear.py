@@ -250,9 +250,9 @@ class RowLinear(nn.Module):
         self.plan = _plan(group, sequence_parallel, chunks, False, symmetric)
         self.overlaps = self.plan is not None and (chunks > 1 or symmetric)
         self.width = width
-        own = _share(width, group, "width").size
-        self.fp8 = _fp8(fp8, self.plan, own, features)
-        self.weight = nn.Parameter(torch.empty(features, own))
+        self.own = _share(width, group, "width").size
+        self.fp8 = _fp8(fp8, self.plan, self.own, features)
+        self.weight = nn.Parameter(torch.empty(features, self.own))
         self.bias = nn.Parameter(torch.empty(features)) if bias else None
         _start(self, self.declare_layouts())
 
@@ -282,8 +282,8 @@ class RowLinear(nn.Module):
             ValueError: If `x` has another width, the rows do not divide over ranks and chunks, or
                 a fused product comes to a layer that overlaps in chunks or multiplies in FP8.
         """
-        if product is linear and x.shape[-1] != self.weight.shape[1]:
-            raise _wrong_width(self, self.weight.shape[1], x)
+        if product is linear and x.shape[-1] != self.own:
+            raise _wrong_width(self, self.own, x)
         if self.fp8 is not None:
             if product is not linear:
                 raise ValueError(
