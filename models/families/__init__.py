@@ -35,7 +35,8 @@ def of_architecture(architecture: Architecture) -> Family:
         ValueError: If no family's config.json can describe it.
     """
     unsaid = {family.model_type: family.cannot_say(architecture) for family in _FAMILIES}
-    nearest = min(unsaid, key=lambda name: len(unsaid[name]))
+    other = {family.model_type: len(family.has_other_parts(architecture)) for family in _FAMILIES}
+    nearest = min(unsaid, key=lambda name: (other[name], len(unsaid[name])))
     if unsaid[nearest]:
         raise ValueError(
             f"an architecture must be that of a family that is saved for transformers "

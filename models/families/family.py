@@ -156,12 +156,15 @@ class Family:
             del training["experts.bias_rate"]  # this family has no bias: the routing would change
         return found | ({EXTRA: training} if training else {})
 
-    def cannot_say(self, architecture: Architecture) -> list[str]:
-        """Return what of an architecture config.json cannot describe, as `field=value`."""
-        a = architecture
+    def has_other_parts(self, architecture: Architecture) -> list[str]:
+        """Name the parts, such as `ssm`, that the family or the architecture has alone."""
         paths = " ".join([*self.fields.values(), *self.always]).split()
         parts = {path.partition(".")[0] for path in paths if "." in path}
-        names = [part for part in _PARTS if (part in parts) != (getattr(a, part) is not None)]
+        return [p for p in _PARTS if (p in parts) != (getattr(architecture, p) is not None)]
+
+    def cannot_say(self, architecture: Architecture) -> list[str]:
+        """Return what of an architecture config.json cannot describe, as `field=value`."""
+        a, names = architecture, self.has_other_parts(architecture)
         if not names:
             ours, theirs = (_canonical(m) for m in (a, self.architecture(self.config(a))))
             fields = Architecture.__dataclass_fields__

@@ -398,3 +398,8 @@ def test_a_mesh_trains_a_family_as_one_process(pool, text, names, options):
         names,
         options,
     )
+
+
+def test_a_refusal_names_the_nearest_family_of_the_same_parts():
+    with pytest.raises(ValueError, match=r"is gemma2, .* cannot say embedding_scale=1\.0$"):
+        of_architecture(replace(gemma2.tiny(), embedding_scale=1.0))
