@@ -19,7 +19,7 @@ Source: Touvron et al. 2023, https://arxiv.org/abs/2302.13971, section 2.2; Radf
 1/sqrt(2 L) smaller).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -53,6 +53,7 @@ from .stages import Stages
 __all__ = ["IGNORED", "Architecture", "Decoder", "Experts"]
 
 INIT_STD = 0.02
+Lengths = Tensor | Sequence[int] | None
 
 
 class Decoder(nn.Module):
@@ -201,12 +202,12 @@ class Decoder(nn.Module):
             normal_(parameter, made[path], seed=seed, std=std * residual if _adds(path) else std)
         return self
 
-    def forward(self, tokens: Tensor, document_lengths: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, document_lengths: Lengths = None) -> Tensor:
         """Return the logits of every position, on every tensor- and context-parallel rank.
 
         Args:
             tokens: Ids `[B, S]`, int64, equal on all tensor- and context-parallel ranks.
-            document_lengths: Lengths `[N]` int32 of packed documents; see `Batch`.
+            document_lengths: Lengths `[N]` of packed documents, int32 or a list; see `Batch`.
 
         Returns:
             `[B, S, V]` in the dtype of the parameters.
@@ -219,7 +220,7 @@ class Decoder(nn.Module):
         return self.infer(0, None, tokens, document_lengths)
 
     def infer(
-        self, stage: int, x: Tensor | None, tokens: Tensor, document_lengths: Tensor | None = None
+        self, stage: int, x: Tensor | None, tokens: Tensor, document_lengths: Lengths = None
     ) -> Tensor:
         """Run one pipeline stage without targets.
 
@@ -432,11 +433,11 @@ class Decoder(nn.Module):
             self._made[batch] = made
         return made
 
-    def _sequences(self, tokens: Tensor, lengths: Tensor | None) -> Sequences:
+    def _sequences(self, tokens: Tensor, lengths: Lengths) -> Sequences:
         rows, length = tokens.shape
         return sequences(
             (rows, length),
-            lengths,
+            None if lengths is None else torch.as_tensor(lengths, dtype=torch.int32),
             self.architecture,
             mesh=self.mesh,
             balance=self.balance,

@@ -298,6 +298,8 @@ def flush(folder: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON file; `FileNotFoundError` says what the folder must hold."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} must be a folder on this machine: fetch it first")
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} must hold {path.name}")
     read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
