@@ -33,6 +33,11 @@ class Codec:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         path = self.folder / "tokenizer.json"
+        if not self.folder.is_dir():
+            remedy = "fetch it first"
+            if self.folder.is_file():
+                remedy = "this is a file; `warploom convert` makes a folder of GGUF"
+            raise UserError(f"{self.folder} must be a folder on this machine: {remedy}")
         if not path.is_file():
             raise UserError(f"{self.folder} must hold tokenizer.json; there is none")
         try:

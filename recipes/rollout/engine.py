@@ -34,7 +34,11 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 @runtime_checkable
 class Tokens(Protocol):
-    """What the engine needs of a tokenizer; `eos`, an id or several, is taken where it is there."""
+    """What the engine needs of a tokenizer.
+
+    `eos`, an id or several, or what transformers calls it, `eos_token_id`, ends texts where it is
+    there.
+    """
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a prompt."""
@@ -173,7 +177,7 @@ class Engine:
         make_cache: Makes the cache of a model.
 
     Raises:
-        UserError: If a size is not positive.
+        UserError: If a size is not positive, or `tokenizer` does not encode and decode.
         ValueError: If the model is split in a way that cannot generate.
     """
 
@@ -193,6 +197,11 @@ class Engine:
         for name, size in (sizes if pages is None else {"pages": pages, **sizes}).items():
             if size < 1:
                 raise UserError(f"{name} must be at least 1; got {size}")
+        if tokenizer is not None and not isinstance(tokenizer, Tokens):
+            raise UserError(
+                f"tokenizer must encode and decode, as rollout.codec.Codec(folder) does; got "
+                f"{tokenizer!r:.80}"
+            )
         self.model, self.tokenizer = model, tokenizer
         a = model.architecture
         self.window, self.vocabulary = longest(a), int(a.vocabulary)
@@ -211,7 +220,8 @@ class Engine:
             copy=self._cache.copy,
             copy_slot=self._cache.copy_slot,
         )
-        eos = getattr(tokenizer, "eos", ())
+        theirs = getattr(tokenizer, "eos_token_id", None)  # of transformers
+        eos = getattr(tokenizer, "eos", () if theirs is None else theirs)
         self.eos = frozenset([eos] if isinstance(eos, int) else eos)
         self._device = next(model.parameters()).device
         self._requests: dict[int, list[_Running]] = {}  # samples that have not ended
@@ -441,8 +451,8 @@ class Engine:
                 f"generate needs an engine without requests, and {len(self._requests)} are under "
                 f"way: step until none is"
             )
-        if isinstance(prompts, str):
-            raise UserError(f"prompts must be a list of prompts, not one text: {prompts!r:.40}")
+        if isinstance(prompts, str) or any(isinstance(prompt, int) for prompt in prompts):
+            raise UserError(f"prompts must be a list of texts or of lists of ids: {prompts!r:.40}")
         one = isinstance(sampling, Sampling) or sampling is None
         how: Any = [sampling or Sampling()] * len(prompts) if one else sampling
         if len(how) != len(prompts):

@@ -7,6 +7,7 @@ from tests.recipes.rollout_fakes import WINDOW, FakeCache, FakeModel
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from warploom.recipes.errors import UserError
 from warploom.recipes.rollout import Engine, Sampling
 from warploom.recipes.rollout.text import TextStream
 from warploom.recipes.tokens import BPE, train_bpe
@@ -153,6 +154,15 @@ def test_an_engine_ends_texts():
     assert done.text == by_id.text
     _, done = run("hello", free, Ends())
     assert done.ids == whole.ids
+
+    class Theirs:  # as transformers names it
+        eos_token_id = end
+        encode, decode = Letters.encode, Letters.decode
+
+    _, done = run("hello", Sampling(temperature=0.0, max_tokens=40), Theirs())
+    assert (done.text, done.finish_reason) == (by_id.text, "stop")
+    with pytest.raises(UserError, match="tokenizer must encode and decode"):
+        run("hello", free, "folder")
 
 
 def test_a_cancelled_text_keeps_what_it_has():
