@@ -38,7 +38,8 @@ class Generate:
     folder: tyro.conf.Positional[Path]
     """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
     prompt: Prompts = ()
-    """Text to continue; may be given several times. Without one, standard input is read."""
+    """Text to continue; may be given several times. Without one, standard input is read, without
+    the end of its last line."""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Talk: prompts are messages of a user, put into the folder's chat template."""
     system: str = ""
@@ -48,7 +49,7 @@ class Generate:
     )
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON object a text: ids, log-probabilities, why it ended."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bf16", "float16"] | None = None
     """Of weights and activations; by default that of the file."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the model is."""
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     codec = Codec(asked.folder)
     speak = _speak(codec, asked) if asked.chat else codec.encode
     talk = asked.chat and not asked.prompt and sys.stdin.isatty()
-    prompts = asked.prompt or (() if talk else (sys.stdin.read(),))
+    prompts = asked.prompt or (() if talk else (_read(),))
     given = [speak(prompt) for prompt in prompts]
     engine = load_engine(
         asked.folder,
@@ -91,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print()
         return 1
     return 0
+
+
+def _read() -> str:
+    if sys.stdin.isatty():
+        print("text to continue, then Ctrl-D:", file=sys.stderr)
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _asked(words: list[str]) -> Generate:
@@ -138,10 +145,16 @@ def load_engine(
         **options: Of `Engine`.
 
     Raises:
-        UserError: If the folder cannot be read, or the tokenizer is another model's.
+        UserError: If the folder cannot be read, the tokenizer is another model's, or torch cannot
+            use the device.
     """
     try:
-        kind = None if dtype is None else getattr(torch, dtype)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA
+        why = str(error).partition("\n")[0]
+        raise UserError(f"device ({device}) must be one that torch can use here: {why}") from None
+    kind = None if dtype is None else getattr(torch, "bfloat16" if dtype == "bf16" else dtype)
+    try:
         model = hf.load(folder, dtype=kind, device=device)
     except (FileNotFoundError, ValueError) as error:
         raise UserError(str(error)) from None

@@ -44,7 +44,7 @@ class Serve:
     """What clients call the model; by default the folder's name."""
     api_key: str = ""
     """What clients must know; by default WARPLOOM_API_KEY, which other users cannot see."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bf16", "float16"] | None = None
     """Of weights and activations; by default that of the file."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the model is."""

@@ -106,7 +106,7 @@ def test_a_prompt_is_continued_as_transformers_does(folder, capsys, monkeypatch)
     wanted = generated(folder, "<|bos|>abc", 20)
     words = (folder, "--max-tokens", 20)
     assert run(capsys, *words, "--prompt", "abc")[1].out == wanted + "\n"
-    monkeypatch.setattr("sys.stdin", io.StringIO("abc"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
     assert run(capsys, *words)[1].out == wanted + "\n"
 
 
@@ -182,7 +182,9 @@ def test_the_folder_says_how_tokens_are_chosen(folder, capsys, tmp_path):
         (["{}", "--prompt", "a", "--system", "x"], "add --chat"),
         (["{}", "--prompt", "a", "--pages", "1"], "must fit the 1 pages"),
         (["{}", "--prompt", "a", "--pages", "0"], "pages must be at least 1; got 0"),
-        (["nowhere", "--prompt", "a"], "must hold tokenizer.json"),
+        (["nowhere", "--prompt", "a"], "nowhere must be a folder on this machine: fetch it first"),
+        ([__file__, "--prompt", "a"], "this is a file; `warploom convert` makes a folder"),
+        (["{}", "--prompt", "a", "--device", "abacus"], "device (abacus) must be one that torch"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(folder, capsys, words, sentence):
