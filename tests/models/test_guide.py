@@ -2,8 +2,13 @@
 
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from warploom.models import families
 from warploom.models.architecture import Architecture
@@ -29,3 +34,25 @@ def test_every_named_size_is_listed_with_its_count():
                 found[path.stem, name] = sum(parameters(make()).values())
     assert listed == found
     assert len(found) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("page", "words", "made"),
+    [
+        ("guide/models.md", (), "my-gemma-trained"),
+        ("recipes/pretrain.md", ("small", "--steps", "3", "--schedule.warmup", "1"), "runs/small"),
+    ],
+)
+def test_the_code_of_a_page_runs(page, words, made, tmp_path):
+    text = (GUIDE.parents[1] / page).read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    (tmp_path / "mine.py").write_text("\n".join(blocks))
+    (tmp_path / "docs").symlink_to(GUIDE.parents[1])
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node=1", "mine.py", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert (tmp_path / made).is_dir()
