@@ -1,7 +1,7 @@
 """Sizes and choices of a decoder: what is known before anything is built."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from warploom.kernels.rope import DynamicNtk, Linear, Llama3, NtkAware, Yarn
 
@@ -16,7 +16,23 @@ _POSITIVE = (
 )
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of an annotated kind; a bool is no number."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(x, get_args(kind)[0]) for x in value)
+    if get_args(kind):
+        return any(_fits(value, one) for one in get_args(kind))
+    known = isinstance(value, int | float if kind is float else kind)
+    return known and isinstance(value, bool) == (kind is bool)
+
+
 def _check_sizes(sizes: Any, what: str) -> None:
+    for f in fields(sizes):
+        if not _fits(value := getattr(sizes, f.name), f.type):
+            kind = f.type.__name__ if isinstance(f.type, type) else f.type
+            raise ValueError(f"{f.name} of {what} must be {kind}; got {value!r}")
     sized = [f.name for f in fields(sizes) if f.type is int and f.default != 0]
     wrong = [name for name in sized if getattr(sizes, name) < 1]
     if wrong:

@@ -111,7 +111,11 @@ class Family:
         for name, paths in self.fields.items():
             flat |= dict.fromkeys(paths.split(), given[name])
         flat |= self._read_kinds(given, flat) | self.read(given)
-        flat |= read_rope(given, self.rope, flat) | config.get(EXTRA, {})
+        flat |= read_rope(given, self.rope, flat)
+        for name, value in (config.get(EXTRA) or {}).items():
+            if name not in _TRAINING:
+                given.refuse(f"{EXTRA}.{name}", value, "it is no choice of the training")
+            flat[name] = value
         for name, (values, would) in {**_FIXED, **self.fixed}.items():
             if given.get(name, values[0]) not in values:
                 given.refuse(name, given.get(name), would)
@@ -128,6 +132,8 @@ class Family:
         if wrong := [kind for kind in kinds if kind not in known]:
             given.refuse("layer_types", wrong, "these blocks would mix tokens in another way")
             return {}
+        if kinds and len(kinds) != (layers := flat["layers"]):
+            given.refuse("layer_types", kinds, f"there are {layers} layers")
         kinds = _pattern([_KINDS[kind] for kind in kinds])
         if not self.windowed:
             return {}

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
+from operator import index as integer
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
@@ -36,6 +37,7 @@ DTYPES = MappingProxyType(
         "BF16": torch.bfloat16,
     }
 )
+_SIZES = MappingProxyType({"U8": 1} | {kind: dtype.itemsize for kind, dtype in DTYPES.items()})
 _BLOCK = 8 << 20  # bytes read at once: fewer would cost calls, more the processor's cache
 _LONGEST = 100_000_000  # bytes of a header, as the format's own library has it
 
@@ -64,19 +66,26 @@ def entries(folder: str | Path) -> dict[str, Entry]:
 
     Raises:
         FileNotFoundError: If there are no safetensors, or the index names a file that is absent.
-        ValueError: If a file is not whole, or a tensor in MXFP4 has no scales.
+        ValueError: If a file is not whole or no safetensors, a tensor stands there twice, the index
+            names files elsewhere, or a tensor in MXFP4 has no scales that fit.
     """
     root = Path(folder)
     if not (root / INDEX).exists():
         if not (root / SINGLE).exists():
             raise FileNotFoundError(f"{root} must hold {SINGLE} or {INDEX}")
         return _joined(read_header(root / SINGLE))
-    named: dict[str, str] = read_json(root / INDEX)["weight_map"]
+    named = read_json(root / INDEX).get("weight_map")
+    if not isinstance(named, dict) or any(Path(str(f)).name != f for f in named.values()):
+        raise ValueError(f"{root / INDEX} must have a weight_map to files of its own folder")
     files = sorted(set(named.values()))
     if absent := [file for file in files if not (root / file).exists()]:
         raise FileNotFoundError(f"{root / INDEX} names files that are absent: {listed(absent)}")
-    headers = (read_header(root / file) for file in files)
-    return _joined({name: entry for header in headers for name, entry in header.items()})
+    found: dict[str, Entry] = {}
+    for header in (read_header(root / file) for file in files):
+        if twice := [name for name in header if name in found]:
+            raise ValueError(f"{root} must hold each tensor once; twice: {listed(twice)}")
+        found |= header
+    return _joined(found)
 
 
 def _joined(found: dict[str, Entry]) -> dict[str, Entry]:
@@ -84,9 +93,11 @@ def _joined(found: dict[str, Entry]) -> dict[str, Entry]:
     packed = [n for n, e in found.items() if e.kind == "U8" and n.endswith("_blocks")]
     for name in packed:
         stem, blocks = name.removesuffix("_blocks"), found.pop(name)
-        if (scales := found.pop(f"{stem}_scales", None)) is None:
+        scales = found.pop(f"{stem}_scales", None)
+        if scales is None or scales.kind != "U8" or blocks.shape != (*scales.shape, GROUP // 2):
             raise ValueError(
-                f"{name} in {blocks.file} must have its scales beside it, {stem}_scales"
+                f"{name} {blocks.shape} in {blocks.file} must have its scales beside it, "
+                f"{stem}_scales, one for {GROUP // 2} bytes"
             )
         experts, rows, groups, _ = blocks.shape
         shape = (experts, GROUP * groups, rows)
@@ -101,15 +112,25 @@ def read_header(path: Path) -> dict[str, Entry]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST):
             raise ValueError(f"{path} is not a whole safetensors file: {size} bytes")
-        header: dict[str, Any] = json.loads(file.read(length))
+        header = parsed(file.read(length), path)
     header.pop("__metadata__", None)
-    found = {
-        name: Entry(path, e["dtype"], tuple(e["shape"]), 8 + length + e["data_offsets"][0])
-        for name, e in header.items()
-    }
-    end = max((8 + length + e["data_offsets"][1] for e in header.values()), default=8 + length)
-    if end != size:
-        raise ValueError(f"{path} must have {end} bytes, as its header says; it has {size}")
+    begin, end, found = 8 + length, 0, dict[str, Entry]()
+    try:
+        for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            shape, (start, stop) = tuple(map(integer, e["shape"])), e["data_offsets"]
+            own = math.prod(shape) * _SIZES.get(e["dtype"], 0) or stop - start
+            if (start, stop) != (end, end + own) or min((0, own, *shape)) < 0:
+                raise ValueError(
+                    f"tensors in {path} must lie one after the other, each as large as its shape "
+                    f"says; {name} is {e} behind byte {end}"
+                )
+            found[name], end = Entry(path, e["dtype"], shape, begin + start), stop
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"{path} must describe its tensors: {type(error).__name__}: {error}"
+        ) from None
+    if begin + end != size:
+        raise ValueError(f"{path} must have {begin + end} bytes, as its header says; it has {size}")
     return found
 
 
@@ -302,7 +323,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path.parent} must be a folder on this machine: fetch it first")
     if not path.exists():
         raise FileNotFoundError(f"{path.parent} must hold {path.name}")
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return parsed(path.read_bytes(), path)
+
+
+def parsed(text: bytes, path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; `ValueError` if it is none, or says a name twice."""
+    try:
+        read = json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from None
+    if not isinstance(read, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(read).__name__}")
+    return read
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        twice = next(n for n, _ in pairs if sum(n == other for other, _ in pairs) > 1)
+        raise ValueError(f"{twice!r} stands there twice")
     return read
 
 

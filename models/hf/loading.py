@@ -44,6 +44,7 @@ def load(
     """
     made = architecture(folder)
     check_tokenizer(Path(folder), made)
+    checked(made, folder)  # before memory is taken
     if dtype is None:
         dtype = stored_dtype(folder, made)
     model = Decoder(made, mesh=mesh, dtype=dtype, device=device or "cpu", **options)

@@ -35,9 +35,14 @@ def held(model: Decoder) -> list[tuple[str, Layout, Tensor]]:
 
 def checked(made: Architecture, folder: str | Path) -> tuple[dict[str, Stored], dict[str, Entry]]:
     """Compare names and shapes of a folder with what the architecture needs; list every fault."""
+    held_there = entries(folder)
+    if made.layers > len(held_there):
+        raise ValueError(
+            f"{folder} has {len(held_there)} tensors: too few for {made.layers} layers"
+        )
     family = of_architecture(made)
     needed, found = stored_tensors_of(made, family), {}
-    for name, entry in entries(folder).items():
+    for name, entry in held_there.items():
         full = family.prefix + name
         found[full if name not in needed and full in needed else name] = entry
     missing = [name for name in needed if name not in found]

@@ -19,12 +19,12 @@ def architecture(folder: str | Path) -> Architecture:
             cannot be honoured; all of them are named, with what they would change.
     """
     config = read_json(Path(folder) / "config.json")
-    family = of_model_type(config.get("model_type", ""))
+    family = of_model_type(str(config.get("model_type", "")))
     try:
         return family.architecture(config)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json must have {error.args[0]!r}") from None
-    except ValueError as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{folder}/config.json: {error}") from None
 
 
@@ -37,12 +37,14 @@ def check_tokenizer(folder: Path, made: Architecture) -> None:
     path = folder / "tokenizer.json"
     if not path.exists():
         return
-    read = read_json(path)
-    known = read.get("model", {}).get("vocab") or {}
-    ids = list(known.values()) if isinstance(known, dict) else [len(known) - 1]
-    unused = of_architecture(made).unused
-    ids += [t["id"] for t in read.get("added_tokens", ()) if t["content"] not in unused]
-    most = max(ids, default=-1)
+    read, unused = read_json(path), of_architecture(made).unused
+    try:
+        known = read.get("model", {}).get("vocab") or {}
+        ids = list(known.values()) if isinstance(known, dict) else [len(known) - 1]
+        ids += [t["id"] for t in read.get("added_tokens", ()) if t["content"] not in unused]
+        most = int(max(ids, default=-1))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must describe a tokenizer: {error!r}") from None
     if most >= made.vocabulary:
         raise ValueError(
             f"{path} has ids up to {most}, which must be below the vocabulary of the model "
