@@ -252,8 +252,7 @@ def paged_attention(
         return_lse: Whether to return the log-sum-exp of the scores too.
         backend: `reference` or `torch` (both gather a sequence's pages, and read the tables on the
             host), `triton`; None takes the fastest proven one.
-        decoding: What was made of `tables`, `lengths` and `cu_seqlens`, which must be the same: the
-            short way of `plain` tensors, without a soft cap, K = L.
+        decoding: What was made of these `tables`, `lengths` and `cu_seqlens`, for `plain` tensors.
 
     Returns:
         `[T, H, L]` in the dtype of `q_THK`; with `return_lse` also the log-sum-exp `[H, T]`.
