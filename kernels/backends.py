@@ -112,10 +112,7 @@ _OPERATORS: Mapping[str, _Operator] = MappingProxyType(
             shared=("attention/flash_backward",),
         ),
         "paged_attention": _Operator(
-            stem="attention/paged",
-            default="torch",
-            library=("torch",),
-            shared=("attention/flash",),
+            stem="attention/paged", default="torch", library=("torch",), shared=("attention/flash",)
         ),
     }
 )

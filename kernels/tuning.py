@@ -92,13 +92,9 @@ def searched(search: Search, file: Path) -> Iterator[None]:
 
 
 def tuned(
-    op: str,
-    key: Sequence[int | str],
-    candidates: Sequence[Configuration],
-    start: Start | None = None,
-    *,
-    device: torch.device,
-) -> Configuration:
+    op: str, key: Sequence[int | str], candidates: Sequence[Configuration],
+    start: Start | None = None, *, device: torch.device,
+) -> Configuration:  # fmt: skip
     """Choose the configuration of a kernel.
 
     Args:

@@ -37,17 +37,9 @@ from .sequences import Sequences
 
 
 def attend(
-    layer: int,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGL: Tensor,
-    sequences: Sequences,
-    *,
-    ring: Group,
-    ulysses: Group,
-    context: str,
-    **options: Any,
-) -> Tensor:
+    layer: int, q_THK: Tensor, k_TGK: Tensor, v_TGL: Tensor, sequences: Sequences, *, ring: Group,
+    ulysses: Group, context: str, **options: Any,
+) -> Tensor:  # fmt: skip
     """Attend to one's own document: of this pass, over the context ranks, or in a cache's pages.
 
     Args:
@@ -71,15 +63,9 @@ def attend(
         if "window" in options:
             options["window"] = options["window"][0] + 1
         mixed = context_parallel.attention(
-            q_THK,
-            k_TGK,
-            v_TGL,
-            sequences.split,
-            ring=ring,
-            ulysses=ulysses,
-            kind=context,
+            q_THK, k_TGK, v_TGL, sequences.split, ring=ring, ulysses=ulysses, kind=context,
             **options,
-        )
+        )  # fmt: skip
     elif sequences.cu_seqlens is None:
         qkv = (x.unflatten(0, (sequences.batch, -1)) for x in (q_THK, k_TGK, v_TGL))
         mixed = flash_attention(*qkv, **options)
@@ -117,17 +103,10 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self,
-        a: Architecture,
-        kind: Kind = "full",
-        layer: int = 0,
-        *,
-        group: Group,
-        ring: Group = None,
-        ulysses: Group = None,
-        context: str = "ring",
+        self, a: Architecture, kind: Kind = "full", layer: int = 0, *, group: Group,
+        ring: Group = None, ulysses: Group = None, context: str = "ring",
         fp8: Fp8Recipe | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         _, size = place(group)
         if a.heads % size or (a.kv_heads % size and size % a.kv_heads):
@@ -141,14 +120,9 @@ class Attention(nn.Module):
         heads = {"q": a.heads, "k": a.kv_heads, "v": a.kv_heads}
         parts = {name: n * a.head_dim for name, n in heads.items()}
         self.qkv = ColumnLinear(
-            a.width,
-            sum(parts.values()),
-            group=group,
-            bias=a.qkv_bias,
-            parts=parts,
-            heads=heads,
+            a.width, sum(parts.values()), group=group, bias=a.qkv_bias, parts=parts, heads=heads,
             fp8=fp8,
-        )
+        )  # fmt: skip
         self.widths = self.qkv.split
         self.whole = a.qk_norm == "full"
         self.q_norm, self.k_norm = (_qk_norm(a, n, group) for n in (a.heads, a.kv_heads))

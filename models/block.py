@@ -44,15 +44,9 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        architecture: Architecture,
-        layer: int,
-        *,
-        mesh: Mesh | None,
-        context: str = "ring",
-        recompute: Recompute = NOTHING,
-        fp8: Fp8Recipe | None = None,
-    ) -> None:
+        self, architecture: Architecture, layer: int, *, mesh: Mesh | None, context: str = "ring",
+        recompute: Recompute = NOTHING, fp8: Fp8Recipe | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         a = architecture
         self.recompute, self.residual_scale = recompute, a.residual_scale
@@ -62,15 +56,9 @@ class Block(nn.Module):
         kinds: dict[str, type[Mixer]] = {"ssm": StateSpaceMixer}
         usual = Attention if a.latent is None else LatentAttention
         self.attention: Mixer = kinds.get(a.kind(layer), usual)(
-            a,
-            a.kind(layer),
-            layer,
-            group=group,
-            ring=None if mesh is None else mesh.ring,
-            ulysses=None if mesh is None else mesh.ulysses,
-            context=context,
-            fp8=fp8,
-        )
+            a, a.kind(layer), layer, group=group, ring=None if mesh is None else mesh.ring,
+            ulysses=None if mesh is None else mesh.ulysses, context=context, fp8=fp8,
+        )  # fmt: skip
         self.attention_post_norm = block_norm(a, group=group) if after else None
         self.feed_forward_norm = block_norm(a, group=group) if before else None
         experts = a.routed(layer)

@@ -127,24 +127,14 @@ class Cache:
         if total == len(counts) and plain(held):
             decoding = Decoding(tables, lengths, ends, self.pages, self.page_size)
         paged = Paged(
-            layers=self.layers,
-            places=places.to(device),
-            tables=tables.to(device),
-            lengths=lengths.to(torch.int32).to(device),
-            cu_seqlens=ends.to(device),
+            layers=self.layers, places=places.to(device), tables=tables.to(device),
+            lengths=lengths.to(torch.int32).to(device), cu_seqlens=ends.to(device),
             slots=(torch.arange(len(counts)) if slots is None else slots).to(device),
-            fresh=(starts == 0).to(device),
-            decoding=decoding,
-        )
+            fresh=(starts == 0).to(device), decoding=decoding,
+        )  # fmt: skip
         places_of = F.pad(positions, (0, padding)).to(device)
         return Sequences(
-            batch=1,
-            angles=rotary_angles(places_of, self.architecture, most),
-            positions=places_of,
-            documents=F.pad(number, (0, padding), value=-1).to(device),
-            count=len(counts),
-            padding=padding,
-            cu_seqlens=paged.cu_seqlens,
-            max_seqlen=int(counts.max()),
-            cache=paged,
-        )
+            batch=1, angles=rotary_angles(places_of, self.architecture, most), positions=places_of,
+            documents=F.pad(number, (0, padding), value=-1).to(device), count=len(counts),
+            padding=padding, cu_seqlens=paged.cu_seqlens, max_seqlen=int(counts.max()), cache=paged,
+        )  # fmt: skip

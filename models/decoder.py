@@ -89,20 +89,12 @@ class Decoder(nn.Module):
     head: VocabHead
 
     def __init__(
-        self,
-        architecture: Architecture,
-        *,
-        mesh: Mesh | None = None,
-        names: Callable[[str], str] | None = None,
-        recompute: str = "none",
-        fp8: Fp8Recipe | None = None,
-        z_loss: float = 0.0,
-        context: str = "ring",
-        balance: str = "zigzag",
-        stages: Stages | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, architecture: Architecture, *, mesh: Mesh | None = None,
+        names: Callable[[str], str] | None = None, recompute: str = "none",
+        fp8: Fp8Recipe | None = None, z_loss: float = 0.0, context: str = "ring",
+        balance: str = "zigzag", stages: Stages | None = None, dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if z_loss < 0:
             raise ValueError(f"z_loss must be at least 0; got {z_loss}")
@@ -438,11 +430,8 @@ class Decoder(nn.Module):
         return sequences(
             (rows, length),
             None if lengths is None else torch.as_tensor(lengths, dtype=torch.int32),
-            self.architecture,
-            mesh=self.mesh,
-            balance=self.balance,
-            device=tokens.device,
-        )
+            self.architecture, mesh=self.mesh, balance=self.balance, device=tokens.device,
+        )  # fmt: skip
 
 
 def _accumulate(sums: Sums, found: Sums) -> None:

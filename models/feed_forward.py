@@ -24,12 +24,7 @@ from warploom.parallel.tensor import ColumnLinear, RowLinear
 from warploom.parallel.tensor.product import swiglu_linear
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
-    {
-        "swiglu": swiglu,
-        "geglu": geglu,
-        "gelu": gelu,
-        "relu2": relu2,
-    }
+    {"swiglu": swiglu, "geglu": geglu, "gelu": gelu, "relu2": relu2}
 )
 
 
@@ -50,15 +45,9 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        *,
-        group: Group,
-        activation: str = "swiglu",
-        bias: bool = False,
-        fp8: Fp8Recipe | None = None,
-    ) -> None:
+        self, width: int, hidden: int, *, group: Group, activation: str = "swiglu",
+        bias: bool = False, fp8: Fp8Recipe | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         _, size = place(group)
         if hidden % size:

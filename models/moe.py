@@ -25,29 +25,16 @@ def routed_feed_forward(width: int, experts: Experts, *, mesh: Mesh | None) -> M
         ValueError: If ep does not divide the experts, or etp their width.
     """
     return MoE(
-        width,
-        experts.hidden,
-        experts.count,
-        experts.top_k,
-        group=None if mesh is None else mesh.ep,
-        etp_group=None if mesh is None else mesh.etp,
-        tp_group=None if mesh is None else mesh.tp,
-        context_group=None if mesh is None else mesh.cp,
-        score=experts.score,
-        groups=experts.groups,
-        top_groups=experts.top_groups,
-        group_score=experts.group_score,
-        normalise=experts.normalise,
-        scale=experts.scale,
-        bias=experts.bias_rate > 0 or experts.score == "sigmoid",
-        shared=experts.shared or 0,
-        balance="sequence" if experts.balance > 0 else None,
-        z_loss=experts.router_z > 0,
-        router_bias=experts.router_bias,
-        shared_gate=experts.shared_gate,
-        expert_bias=experts.bias,
+        width, experts.hidden, experts.count, experts.top_k,
+        group=None if mesh is None else mesh.ep, etp_group=None if mesh is None else mesh.etp,
+        tp_group=None if mesh is None else mesh.tp, context_group=None if mesh is None else mesh.cp,
+        score=experts.score, groups=experts.groups, top_groups=experts.top_groups,
+        group_score=experts.group_score, normalise=experts.normalise, scale=experts.scale,
+        bias=experts.bias_rate > 0 or experts.score == "sigmoid", shared=experts.shared or 0,
+        balance="sequence" if experts.balance > 0 else None, z_loss=experts.router_z > 0,
+        router_bias=experts.router_bias, shared_gate=experts.shared_gate, expert_bias=experts.bias,
         clamp=experts.clamp,
-    )
+    )  # fmt: skip
 
 
 def route_and_serve(

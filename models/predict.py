@@ -97,13 +97,9 @@ def targets_ahead(batch: Batch, where: Sequences, depths: int) -> list[Tensor]:
 
 
 def predict(
-    run: Callable[..., tuple[Tensor, Tensor, Sums]],
-    blocks: Iterable[Prediction],
-    embed: Callable[[Tensor, Sequences], Tensor],
-    hidden: Tensor,
-    batch: Batch,
-    where: Sequences,
-) -> Iterator[tuple[Tensor, Sums]]:
+    run: Callable[..., tuple[Tensor, Tensor, Sums]], blocks: Iterable[Prediction],
+    embed: Callable[[Tensor, Sequences], Tensor], hidden: Tensor, batch: Batch, where: Sequences,
+) -> Iterator[tuple[Tensor, Sums]]:  # fmt: skip
     """Yield the hidden states `[T/R, D]` of each depth, for the head, and its routers' sums.
 
     Args:

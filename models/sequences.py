@@ -65,14 +65,9 @@ class Sequences:
 
 
 def sequences(
-    shape: tuple[int, int],
-    lengths: Tensor | None,
-    architecture: Architecture,
-    *,
-    mesh: Mesh | None,
-    balance: str = "zigzag",
-    device: torch.device | str = "cpu",
-) -> Sequences:
+    shape: tuple[int, int], lengths: Tensor | None, architecture: Architecture, *,
+    mesh: Mesh | None, balance: str = "zigzag", device: torch.device | str = "cpu",
+) -> Sequences:  # fmt: skip
     """Turn the lengths of documents into what the blocks need.
 
     Args:
@@ -103,13 +98,9 @@ def sequences(
     padded = [*sizes, padding] if padding else sizes
     positions = torch.cat([torch.arange(n) for n in padded]).to(device)
     made = Sequences(
-        batch=batch,
-        angles=rotary_angles(positions, architecture, max(sizes)),
-        positions=positions,
-        documents=documents,
-        count=len(sizes),
-        padding=padding,
-    )
+        batch=batch, angles=rotary_angles(positions, architecture, max(sizes)), positions=positions,
+        documents=documents, count=len(sizes), padding=padding,
+    )  # fmt: skip
     if lengths is None and not padding:
         return made
     ends = torch.tensor([0, *accumulate(padded)], dtype=torch.int32, device=device)
@@ -117,13 +108,9 @@ def sequences(
 
 
 def _shared(
-    sizes: list[int],
-    architecture: Architecture,
-    mesh: Mesh,
-    balance: str,
-    tp: int,
+    sizes: list[int], architecture: Architecture, mesh: Mesh, balance: str, tp: int,
     device: torch.device | str,
-) -> Sequences:
+) -> Sequences:  # fmt: skip
     """Deal the tokens to the context-parallel ranks."""
     split = Split.build(
         sizes, mesh.degree("cp"), multiple=tp, balance=balance, ulysses=mesh.degree("uly")
@@ -134,14 +121,9 @@ def _shared(
     documents = torch.where(indices < 0, -1, numbers[indices.clamp(min=0)])
     positions = split.positions(rank).to(device)
     return Sequences(
-        batch=1,
-        angles=rotary_angles(positions, architecture, max(sizes)),
-        positions=positions,
-        documents=documents.to(device),
-        count=len(sizes),
-        split=split,
-        indices=indices.to(device),
-    )
+        batch=1, angles=rotary_angles(positions, architecture, max(sizes)), positions=positions,
+        documents=documents.to(device), count=len(sizes), split=split, indices=indices.to(device),
+    )  # fmt: skip
 
 
 def rotary_angles(positions: Tensor, a: Architecture, longest: int) -> Angles:

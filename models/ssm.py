@@ -64,17 +64,10 @@ class StateSpaceMixer(nn.Module):
     dt_bias: Tensor
 
     def __init__(
-        self,
-        a: Architecture,
-        kind: Kind = "ssm",
-        layer: int = 0,
-        *,
-        group: Group,
-        ring: Group = None,
-        ulysses: Group = None,
-        context: str = "ring",
+        self, a: Architecture, kind: Kind = "ssm", layer: int = 0, *, group: Group,
+        ring: Group = None, ulysses: Group = None, context: str = "ring",
         fp8: Fp8Recipe | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         assert a.ssm is not None
         self.sizes, self.layer, self.eps, self.group = a.ssm, layer, a.norm_eps, group
@@ -97,13 +90,9 @@ class StateSpaceMixer(nn.Module):
         both = groups * a.ssm.state
         parts = {"z": width, "x": width, "b": both, "c": both, "dt": heads}
         self.in_proj = ColumnLinear(
-            a.width,
-            sum(parts.values()),
-            group=group,
-            parts=parts,
-            heads={"b": groups, "c": groups},
-            fp8=fp8,
-        )
+            a.width, sum(parts.values()), group=group, parts=parts,
+            heads={"b": groups, "c": groups}, fp8=fp8,
+        )  # fmt: skip
         for name, layout in self.declare_layouts().items():
             self.register_parameter(name, nn.Parameter(torch.zeros(layout.shape)))
         self.out_proj = RowLinear(width, a.width, group=group, fp8=fp8)

@@ -52,10 +52,7 @@ def export(
 
 
 def _receive(
-    name: str,
-    mine: list[tuple[Piece, Tensor]],
-    pieces: list[list[tuple[Piece, str]]],
-    mesh: Mesh,
+    name: str, mine: list[tuple[Piece, Tensor]], pieces: list[list[tuple[Piece, str]]], mesh: Mesh
 ) -> Tensor:
     coming = [
         (rank, piece, torch.empty(piece.logical_sizes, dtype=getattr(torch, dtype)))

@@ -253,17 +253,9 @@ def _build(degrees: Degrees, rank: int, new: Callable[[list[int]], Group]) -> Me
     first_last = sorted({stages[0], stages[-1]})
     ends = new(first_last)  # on every rank, in the middle too
     return Mesh(
-        degrees=degrees,
-        rank=rank,
-        world=group(*DENSE),
-        **{name: group(name) for name in DENSE},
-        shard=group("cp", "dp"),
-        tokens=group("cp", "dp", "rep"),
-        stage=group("tp", "cp", "dp"),
-        etp=expert_group(0),
-        ep=expert_group(1),
-        edp=expert_group(2),
+        degrees=degrees, rank=rank, world=group(*DENSE), **{name: group(name) for name in DENSE},
+        shard=group("cp", "dp"), tokens=group("cp", "dp", "rep"), stage=group("tp", "cp", "dp"),
+        etp=expert_group(0), ep=expert_group(1), edp=expert_group(2),
         ulysses=new(line[at - at % degrees.uly :][: degrees.uly]),
-        ring=new(line[at % degrees.uly :: degrees.uly]),
-        ends=ends if rank in first_last else None,
-    )
+        ring=new(line[at % degrees.uly :: degrees.uly]), ends=ends if rank in first_last else None,
+    )  # fmt: skip

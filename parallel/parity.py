@@ -64,14 +64,9 @@ class Trace:
 def record(subject: Subject, mesh: Mesh, *, steps: int = 3, learning_rate: float = 1e-2) -> Trace:
     """Train `steps` steps on `mesh` and gather what happened; a collective call."""
     step = Step(
-        subject.model,
-        subject.layouts,
-        subject.optimizer,
-        mesh,
-        clip=subject.clip,
-        zero=subject.zero,
-        schedule=subject.schedule,
-    )
+        subject.model, subject.layouts, subject.optimizer, mesh, clip=subject.clip,
+        zero=subject.zero, schedule=subject.schedule,
+    )  # fmt: skip
     seen: dict[str, Tensor] = {}
     inner = subject.optimizer.step
 

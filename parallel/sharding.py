@@ -285,9 +285,7 @@ def _exchange(own: list[tuple[Piece, Tensor]], group: Group) -> Iterator[tuple[P
 def piece_from_json(item: Mapping[str, Any]) -> Piece:
     """Rebuild a piece from `dataclasses.asdict` after a trip through JSON."""
     return Piece(
-        name=item["name"],
-        shape=tuple(item["shape"]),
-        slices=tuple((a, b, c) for a, b, c in item["slices"]),
-        offset=tuple(item["offset"]),
+        name=item["name"], shape=tuple(item["shape"]),
+        slices=tuple((a, b, c) for a, b, c in item["slices"]), offset=tuple(item["offset"]),
         transposed=item["transposed"],
-    )
+    )  # fmt: skip

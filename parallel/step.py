@@ -188,17 +188,10 @@ class Step:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layouts: Mapping[str, Layout],
-        optimizer: ShardedOptimizer,
-        mesh: Mesh,
-        *,
-        clip: float | None = 1.0,
-        zero: int = 1,
-        schedule: Schedule | None = None,
+        self, model: nn.Module, layouts: Mapping[str, Layout], optimizer: ShardedOptimizer,
+        mesh: Mesh, *, clip: float | None = 1.0, zero: int = 1, schedule: Schedule | None = None,
         bucket_elements: int = BUCKET_ELEMENTS,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if zero not in (0, 1, 2, 3) or not isinstance(zero, int) or isinstance(zero, bool):
             raise ValueError(f"zero must be a ZeRO stage, 0, 1, 2 or 3; got {zero!r}")
         if schedule is None and mesh.pp is not None:
@@ -218,13 +211,9 @@ class Step:
             rows = {path: shard.rows for path, shard in optimizer.shards.items()}
             unit, self.units = unit_of(model), Units(model, rows, optimizer.replicas)
         self.gradients = Gradients(
-            dict(model.named_parameters()),
-            layouts,
-            mesh,
-            zero=zero,
-            kind=unit.__getitem__,
+            dict(model.named_parameters()), layouts, mesh, zero=zero, kind=unit.__getitem__,
             elements=bucket_elements,
-        )
+        )  # fmt: skip
         shards = {path: shard.layout for path, shard in optimizer.shards.items()}
         self.owned = owned(shards, mesh)
 
@@ -318,12 +307,9 @@ class Step:
         stages = {n: bind(n) for n, rank in enumerate(schedule.placement) if rank == own}
         with self.gradients.backward(last=True, ordered=False):
             execute(
-                schedule,
-                stages,
-                list(enumerate(batches)),
-                group=self.mesh.pp,
+                schedule, stages, list(enumerate(batches)), group=self.mesh.pp,
                 boundary=boundary if hasattr(self.model, "boundary") else None,
-            )
+            )  # fmt: skip
 
     def _mean(self, sums: Mapping[str, Tensor], by: Mapping[str, float]) -> dict[str, float]:
         """Return the losses, on every rank the same, wherever their terms arose."""

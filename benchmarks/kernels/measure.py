@@ -280,11 +280,7 @@ def _block(runner: Runner, span: str, plan: Plan, *, first: bool) -> list[float]
         seconds = time.perf_counter() - start
         repeats, warmup = max(1, min(repeats, int(_CPU_S / max(seconds, 1e-9)))), int(first)
     return timing.samples_ms(
-        lambda: runner.prepare(span),
-        plan.device,
-        repeats=repeats,
-        warmup=warmup,
-        clock=plan.clock,
+        lambda: runner.prepare(span), plan.device, repeats=repeats, warmup=warmup, clock=plan.clock
     )
 
 

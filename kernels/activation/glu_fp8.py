@@ -76,11 +76,7 @@ def _quantized(x: Tensor, kind: str, scaling: str, power_of_two: bool, backend: 
 
 
 def swiglu_fp8(
-    gate_up: Tensor,
-    *,
-    scaling: Grouping,
-    power_of_two: bool = False,
-    backend: str | None = None,
+    gate_up: Tensor, *, scaling: Grouping, power_of_two: bool = False, backend: str | None = None
 ) -> Fp8:
     """Apply `swiglu` and quantise the float32 value, which is never rounded to the input's dtype.
 
@@ -103,13 +99,9 @@ def swiglu_fp8(
 
 
 def geglu_fp8(
-    gate_up: Tensor,
-    *,
-    approximate: Literal["tanh", "none"] = "tanh",
-    scaling: Grouping,
-    power_of_two: bool = False,
-    backend: str | None = None,
-) -> Fp8:
+    gate_up: Tensor, *, approximate: Literal["tanh", "none"] = "tanh", scaling: Grouping,
+    power_of_two: bool = False, backend: str | None = None,
+) -> Fp8:  # fmt: skip
     """Apply `geglu` and quantise the float32 value, as `swiglu_fp8` does.
 
     Args:

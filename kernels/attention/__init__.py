@@ -6,11 +6,6 @@ from .paged import Decoding, paged_attention
 from .scores import Scores
 
 __all__ = [
-    "Decoding",
-    "Scores",
-    "flash_attention",
-    "flash_attention_backward",
-    "flash_attention_varlen",
-    "merge",
-    "paged_attention",
-]
+    "Decoding", "Scores", "flash_attention", "flash_attention_backward", "flash_attention_varlen",
+    "merge", "paged_attention",
+]  # fmt: skip

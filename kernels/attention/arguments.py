@@ -113,14 +113,9 @@ def check_saved(op: str, q: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: T
 
 
 def scores_of(
-    op: str,
-    q: Tensor,
-    causal: bool,
-    window: Window,
-    scale: float | None,
-    softcap: float | None,
+    op: str, q: Tensor, causal: bool, window: Window, scale: float | None, softcap: float | None,
     offset: int | None,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Check what the caller says of the scores, and put it into one record.
 
     Args:

@@ -163,13 +163,9 @@ def plan(queries: list[int], keys: list[int]) -> list[Batch]:
 
 
 def forward(
-    dense: Callable[..., Dense],
-    q_THK: Tensor,
-    k_UGK: Tensor,
-    v_UGL: Tensor,
-    batches: list[Batch],
+    dense: Callable[..., Dense], q_THK: Tensor, k_UGK: Tensor, v_UGL: Tensor, batches: list[Batch],
     dtype: torch.dtype,
-) -> Dense:
+) -> Dense:  # fmt: skip
     """Attend within documents.
 
     Args:
@@ -196,16 +192,9 @@ def forward(
 
 
 def backward(
-    dense: Callable[..., Gradients],
-    dout_THL: Tensor,
-    dlse_HT: Tensor | None,
-    q_THK: Tensor,
-    k_UGK: Tensor,
-    v_UGL: Tensor,
-    out_THL: Tensor,
-    lse_HT: Tensor,
-    batches: list[Batch],
-) -> Gradients:
+    dense: Callable[..., Gradients], dout_THL: Tensor, dlse_HT: Tensor | None, q_THK: Tensor,
+    k_UGK: Tensor, v_UGL: Tensor, out_THL: Tensor, lse_HT: Tensor, batches: list[Batch],
+) -> Gradients:  # fmt: skip
     """Differentiate `forward`.
 
     Args:

@@ -140,20 +140,11 @@ def _attend(
 
 
 def flash_attention(
-    q_BSHK: Tensor,
-    k_BUGK: Tensor,
-    v_BUGL: Tensor,
-    *,
-    causal: bool = True,
-    window: Window = (-1, -1),
-    offset: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    deterministic: bool | None = None,
-    backend: str | None = None,
-) -> Tensor | Dense:
+    q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor, *, causal: bool = True,
+    window: Window = (-1, -1), offset: int | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, scale: float | None = None, return_lse: bool = False,
+    deterministic: bool | None = None, backend: str | None = None,
+) -> Tensor | Dense:  # fmt: skip
     """Attend from each query to the keys of its sequence.
 
     Args:
@@ -195,23 +186,12 @@ def flash_attention(
 
 
 def flash_attention_varlen(
-    q_THK: Tensor,
-    k_UGK: Tensor,
-    v_UGL: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: bool = True,
-    window: Window = (-1, -1),
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    deterministic: bool | None = None,
-    backend: str | None = None,
-) -> Tensor | Dense:
+    q_THK: Tensor, k_UGK: Tensor, v_UGL: Tensor, cu_seqlens: Tensor, *,
+    cu_seqlens_k: Tensor | None = None, max_seqlen: int | None = None,
+    max_seqlen_k: int | None = None, causal: bool = True, window: Window = (-1, -1),
+    softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None,
+    return_lse: bool = False, deterministic: bool | None = None, backend: str | None = None,
+) -> Tensor | Dense:  # fmt: skip
     """Attend from each query to the keys of its own document.
 
     Args:
@@ -257,25 +237,12 @@ def flash_attention_varlen(
 
 
 def flash_attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None = None,
-    *,
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen: int | None = None,
-    max_seqlen_k: int | None = None,
-    causal: bool = True,
-    window: Window = (-1, -1),
-    offset: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    deterministic: bool | None = None,
-    backend: str | None = None,
-) -> Gradients:
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None = None, *, cu_seqlens_k: Tensor | None = None,
+    max_seqlen: int | None = None, max_seqlen_k: int | None = None, causal: bool = True,
+    window: Window = (-1, -1), offset: int | None = None, softcap: float | None = None,
+    scale: float | None = None, deterministic: bool | None = None, backend: str | None = None,
+) -> Gradients:  # fmt: skip
     """Differentiate attention whose output is known, by the keys given here.
 
     `out` and `lse` may be those over more keys (a merge of parts, a sink): the result is then the

@@ -43,9 +43,7 @@ from .flash_triton import (
     tanh,
     tiles_of,
 )
-from .flash_triton import (
-    place as place_tiles,
-)
+from .flash_triton import place as place_tiles
 from .scores import Packed, Scores
 
 

@@ -216,22 +216,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, tables: Tensor, lengths: Tensor, cu:
 
 
 def paged_attention(
-    q_THK: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    tables: Tensor,
-    lengths: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    causal: bool = True,
-    window: Window = (-1, -1),
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-    backend: str | None = None,
-    decoding: Decoding | None = None,
-) -> Tensor | Dense:
+    q_THK: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor,
+    cu_seqlens: Tensor, *, causal: bool = True, window: Window = (-1, -1),
+    softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None,
+    return_lse: bool = False, backend: str | None = None, decoding: Decoding | None = None,
+) -> Tensor | Dense:  # fmt: skip
     """Attend from the last queries of each sequence to its keys, which lie in pages.
 
     Args:

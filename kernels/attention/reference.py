@@ -97,15 +97,9 @@ def attention_reference(
 
 
 def attention_backward_reference(
-    dout_BSHL: Tensor,
-    dlse_BHS: Tensor | None,
-    q_BSHK: Tensor,
-    k_BUGK: Tensor,
-    v_BUGL: Tensor,
-    out_BSHL: Tensor,
-    lse_BHS: Tensor,
-    scores: Scores,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout_BSHL: Tensor, dlse_BHS: Tensor | None, q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor,
+    out_BSHL: Tensor, lse_BHS: Tensor, scores: Scores,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Specify the backward of `flash_attention`.
 
     Args:

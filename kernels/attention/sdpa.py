@@ -156,15 +156,9 @@ def forward_cpu(q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor, scores: Scores) 
 
 
 def backward_cpu(
-    dout_BSHL: Tensor,
-    dlse_BHS: Tensor | None,
-    q_BSHK: Tensor,
-    k_BUGK: Tensor,
-    v_BUGL: Tensor,
-    out_BSHL: Tensor,
-    lse_BHS: Tensor,
-    scores: Scores,
-) -> Gradients:
+    dout_BSHL: Tensor, dlse_BHS: Tensor | None, q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor,
+    out_BSHL: Tensor, lse_BHS: Tensor, scores: Scores,
+) -> Gradients:  # fmt: skip
     """Differentiate `forward_cpu`; in float32 at least, and so are the gradients.
 
     Args:
@@ -188,13 +182,9 @@ def backward_cpu(
     tensors = _widened(max(x.shape[-1] for x in tensors), *tensors)
     causal, mask = _mask_cpu(tensors[1], k_BUGK, scores)
     dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(_rows(x).transpose(1, 2) for x in tensors),
-        lse_BHS,
-        0.0,
-        causal,
-        attn_mask=mask,
+        *(_rows(x).transpose(1, 2) for x in tensors), lse_BHS, 0.0, causal, attn_mask=mask,
         scale=scores.scale,
-    )
+    )  # fmt: skip
     dq, dk, dv = (d.transpose(1, 2) for d in (dq, dk, dv))
     return dq[..., :keys], dk[..., :keys], dv[..., :values]
 
@@ -269,17 +259,9 @@ def forward_cuda(q: Tensor, k: Tensor, v: Tensor, packed: Packed | None, scores:
 
 
 def backward_cuda(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    packed: Packed | None,
-    scores: Scores,
-    deterministic: bool,
-) -> Gradients:
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    packed: Packed | None, scores: Scores, deterministic: bool,
+) -> Gradients:  # fmt: skip
     """Differentiate `forward_cuda`.
 
     Args:
@@ -335,15 +317,9 @@ def forward_cudnn(q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor, scores: Scores
 
 
 def backward_cudnn(
-    dout_BSHL: Tensor,
-    dlse_BHS: Tensor | None,
-    q_BSHK: Tensor,
-    k_BUGK: Tensor,
-    v_BUGL: Tensor,
-    out_BSHL: Tensor,
-    lse_BHS: Tensor,
-    scores: Scores,
-) -> Gradients:
+    dout_BSHL: Tensor, dlse_BHS: Tensor | None, q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor,
+    out_BSHL: Tensor, lse_BHS: Tensor, scores: Scores,
+) -> Gradients:  # fmt: skip
     """Differentiate `forward_cudnn`.
 
     Args:

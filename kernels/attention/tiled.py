@@ -125,16 +125,9 @@ def forward(q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor, scores: Scores) -> D
 
 
 def backward(
-    dout_BSHL: Tensor,
-    dlse_BHS: Tensor | None,
-    q_BSHK: Tensor,
-    k_BUGK: Tensor,
-    v_BUGL: Tensor,
-    out_BSHL: Tensor,
-    lse_BHS: Tensor,
-    scores: Scores,
-    deterministic: bool = False,
-) -> Gradients:
+    dout_BSHL: Tensor, dlse_BHS: Tensor | None, q_BSHK: Tensor, k_BUGK: Tensor, v_BUGL: Tensor,
+    out_BSHL: Tensor, lse_BHS: Tensor, scores: Scores, deterministic: bool = False,
+) -> Gradients:  # fmt: skip
     """Differentiate `forward`; as `attention_backward_reference`.
 
     Args:
@@ -164,15 +157,9 @@ def backward(
     for rows, seen, tile in plan:
         dlse = None if dlse_BHS is None else dlse_BHS[:, :, rows]
         parts = run(
-            dout[:, rows],
-            dlse,
-            q[:, rows],
-            k[:, seen],
-            v[:, seen],
-            out[:, rows],
-            lse_BHS[:, :, rows].contiguous(),
-            scores=tile,
-        )
+            dout[:, rows], dlse, q[:, rows], k[:, seen], v[:, seen], out[:, rows],
+            lse_BHS[:, :, rows].contiguous(), scores=tile,
+        )  # fmt: skip
         if parts[0].shape == dq.shape and parts[1].shape == dk.shape:
             dq, dk, dv = parts
             break

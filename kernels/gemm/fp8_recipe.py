@@ -128,14 +128,9 @@ class Fp8Scales(NamedTuple):
 
 
 def quantize(
-    x: Tensor,
-    scaling: Product,
-    dtype: torch.dtype,
-    scale: Tensor | None = None,
-    power_of_two: bool = False,
-    transpose: bool = False,
-    backend: str | None = None,
-) -> Fp8 | Mx:
+    x: Tensor, scaling: Product, dtype: torch.dtype, scale: Tensor | None = None,
+    power_of_two: bool = False, transpose: bool = False, backend: str | None = None,
+) -> Fp8 | Mx:  # fmt: skip
     """Quantise as a recipe does.
 
     Args:
@@ -157,13 +152,9 @@ def quantize(
 
 
 def fp8_weight(
-    weight: Tensor,
-    recipe: Fp8Recipe,
-    *,
-    scale: Tensor | None = None,
-    transpose: bool = True,
+    weight: Tensor, recipe: Fp8Recipe, *, scale: Tensor | None = None, transpose: bool = True,
     backend: str | None = None,
-) -> Fp8Weight:
+) -> Fp8Weight:  # fmt: skip
     """Quantise a weight for the products of a step.
 
     Args:

@@ -63,13 +63,9 @@ def device_lack(
 
 
 def missing(
-    sizes: tuple[int, int, int],
-    types: tuple[torch.dtype, torch.dtype],
-    scaling: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    capability: tuple[int, int] | None,
-) -> str | None:
+    sizes: tuple[int, int, int], types: tuple[torch.dtype, torch.dtype], scaling: str,
+    dtype: torch.dtype, device: torch.device, capability: tuple[int, int] | None,
+) -> str | None:  # fmt: skip
     """Say what keeps PyTorch's product from these operands, or None when it takes them.
 
     Args:

@@ -249,14 +249,9 @@ def _check(name: str, x: Tensor, weight: Tensor) -> None:
 
 
 def fp8_linear(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    recipe: Fp8Recipe,
-    quantized: Fp8Weight | None = None,
-    scales: Fp8Scales | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, *, recipe: Fp8Recipe, quantized: Fp8Weight | None = None,
+    scales: Fp8Scales | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Multiply by a weight in FP8; differentiable in both.
 
     Args:
@@ -296,14 +291,9 @@ def fp8_linear(
 
 
 def fp8_linear_input_gradient(
-    dy: Tensor,
-    weight: Tensor,
-    *,
-    recipe: Fp8Recipe,
-    quantized: Fp8Weight | None = None,
-    scale: Tensor | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    dy: Tensor, weight: Tensor, *, recipe: Fp8Recipe, quantized: Fp8Weight | None = None,
+    scale: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Return the input gradient of `fp8_linear` alone: the same bits as in its backward.
 
     Args:
@@ -335,14 +325,9 @@ def fp8_linear_input_gradient(
 
 
 def fp8_linear_weight_gradient(
-    dy: Tensor,
-    x: Tensor,
-    *,
-    recipe: Fp8Recipe,
-    scales: Fp8Scales | None = None,
-    dtype: torch.dtype | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    dy: Tensor, x: Tensor, *, recipe: Fp8Recipe, scales: Fp8Scales | None = None,
+    dtype: torch.dtype | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Return the weight gradient of `fp8_linear` alone: the same bits as in its backward.
 
     Args:

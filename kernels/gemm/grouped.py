@@ -30,14 +30,7 @@ from torch import Tensor
 
 from ..backends import case_key, choose
 from ..invariant import invariant, linear
-from ..library import (
-    autocast,
-    below_autograd,
-    first_derivative_only,
-    need_tensors,
-    register,
-    wide,
-)
+from ..library import autocast, below_autograd, first_derivative_only, need_tensors, register, wide
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _UNIT = 8  # bfloat16 elements in the 16 bytes of which PyTorch's kernel wants multiples
@@ -259,13 +252,9 @@ def _check(counts: Tensor, experts: int, left: str, right: str, **tensors: Tenso
 
 
 def grouped_gemm(
-    x: Tensor,
-    weight: Tensor,
-    counts: Tensor,
-    *,
-    zero_rest: bool = False,
+    x: Tensor, weight: Tensor, counts: Tensor, *, zero_rest: bool = False,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Multiply each expert's rows by its weight.
 
     Args:
@@ -299,12 +288,7 @@ def grouped_gemm(
 
 
 def grouped_gemm_weight_gradient(
-    dy: Tensor,
-    x: Tensor,
-    counts: Tensor,
-    *,
-    into: Tensor | None = None,
-    backend: str | None = None,
+    dy: Tensor, x: Tensor, counts: Tensor, *, into: Tensor | None = None, backend: str | None = None
 ) -> Tensor:
     """Return the weight gradient of `grouped_gemm` alone, for schedules that defer it.
 

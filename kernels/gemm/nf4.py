@@ -71,12 +71,10 @@ def _blocks(q: Nf4, like: Tensor, backend: str) -> Iterator[tuple[slice, Tensor]
     for rows, start, stop in ranges:
         second = None if q.absmax2 is None else q.absmax2[start // (q.block * SECOND) :]
         fill(
-            buffer[: stop - start],
-            packed[start // 2 : (stop + 1) // 2],
-            absmax[start // q.block : -(-stop // q.block)],
-            *(q.code, second, q.offset),
+            buffer[: stop - start], packed[start // 2 : (stop + 1) // 2],
+            absmax[start // q.block : -(-stop // q.block)], *(q.code, second, q.offset),
             *(q.block, backend),
-        )
+        )  # fmt: skip
         own = buffer[rows.start * width - start :][: (rows.stop - rows.start) * width]
         yield rows, own.view(-1, width)
 

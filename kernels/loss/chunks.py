@@ -48,13 +48,9 @@ class Chunks:
     """
 
     def __init__(
-        self,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        targets: Tensor,
-        ignore_index: int,
+        self, hidden_TD: Tensor, weight_VD: Tensor, targets: Tensor, ignore_index: int,
         chunk: int | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.hidden_TD, self.weight_VD, self.targets = hidden_TD, weight_VD, targets
         self.trained_T = trained(targets, ignore_index)
         self.rows: Tensor | None = None

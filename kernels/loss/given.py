@@ -174,16 +174,10 @@ _SCALE_ = register(
 
 
 def cross_entropy(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    *,
-    z_loss: bool = False,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    inplace: bool = False,
+    logits_TV: Tensor, targets_T: Tensor, *, z_loss: bool = False, ignore_index: int = -100,
+    softcap: float | None = None, label_smoothing: float = 0.0, inplace: bool = False,
     backend: str | None = None,
-) -> Pair | tuple[Pair, Pair]:
+) -> Pair | tuple[Pair, Pair]:  # fmt: skip
     """Sum the cross-entropy of logits over the positions that train.
 
     Args:

@@ -27,14 +27,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..library import (
-    autocast,
-    below_autograd,
-    first_derivative_only,
-    need_tensors,
-    register,
-    wide,
-)
+from ..library import autocast, below_autograd, first_derivative_only, need_tensors, register, wide
 from ..peers import PEERS, serve
 from .chunks import Chunks, Gradients, check_linear, scaled, trained
 from .logits import check_options, nll_and_gradient_
@@ -219,17 +212,10 @@ _STATISTICS_BACKWARD = register(
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    *,
-    z_loss: bool = False,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    chunk: int | None = None,
-    backend: str | None = None,
-) -> Pair | tuple[Pair, Pair]:
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, z_loss: bool = False,
+    ignore_index: int = -100, softcap: float | None = None, label_smoothing: float = 0.0,
+    chunk: int | None = None, backend: str | None = None,
+) -> Pair | tuple[Pair, Pair]:  # fmt: skip
     """Sum the cross-entropy of a linear head over the positions that train.
 
     Args:
@@ -289,16 +275,10 @@ def linear_log_probs(
 
 
 def linear_log_probs(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    *,
-    entropy: bool = False,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    chunk: int | None = None,
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, *, entropy: bool = False,
+    ignore_index: int = -100, softcap: float | None = None, chunk: int | None = None,
     backend: str | None = None,
-) -> Tensor | Pair:
+) -> Tensor | Pair:  # fmt: skip
     """Compute the log-probability of each target under a linear head.
 
     Args:
@@ -330,18 +310,10 @@ def linear_log_probs(
 
 
 def linear_top_k_kl(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    teacher_indices_TM: Tensor,
-    teacher_log_probs_TM: Tensor,
-    *,
-    direction: str = "forward",
-    tail: bool = True,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    chunk: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    hidden_TD: Tensor, weight_VD: Tensor, teacher_indices_TM: Tensor, teacher_log_probs_TM: Tensor,
+    *, direction: str = "forward", tail: bool = True, ignore_index: int = -100,
+    softcap: float | None = None, chunk: int | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Compute the divergence between a teacher, known by its top M, and a linear head.
 
     With the tail it is that of M + 1 outcomes, the last of which stands for all other tokens: at

@@ -159,15 +159,9 @@ def cross_entropy_partials_reference(
 
 
 def cross_entropy_gradient_reference(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    lse_C: Tensor,
-    g: Tensor,
-    softcap: float | None,
-    out_CV: Tensor,
-    whole: bool = False,
-) -> None:
+    logits_CV: Tensor, targets_C: Tensor, start: int, lse_C: Tensor, g: Tensor,
+    softcap: float | None, out_CV: Tensor, whole: bool = False,
+) -> None:  # fmt: skip
     """Specify `cross_entropy_gradient_`; the tests hold the kernel to this.
 
     Args:
@@ -247,14 +241,9 @@ def _nll_and_gradient_reference_(
 
 
 def nll_and_gradient_(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    ignore_index: int,
-    softcap: float | None,
-    label_smoothing: float,
-    gradient: bool,
-    backend: str | None,
-) -> Tensor:
+    logits_CV: Tensor, targets_C: Tensor, ignore_index: int, softcap: float | None,
+    label_smoothing: float, gradient: bool, backend: str | None,
+) -> Tensor:  # fmt: skip
     """Overwrite logits over the whole vocabulary by the gradient of the summed loss.
 
     Args:
@@ -298,16 +287,9 @@ def _partials_fake(
 
 
 def write_gradient(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    lse_C: Tensor,
-    g: Tensor,
-    softcap: float | None,
-    out_CV: Tensor,
-    backend: str | None,
-    whole: bool = False,
-) -> None:
+    logits_CV: Tensor, targets_C: Tensor, start: int, lse_C: Tensor, g: Tensor,
+    softcap: float | None, out_CV: Tensor, backend: str | None, whole: bool = False,
+) -> None:  # fmt: skip
     """Write the gradient by the logits into `out_CV`, which may be the logits themselves.
 
     Args:
@@ -392,14 +374,9 @@ def check_logits(name: str, logits_CV: Tensor, targets_C: Tensor) -> None:
 
 
 def cross_entropy_partials(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int = 0,
-    *,
-    softcap: float | None = None,
-    moments: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, ...]:
+    logits_CV: Tensor, targets_C: Tensor, start: int = 0, *, softcap: float | None = None,
+    moments: bool = False, backend: str | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Reduce a slice of the vocabulary to what merging needs.
 
     Merge over slices: `M = max(max)`, `S = sum(sum_exp * exp(max - M))`, `lse = M + log(S)`,
@@ -430,17 +407,10 @@ def cross_entropy_partials(
 
 
 def cross_entropy_gradient_(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int,
-    lse_C: Tensor,
-    g_nll: Tensor | float = 1.0,
-    g_lse: Tensor | float = 0.0,
-    *,
-    g_sum: Tensor | float = 0.0,
-    softcap: float | None = None,
+    logits_CV: Tensor, targets_C: Tensor, start: int, lse_C: Tensor, g_nll: Tensor | float = 1.0,
+    g_lse: Tensor | float = 0.0, *, g_sum: Tensor | float = 0.0, softcap: float | None = None,
     backend: str | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Overwrite a slice of logits by (g_nll + g_lse) * softmax - g_nll * onehot + g_sum.
 
     Args:

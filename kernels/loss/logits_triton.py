@@ -139,11 +139,9 @@ def _store_gradient(
     dz = tl.exp(z - lse) - smoothing / V - tl.where(columns == target, 1.0 - smoothing, 0.0)
     dx = tl.where(trained, _through_cap(dz, z, cap, CAPPED), 0.0)
     tl.store(
-        row_ptr + columns,
-        dx.to(row_ptr.dtype.element_ty),
-        mask=columns < V,
+        row_ptr + columns, dx.to(row_ptr.dtype.element_ty), mask=columns < V,
         eviction_policy="evict_first",
-    )
+    )  # fmt: skip
 
 
 @triton.jit

@@ -52,13 +52,9 @@ def _hide_(logits_CV: Tensor, columns_CM: Tensor, inside_CM: Tensor) -> None:
 
 
 def reduce_slice_(
-    logits_CV: Tensor,
-    targets: Tensor,
-    start: int,
-    softcap: float | None,
-    moments: bool,
+    logits_CV: Tensor, targets: Tensor, start: int, softcap: float | None, moments: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Reduce a slice of a chunk's logits to what merging needs.
 
     Args:
@@ -124,15 +120,9 @@ def finish(joint_C: Tensor, rest: Tensor, moments: bool) -> Tensor:
 
 
 def gradient_of_slice_(
-    logits_CV: Tensor,
-    targets: Tensor,
-    start: int,
-    statistics: Tensor,
-    g: Tensor,
-    softcap: float | None,
-    backend: str | None,
-    whole: bool = False,
-) -> None:
+    logits_CV: Tensor, targets: Tensor, start: int, statistics: Tensor, g: Tensor,
+    softcap: float | None, backend: str | None, whole: bool = False,
+) -> None:  # fmt: skip
     """Overwrite a slice of a chunk's logits by the gradient.
 
     Args:
@@ -234,11 +224,7 @@ def log_probability(statistics: Tensor, trained_T: Tensor) -> Tensor:
 
 
 def top_k_kl(
-    statistics: Tensor,
-    teacher_log_probs_TM: Tensor,
-    trained_T: Tensor,
-    direction: str,
-    tail: bool,
+    statistics: Tensor, teacher_log_probs_TM: Tensor, trained_T: Tensor, direction: str, tail: bool
 ) -> Tensor:
     """Compute the divergence of M + 1 outcomes, or of M that are normalised.
 

@@ -221,15 +221,9 @@ def _check(x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: T
 
 
 def moe_block(
-    x: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    *,
-    recompute: bool = False,
-    backend: str | None = None,
-) -> Tensor:
+    x: Tensor, gate_up: Tensor, down: Tensor, indices: Tensor, weights: Tensor, *,
+    recompute: bool = False, backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """Send each token through its experts, SwiGLU layers, and sum their answers by weight.
 
     Args:

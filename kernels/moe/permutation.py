@@ -89,11 +89,7 @@ def _permute_fake(
     x: Tensor, indices: Tensor, experts: int, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = indices.numel()
-    return (
-        x.new_empty(rows, x.shape[1]),
-        indices.new_empty(experts),
-        indices.new_empty(rows),
-    )
+    return (x.new_empty(rows, x.shape[1]), indices.new_empty(experts), indices.new_empty(rows))
 
 
 _Fp8Parts = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -347,14 +343,9 @@ def permute(
 
 
 def permute_fp8(
-    x: Tensor,
-    indices: Tensor,
-    experts: int,
-    *,
-    scaling: Grouping = "row",
-    power_of_two: bool = False,
-    backend: str | None = None,
-) -> tuple[Fp8, Tensor, Tensor]:
+    x: Tensor, indices: Tensor, experts: int, *, scaling: Grouping = "row",
+    power_of_two: bool = False, backend: str | None = None,
+) -> tuple[Fp8, Tensor, Tensor]:  # fmt: skip
     """Quantise each token to FP8 (e4m3) once, and copy it once for each of its experts.
 
     The same bits as `fp8_quantize` of the rows of `permute`.

@@ -69,18 +69,10 @@ def _choice(
 
 
 def route_reference(
-    logits_TE: Tensor,
-    top_k: int,
-    *,
-    score: str = "softmax",
-    groups: int = 1,
-    top_groups: int = 1,
-    group_score: str = "top2",
-    bias: Tensor | None = None,
-    normalise: bool = True,
-    scale: float = 1.0,
-    chosen: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits_TE: Tensor, top_k: int, *, score: str = "softmax", groups: int = 1, top_groups: int = 1,
+    group_score: str = "top2", bias: Tensor | None = None, normalise: bool = True,
+    scale: float = 1.0, chosen: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Specify `route`, differentiably; the arguments and results are those of `route`."""
     z_TE = logits_TE.to(wide(logits_TE.dtype))
     scores_TE = ((-z_TE).exp() + 1).reciprocal() if score == "sigmoid" else torch.softmax(z_TE, 1)
@@ -122,17 +114,9 @@ def _forward(
     if chosen is not None and chosen.device.type == "cpu" and (chosen >= logits.shape[1]).any():
         raise ValueError(f"route: chosen must be below {logits.shape[1]}, got {int(chosen.max())}")
     return route_reference(
-        logits.contiguous(),
-        top_k,
-        score=score,
-        groups=groups,
-        top_groups=top_groups,
-        group_score=group_score,
-        bias=bias,
-        normalise=normalise,
-        scale=scale,
-        chosen=chosen,
-    )
+        logits.contiguous(), top_k, score=score, groups=groups, top_groups=top_groups,
+        group_score=group_score, bias=bias, normalise=normalise, scale=scale, chosen=chosen,
+    )  # fmt: skip
 
 
 def _forward_fake(
@@ -158,13 +142,9 @@ def _absent(indices_TK: Tensor) -> Tensor | None:
 
 
 def _dchosen(
-    dweights: Tensor,
-    values_TE: Tensor,
-    indices_TK: Tensor,
-    score: str,
-    normalise: bool,
+    dweights: Tensor, values_TE: Tensor, indices_TK: Tensor, score: str, normalise: bool,
     scale: float,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Return the gradient of the chosen scores for `softmax`, else of the chosen logits, `[T, k]`.
 
     `values_TE` holds the former or the latter.
@@ -292,19 +272,10 @@ def check_routing(
 
 
 def route(
-    logits: Tensor,
-    top_k: int,
-    *,
-    score: str = "softmax",
-    groups: int = 1,
-    top_groups: int = 1,
-    group_score: str = "top2",
-    bias: Tensor | None = None,
-    normalise: bool = True,
-    scale: float = 1.0,
-    chosen: Tensor | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    logits: Tensor, top_k: int, *, score: str = "softmax", groups: int = 1, top_groups: int = 1,
+    group_score: str = "top2", bias: Tensor | None = None, normalise: bool = True,
+    scale: float = 1.0, chosen: Tensor | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Choose the experts of each token.
 
     Args:

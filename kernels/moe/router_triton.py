@@ -244,39 +244,19 @@ def forward(
     if tokens:
         with on_device(logits_TE):
             forward_kernel[(triton.cdiv(tokens, chosen["ROWS"]),)](
-                logits_TE,
-                logits_TE if bias_E is None else bias_E.contiguous(),
-                indices,
-                weights,
-                probabilities,
-                tokens,
-                experts,
-                experts // groups,
-                logits_TE.stride(0),
-                scale,
-                SCORE=score,
-                BIASED=bias_E is not None,
-                CHOSEN=chosen_TK is not None,
-                NORMALISE=normalise,
-                K=top_k,
-                TOP_GROUPS=top_groups,
-                BEST=group_score,
-                PICKED=next_power_of_two(top_k),
-                **chosen,
-            )
+                logits_TE, logits_TE if bias_E is None else bias_E.contiguous(), indices, weights,
+                probabilities, tokens, experts, experts // groups, logits_TE.stride(0), scale,
+                SCORE=score, BIASED=bias_E is not None, CHOSEN=chosen_TK is not None,
+                NORMALISE=normalise, K=top_k, TOP_GROUPS=top_groups, BEST=group_score,
+                PICKED=next_power_of_two(top_k), **chosen,
+            )  # fmt: skip
     return weights, indices, probabilities
 
 
 def backward(
-    dweights_TK: Tensor | None,
-    dprobabilities_TE: Tensor | None,
-    logits_TE: Tensor,
-    indices_TK: Tensor,
-    probabilities_TE: Tensor,
-    score: str,
-    normalise: bool,
-    scale: float,
-) -> Tensor:
+    dweights_TK: Tensor | None, dprobabilities_TE: Tensor | None, logits_TE: Tensor,
+    indices_TK: Tensor, probabilities_TE: Tensor, score: str, normalise: bool, scale: float,
+) -> Tensor:  # fmt: skip
     """Launch the backward.
 
     Args:
@@ -300,23 +280,10 @@ def backward(
     if tokens:
         with on_device(logits_TE):
             backward_kernel[(triton.cdiv(tokens, chosen["ROWS"]),)](
-                logits_TE if dweights_TK is None else dweights_TK.contiguous(),
-                dprobabilities,
-                logits_TE,
-                indices_TK,
-                probabilities_TE,
-                dlogits,
-                tokens,
-                experts,
-                logits_TE.stride(0),
-                dprobabilities.stride(0),
-                scale,
-                SCORE=score,
-                WEIGHTS=dweights_TK is not None,
-                PROBABILITIES=dprobabilities_TE is not None,
-                NORMALISE=normalise,
-                K=top_k,
-                PICKED=next_power_of_two(top_k),
-                **chosen,
-            )
+                logits_TE if dweights_TK is None else dweights_TK.contiguous(), dprobabilities,
+                logits_TE, indices_TK, probabilities_TE, dlogits, tokens, experts,
+                logits_TE.stride(0), dprobabilities.stride(0), scale, SCORE=score,
+                WEIGHTS=dweights_TK is not None, PROBABILITIES=dprobabilities_TE is not None,
+                NORMALISE=normalise, K=top_k, PICKED=next_power_of_two(top_k), **chosen,
+            )  # fmt: skip
     return dlogits

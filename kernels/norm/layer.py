@@ -33,13 +33,9 @@ _EPS = 1e-5
 
 
 def layer_norm_reference(
-    x_TD: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
+    x_TD: Tensor, weight_D: Tensor, bias_D: Tensor | None = None, *, residual: Tensor | None = None,
     eps: float = _EPS,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Specify `layer_norm`, differentiably: y and the normalised sum.
 
     Args:
@@ -234,14 +230,9 @@ def layer_norm(
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    eps: float = _EPS,
-    backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
+    eps: float = _EPS, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Normalise each row of `x` (plus `residual`) to mean 0 and variance 1, scale and shift it.
 
     Args:
@@ -279,16 +270,10 @@ def layer_norm(
 
 
 def layer_norm_fp8(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    residual: Tensor | None = None,
-    eps: float = _EPS,
-    scaling: Grouping = "row",
-    power_of_two: bool = False,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None,
+    eps: float = _EPS, scaling: Grouping = "row", power_of_two: bool = False,
     backend: str | None = None,
-) -> Fp8 | tuple[Fp8, Tensor]:
+) -> Fp8 | tuple[Fp8, Tensor]:  # fmt: skip
     """Compute `layer_norm` and quantise its result to float8_e4m3fn in the same pass.
 
     Args:

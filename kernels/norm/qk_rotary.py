@@ -31,15 +31,9 @@ from .rms import backward_cpu, forward_cpu
 
 
 def qk_norm_rotary_reference(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    *,
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+    q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_TJ: Tensor,
+    sin_TJ: Tensor, *, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Specify `qk_norm_rotary`, differentiably; the tests hold every backend to this.
 
     Args:
@@ -163,16 +157,9 @@ _BACKWARD = register(
 
 
 def qk_norm_rotary(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    q_weight_K: Tensor,
-    k_weight_K: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    *,
-    eps: float = 1e-6,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    q_THK: Tensor, k_TGK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_TJ: Tensor,
+    sin_TJ: Tensor, *, eps: float = 1e-6, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Normalise each head of queries and keys to unit root-mean-square, scale it, rotate it.
 
     Args:

@@ -147,12 +147,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (-1, h.shape[-1])
     args = (
-        dy.reshape(shape),
-        None if dh is None else dh.reshape(shape),
-        h.reshape(shape),
-        weight_D,
+        dy.reshape(shape), None if dh is None else dh.reshape(shape), h.reshape(shape), weight_D,
         rstd.reshape(-1),
-    )
+    )  # fmt: skip
     served = choose("rms_norm", h.device, h.dtype, backend)
     if served in ("triton", "cuda"):
         if served == "triton":
@@ -259,13 +256,9 @@ def rms_norm(
 
 
 def rms_norm(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    residual: Tensor | None = None,
-    eps: float = 1e-6,
+    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Normalise each row of `x` (plus `residual`) to unit root-mean-square and scale it.
 
     Args:
@@ -322,15 +315,9 @@ def rms_norm_fp8(
 
 
 def rms_norm_fp8(
-    x: Tensor,
-    weight: Tensor,
-    *,
-    residual: Tensor | None = None,
-    eps: float = 1e-6,
-    scaling: Grouping = "row",
-    power_of_two: bool = False,
-    backend: str | None = None,
-) -> Fp8 | tuple[Fp8, Tensor]:
+    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6,
+    scaling: Grouping = "row", power_of_two: bool = False, backend: str | None = None,
+) -> Fp8 | tuple[Fp8, Tensor]:  # fmt: skip
     """Compute `rms_norm` and quantise its result to float8_e4m3fn in the same pass.
 
     Args:

@@ -73,11 +73,8 @@ def configurations(width: int, least: int = 1) -> list[dict[str, int]]:
     first = configuration(width, least)
     rows, warps = first["ROWS"], first["num_warps"]
     others = [
-        (rows, 2 * warps),
-        (2 * rows, warps),
-        (2 * rows, 2 * warps),
-        (max(1, rows // 2), warps),
-    ]
+        (rows, 2 * warps), (2 * rows, warps), (2 * rows, 2 * warps), (max(1, rows // 2), warps),
+    ]  # fmt: skip
     found = [first]
     for r, w in others:
         other = first | {"ROWS": r, "num_warps": w}

@@ -88,17 +88,9 @@ def join_remainder(parameter: Tensor, remainder: Tensor) -> Tensor:
 
 
 def adamw_reference(
-    parameter: Tensor,
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    *,
-    step: int,
-    learning_rate: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    parameter: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, *, step: int,
+    learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Specify a step of one tensor; tests hold every backend to it.
 
     Args:
@@ -293,23 +285,12 @@ def _check_scalars(rates: Rates, step: Tensor, scalars: dict[str, Tensor | None]
 
 
 def adamw_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    means: Sequence[Tensor],
-    squares: Sequence[Tensor],
-    *,
-    masters: Sequence[Tensor] | None = None,
-    remainders: Sequence[Tensor] | None = None,
-    step: Tensor,
-    learning_rate: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    plan: Plan | None = None,
-    backend: str | None = None,
-) -> None:
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], means: Sequence[Tensor],
+    squares: Sequence[Tensor], *, masters: Sequence[Tensor] | None = None,
+    remainders: Sequence[Tensor] | None = None, step: Tensor, learning_rate: float | Tensor,
+    betas: tuple[float, float], eps: float, weight_decay: float, scale: Tensor | None = None,
+    found_inf: Tensor | None = None, plan: Plan | None = None, backend: str | None = None,
+) -> None:  # fmt: skip
     """Take AdamW's step on many tensors, in place.
 
     Each list has one dtype; sizes are free (0, 1, more than 2^31), and so is alignment: tensors

@@ -390,15 +390,10 @@ def _check(
 
 
 def fp8_quantize(
-    x: Tensor,
-    *,
-    scaling: Scaling = "tensor",
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    scale: Tensor | None = None,
-    power_of_two: bool = False,
-    transpose: bool = False,
+    x: Tensor, *, scaling: Scaling = "tensor", dtype: torch.dtype = torch.float8_e4m3fn,
+    scale: Tensor | None = None, power_of_two: bool = False, transpose: bool = False,
     backend: str | None = None,
-) -> Fp8:
+) -> Fp8:  # fmt: skip
     """Quantise to FP8.
 
     Args:
@@ -432,10 +427,7 @@ def fp8_quantize(
     if scaling in ("tensor", "tile"):
         scale_t = scales.t() if scaling == "tile" else scales
     return Fp8(
-        data=codes.view(dtype),
-        scale=scales,
-        carrier=carrier,
-        data_t=codes_t.view(dtype) if transpose else None,
-        scale_t=scale_t if transpose else None,
+        data=codes.view(dtype), scale=scales, carrier=carrier,
+        data_t=codes_t.view(dtype) if transpose else None, scale_t=scale_t if transpose else None,
         amax=amax if scaling == "tensor" else None,
-    )
+    )  # fmt: skip

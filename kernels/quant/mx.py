@@ -153,13 +153,9 @@ _FORWARD = register(
 
 
 def mx_quantize(
-    x: Tensor,
-    *,
-    dtype: torch.dtype = torch.float8_e4m3fn,
-    rounding: Rounding = "floor",
-    transpose: bool = False,
-    backend: str | None = None,
-) -> Mx:
+    x: Tensor, *, dtype: torch.dtype = torch.float8_e4m3fn, rounding: Rounding = "floor",
+    transpose: bool = False, backend: str | None = None,
+) -> Mx:  # fmt: skip
     """Quantise to MXFP8.
 
     Args:
@@ -191,9 +187,7 @@ def mx_quantize(
         )
     carrier, codes, scale, codes_t, scale_t = _FORWARD(x, dtype, rounding, transpose, backend)
     return Mx(
-        data=codes.view(dtype),
-        scale=scale.view(_SCALE),
-        carrier=carrier,
+        data=codes.view(dtype), scale=scale.view(_SCALE), carrier=carrier,
         data_t=codes_t.view(dtype) if transpose else None,
         scale_t=scale_t.view(_SCALE) if transpose else None,
-    )
+    )  # fmt: skip

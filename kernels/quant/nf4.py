@@ -197,15 +197,9 @@ def _scales(
 
 
 def fill(
-    y_N: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    code: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    block: int,
-    backend: str,
-) -> None:
+    y_N: Tensor, packed: Tensor, absmax: Tensor, code: Tensor | None, absmax2: Tensor | None,
+    offset: Tensor | None, block: int, backend: str,
+) -> None:  # fmt: skip
     """Write the values of N codes, by the backend that was chosen.
 
     Args:

@@ -18,13 +18,9 @@ from ..library import wide
 
 
 def causal_convolution(
-    x_TC: Tensor,
-    weight_CW: Tensor,
-    bias_C: Tensor,
-    cu_seqlens: Tensor,
-    *,
+    x_TC: Tensor, weight_CW: Tensor, bias_C: Tensor, cu_seqlens: Tensor, *,
     initial_NCW: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Convolve each document; return the result and what the documents can go on from.
 
     Args:

@@ -77,17 +77,9 @@ def _plan(cu_seqlens: Tensor, chunk: int, device: torch.device) -> _Plan:
 
 
 def state_space_scan(
-    x_THP: Tensor,
-    dt_TH: Tensor,
-    a_H: Tensor,
-    b_TGM: Tensor,
-    c_TGM: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    initial_NHPM: Tensor | None = None,
-    chunk: int = CHUNK,
-    sequential: bool = False,
-) -> tuple[Tensor, Tensor]:
+    x_THP: Tensor, dt_TH: Tensor, a_H: Tensor, b_TGM: Tensor, c_TGM: Tensor, cu_seqlens: Tensor, *,
+    initial_NHPM: Tensor | None = None, chunk: int = CHUNK, sequential: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scan each document; return what the states give and the states at the ends.
 
     Waits for `cu_seqlens` where it is on a GPU.

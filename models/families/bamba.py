@@ -121,15 +121,8 @@ def tiny() -> Architecture:
 def bamba_9b() -> Architecture:
     """Return Bamba 9B: 9,780,235,392 parameters."""
     return Architecture(
-        layers=32,
-        width=4096,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        hidden=14336,
-        vocabulary=128_256,
+        layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, hidden=14336, vocabulary=128_256,
         max_positions=262_144,
-        kinds=tuple("full" if n in (9, 18, 27) else "ssm" for n in range(32)),
-        rope_dim=64,
+        kinds=tuple("full" if n in (9, 18, 27) else "ssm" for n in range(32)), rope_dim=64,
         ssm=StateSpace(heads=128, head_dim=64, state=128),
-    )
+    )  # fmt: skip

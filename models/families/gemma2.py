@@ -65,17 +65,11 @@ def alternate(config: Config, pattern: int = 2) -> list[str]:
 
 
 FAMILY = Family(
-    model_type="gemma2",
-    class_name="Gemma2ForCausalLM",
-    fields=FIELDS,
-    names=NAMES,
-    defaults={**DEFAULTS, "max_position_embeddings": 8192, "layer_types": alternate},
-    always=PLAIN,
-    fixed=FIXED,
-    ignored=("hidden_act", "sliding_window_size"),
-    read=lambda config: read_scales(config, attention=50.0, logits=30.0),
-    write=write_scales,
-)
+    model_type="gemma2", class_name="Gemma2ForCausalLM", fields=FIELDS, names=NAMES,
+    defaults={**DEFAULTS, "max_position_embeddings": 8192, "layer_types": alternate}, always=PLAIN,
+    fixed=FIXED, ignored=("hidden_act", "sliding_window_size"),
+    read=lambda config: read_scales(config, attention=50.0, logits=30.0), write=write_scales,
+)  # fmt: skip
 
 
 def gemma(*sizes: int, **others: Any) -> Architecture:

@@ -81,25 +81,13 @@ FAMILY = Family(
 
 def _gpt_oss(layers: int, count: int, top_k: int, yarn: Yarn, **sizes: Any) -> Architecture:
     experts = Experts(
-        count=count,
-        top_k=top_k,
-        hidden=sizes["hidden"],
-        score="softmax_after",
-        router_bias=True,
-        bias=True,
-        clamp=7.0,
-    )
+        count=count, top_k=top_k, hidden=sizes["hidden"], score="softmax_after", router_bias=True,
+        bias=True, clamp=7.0,
+    )  # fmt: skip
     return Architecture(
-        layers=layers,
-        **sizes,
-        kinds=("sliding", "full"),
-        rope_base=150_000.0,
-        rope_scaling=yarn,
-        qkv_bias=True,
-        out_bias=True,
-        sinks=True,
-        experts=experts,
-    )
+        layers=layers, **sizes, kinds=("sliding", "full"), rope_base=150_000.0, rope_scaling=yarn,
+        qkv_bias=True, out_bias=True, sinks=True, experts=experts,
+    )  # fmt: skip
 
 
 def tiny() -> Architecture:

@@ -61,13 +61,11 @@ NAMES = MappingProxyType(
 )
 
 FAMILY = Family(
-    model_type="llama",
-    class_name="LlamaForCausalLM",
-    fields={**FIELDS, "attention_bias": "qkv_bias out_bias", "mlp_bias": "mlp_bias"},
-    names=NAMES,
+    model_type="llama", class_name="LlamaForCausalLM",
+    fields={**FIELDS, "attention_bias": "qkv_bias out_bias", "mlp_bias": "mlp_bias"}, names=NAMES,
     defaults=DEFAULTS,
     fixed={**SILU, "rope_interleaved": ((None, False), "neighbours would rotate together")},
-)
+)  # fmt: skip
 
 
 def sized(*sizes: int, **others: Any) -> Architecture:

@@ -78,14 +78,7 @@ def tiny() -> Architecture:
 def mixtral_8x7b() -> Architecture:
     """Return Mixtral 8x7B: 46,702,792,704 parameters, 12.9 billion of them for a token."""
     return Architecture(
-        layers=32,
-        width=4096,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        hidden=14336,
-        vocabulary=32_000,
-        max_positions=32_768,
-        rope_base=1e6,
+        layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, hidden=14336, vocabulary=32_000,
+        max_positions=32_768, rope_base=1e6,
         experts=Experts(count=8, top_k=2, hidden=14336, score="softmax_after", balance=0.02),
-    )
+    )  # fmt: skip

@@ -11,16 +11,13 @@ from . import llama, qwen3
 from .family import Family
 
 FAMILY = Family(
-    model_type="qwen2",
-    class_name="Qwen2ForCausalLM",
-    fields={**llama.FIELDS, "sliding_window": "window"},
-    names=llama.NAMES,
+    model_type="qwen2", class_name="Qwen2ForCausalLM",
+    fields={**llama.FIELDS, "sliding_window": "window"}, names=llama.NAMES,
     defaults={**llama.DEFAULTS, "max_position_embeddings": 32_768, **qwen3.WINDOW},
     always={"qkv_bias": True},
     fixed={**llama.SILU, "use_mrope": ((None, False), "positions would have three parts")},
-    ignored=("max_window_layers", "use_sliding_window"),
-    write=qwen3.windows,
-)
+    ignored=("max_window_layers", "use_sliding_window"), write=qwen3.windows,
+)  # fmt: skip
 
 
 def tiny() -> Architecture:

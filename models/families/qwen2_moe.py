@@ -56,11 +56,7 @@ IGNORED = ("max_window_layers", "num_local_experts", "sliding_window")
 FAMILY = Family(
     model_type="qwen2_moe",
     class_name="Qwen2MoeForCausalLM",
-    fields={
-        **FIELDS,
-        "qkv_bias": "qkv_bias",
-        "shared_expert_intermediate_size": "experts.shared",
-    },
+    fields={**FIELDS, "qkv_bias": "qkv_bias", "shared_expert_intermediate_size": "experts.shared"},
     names={
         **NAMES,
         "blocks.*.feed_forward.shared.gate_up.gate": f"{_SHARED}.gate_proj",

@@ -41,16 +41,13 @@ WINDOW = MappingProxyType(
     }
 )
 FAMILY = Family(
-    model_type="qwen3",
-    class_name="Qwen3ForCausalLM",
+    model_type="qwen3", class_name="Qwen3ForCausalLM",
     fields={**llama.FIELDS, "attention_bias": "qkv_bias out_bias", "sliding_window": "window"},
     names=llama.NAMES,
     defaults={**llama.DEFAULTS, "head_dim": 128, "max_position_embeddings": 32_768, **WINDOW},
-    always={"qk_norm": "head"},
-    fixed=llama.SILU,
-    ignored=("max_window_layers", "use_sliding_window"),
-    write=windows,
-)
+    always={"qk_norm": "head"}, fixed=llama.SILU,
+    ignored=("max_window_layers", "use_sliding_window"), write=windows,
+)  # fmt: skip
 
 
 def tiny() -> Architecture:

@@ -14,17 +14,11 @@ from . import mixtral, qwen2_moe, qwen3
 from .family import Family
 
 FAMILY = Family(
-    model_type="qwen3_moe",
-    class_name="Qwen3MoeForCausalLM",
-    fields={**qwen2_moe.FIELDS, "attention_bias": "qkv_bias out_bias"},
-    names=qwen2_moe.NAMES,
-    defaults=qwen2_moe.DEFAULTS,
-    always={"qk_norm": "head"},
-    fixed=qwen2_moe.FIXED,
-    ignored=qwen2_moe.IGNORED,
-    read=mixtral.read_balance,
-    write=mixtral.write_balance,
-)
+    model_type="qwen3_moe", class_name="Qwen3MoeForCausalLM",
+    fields={**qwen2_moe.FIELDS, "attention_bias": "qkv_bias out_bias"}, names=qwen2_moe.NAMES,
+    defaults=qwen2_moe.DEFAULTS, always={"qk_norm": "head"}, fixed=qwen2_moe.FIXED,
+    ignored=qwen2_moe.IGNORED, read=mixtral.read_balance, write=mixtral.write_balance,
+)  # fmt: skip
 
 
 def tiny() -> Architecture:

@@ -30,12 +30,7 @@ from .mxfp4 import GROUP, decode
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
+    {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
 _SIZES = MappingProxyType({"U8": 1} | {kind: dtype.itemsize for kind, dtype in DTYPES.items()})
 _BLOCK = 8 << 20  # bytes read at once: fewer would cost calls, more the processor's cache
@@ -145,11 +140,9 @@ class Reader:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
+        self, kind: type[BaseException] | None, error: BaseException | None,
         at: TracebackType | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._stack.close()
 
     def blocks(
@@ -240,11 +233,9 @@ class Writer:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        self, folder: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         shard_bytes: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.folder = folder
         sizes = {
             name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in tensors.items()
@@ -261,11 +252,9 @@ class Writer:
             write_json(folder / INDEX, total)
 
     def _begin(
-        self,
-        path: Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         sizes: Mapping[str, int],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Write a file's header; wide elements come first, so that all lie at their multiples."""
         kinds = {dtype: kind for kind, dtype in DTYPES.items()}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -20,13 +20,9 @@ _THREADS = 2  # one waits for the disk or for pages of memory, one looks for NaN
 
 
 def load(
-    folder: str | Path,
-    mesh: Mesh | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    **options: Any,
-) -> Decoder:
+    folder: str | Path, mesh: Mesh | None = None, *, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, **options: Any,
+) -> Decoder:  # fmt: skip
     """Build a decoder from a Hugging Face folder.
 
     Args:

@@ -26,14 +26,9 @@ _PROBE = 16  # tokens
 
 
 def save(
-    model: Decoder,
-    folder: str | Path,
-    tokenizer_folder: str | Path | None = None,
-    card: str | None = None,
-    *,
-    shard_bytes: int = _SHARD_BYTES,
-    check: bool = True,
-) -> None:
+    model: Decoder, folder: str | Path, tokenizer_folder: str | Path | None = None,
+    card: str | None = None, *, shard_bytes: int = _SHARD_BYTES, check: bool = True,
+) -> None:  # fmt: skip
     """Write a decoder as a folder that `transformers` loads; every rank of the mesh calls it.
 
     Args:

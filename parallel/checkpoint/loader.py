@@ -226,12 +226,9 @@ def _fill(reader: Reader, entry: Entry, piece: Piece, chunks: Sequence[tuple[Chu
 
 
 def _copy_rows(
-    target: Tensor,
-    data: Tensor,
-    source: tuple[slice, ...],
-    place: tuple[slice, ...],
+    target: Tensor, data: Tensor, source: tuple[slice, ...], place: tuple[slice, ...],
     block: tuple[int, int],
-) -> None:
+) -> None:  # fmt: skip
     """Copy the rows `block` of a chunk, `data`, from `source` (in the chunk) to `place`."""
     first, end = block
     rows: range = range(source[0].start, source[0].stop, source[0].step)

@@ -51,13 +51,9 @@ class AsyncSaver:
     """
 
     def __init__(
-        self,
-        *,
-        keep: int | None = None,
-        patience_s: float = 120.0,
-        read_back: bool = True,
+        self, *, keep: int | None = None, patience_s: float = 120.0, read_back: bool = True,
         block_bytes: int = BLOCK_BYTES,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1 checkpoint, or None for all; got {keep}")
         if block_bytes < 1:
@@ -111,14 +107,9 @@ class AsyncSaver:
         return job.final
 
     def _start(
-        self,
-        folder: Path,
-        entries: Sequence[Entry],
-        state: Mapping[str, Any],
-        mesh: Mesh,
-        *,
+        self, folder: Path, entries: Sequence[Entry], state: Mapping[str, Any], mesh: Mesh, *,
         copy: bool,
-    ) -> Path:
+    ) -> Path:  # fmt: skip
         error: Exception | None = None
         try:
             self.finish()
@@ -138,16 +129,10 @@ class AsyncSaver:
                 error = RuntimeError(f"{folder} must be a folder to write in: {caught}")
         temporary = folder / agree(mesh, error, name)[0]
         job = Job(
-            temporary=temporary,
-            final=folder / step_name(state["step"]),
-            rank=mesh.rank,
-            world=mesh.size,
-            state=json.loads(text),
-            keep=self.keep,
-            patience_s=self.patience_s,
-            read_back=self.read_back,
-            block_bytes=self.block_bytes,
-        )
+            temporary=temporary, final=folder / step_name(state["step"]), rank=mesh.rank,
+            world=mesh.size, state=json.loads(text), keep=self.keep, patience_s=self.patience_s,
+            read_back=self.read_back, block_bytes=self.block_bytes,
+        )  # fmt: skip
         try:
             mine = _owned_pieces(entries, mesh)
             self._stage(job, entries, mine, copy=copy)
@@ -159,13 +144,9 @@ class AsyncSaver:
         return job.final
 
     def _stage(
-        self,
-        job: Job,
-        entries: Sequence[Entry],
-        mine: Mapping[int, tuple[Piece, ...]],
-        *,
+        self, job: Job, entries: Sequence[Entry], mine: Mapping[int, tuple[Piece, ...]], *,
         copy: bool,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Bring the owned pieces to dense tensors in host memory."""
         devices: set[torch.device] = set()
         for at, entry in enumerate(entries):
@@ -200,16 +181,10 @@ class AsyncSaver:
 
 
 def save(
-    folder: str | Path,
-    entries: Sequence[Entry],
-    state: Mapping[str, Any],
-    mesh: Mesh,
-    *,
-    keep: int | None = None,
-    patience_s: float = 120.0,
-    read_back: bool = True,
+    folder: str | Path, entries: Sequence[Entry], state: Mapping[str, Any], mesh: Mesh, *,
+    keep: int | None = None, patience_s: float = 120.0, read_back: bool = True,
     block_bytes: int = BLOCK_BYTES,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a checkpoint and return when it is complete on every rank; a collective call.
 
     As `AsyncSaver.start` and `finish`, with their arguments and errors; dense tensors in host

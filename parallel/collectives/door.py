@@ -143,15 +143,9 @@ def _wait_blocks(x: Tensor, group: dist.ProcessGroup) -> bool:
 
 
 def passing(
-    op: str,
-    x: Tensor,
-    group: dist.ProcessGroup,
-    run: Callable[[], T],
-    *,
-    detail: str = "",
-    uniform: bool = True,
-    messages: Callable[[], tuple[Message, ...]] = tuple,
-) -> T:
+    op: str, x: Tensor, group: dist.ProcessGroup, run: Callable[[], T], *, detail: str = "",
+    uniform: bool = True, messages: Callable[[], tuple[Message, ...]] = tuple,
+) -> T:  # fmt: skip
     """Run a collective that brings `x`, seen by every observer, the first one outermost.
 
     Returns:

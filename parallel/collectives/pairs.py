@@ -164,9 +164,7 @@ def swap(
             f"rows to swap ({x.shape[0]}) must be divisible by the group ({group.size()})"
         )
     y: Tensor = _Pair.apply(
-        x,
-        group,
-        lambda t, g: all_to_all_rows(t, g, sent, got),
+        x, group, lambda t, g: all_to_all_rows(t, g, sent, got),
         lambda t, g: all_to_all_rows(t, g, got, sent),
-    )
+    )  # fmt: skip
     return y

@@ -10,12 +10,6 @@ from .split import Segment, Split, shard_sequence, unshard
 from .ulysses import attention, ulysses_attention
 
 __all__ = [
-    "Segment",
-    "Split",
-    "all_gather_attention",
-    "attention",
-    "ring_attention",
-    "shard_sequence",
-    "ulysses_attention",
-    "unshard",
-]
+    "Segment", "Split", "all_gather_attention", "attention", "ring_attention", "shard_sequence",
+    "ulysses_attention", "unshard",
+]  # fmt: skip

@@ -17,16 +17,9 @@ Tensors = tuple[Tensor, Tensor, Tensor]
 
 
 def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    *,
-    tokens: int,
-    size: int,
-    wanted: int,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *, tokens: int, size: int, wanted: int,
     axis: str,
-) -> None:
+) -> None:  # fmt: skip
     """Refuse, before anything is sent, what cannot be attended to.
 
     Args:
@@ -66,10 +59,7 @@ def check(
 
 
 def _flat(
-    q: Tensor,
-    split: Split | None,
-    document_lengths: Sequence[int] | Tensor | None,
-    ranks: int,
+    q: Tensor, split: Split | None, document_lengths: Sequence[int] | Tensor | None, ranks: int
 ) -> Split:
     """Make the zigzag split of flat tokens or rows `q` where none is given."""
     if split is None:
@@ -131,18 +121,10 @@ def attend_whole(
 
 
 def attend(
-    run: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    split: Split | None,
-    document_lengths: Sequence[int] | Tensor | None,
-    group: Group,
-    options: Options,
-    *,
-    axis: str,
-) -> Tensor:
+    run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    split: Split | None, document_lengths: Sequence[int] | Tensor | None, group: Group,
+    options: Options, *, axis: str,
+) -> Tensor:  # fmt: skip
     """Attend to flat tokens or rows over one group; see `ring_attention`.
 
     Args:

@@ -38,15 +38,9 @@ from .split import Split
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        split: Split,
-        group: dist.ProcessGroup,
-        options: Options,
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, split: Split,
+        group: dist.ProcessGroup, options: Options,
+    ) -> Tensor:  # fmt: skip
         pending = all_gather_rows_begin(torch.cat((k, v), -1), group)
         rank, _ = place(group)
         own = own_keys(split, rank, by_segment=True)
@@ -90,19 +84,11 @@ all_gather: Callable[..., Tensor] = _AllGather.apply  # of flat tokens, shapes c
 
 
 def all_gather_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    split: Split | None = None,
-    *,
-    group: Group,
-    document_lengths: Sequence[int] | Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, split: Split | None = None, *, group: Group,
+    document_lengths: Sequence[int] | Tensor | None = None, causal: bool = True,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attend over a sequence whose tokens lie on the ranks of a group.
 
     Args:

@@ -49,15 +49,9 @@ def _round(block: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[int, Tenso
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        split: Split,
-        group: dist.ProcessGroup,
-        options: Options,
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, split: Split,
+        group: dist.ProcessGroup, options: Options,
+    ) -> Tensor:  # fmt: skip
         rank, _ = place(group)
         attention = Attention.begin(split, _own(split, rank, options), options, q, v)
         for source, block in _round(_pack(k, v), group):
@@ -134,19 +128,11 @@ ring: Callable[..., Tensor] = _Ring.apply  # of flat tokens whose shapes were ch
 
 
 def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    split: Split | None = None,
-    *,
-    group: Group,
-    document_lengths: Sequence[int] | Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, split: Split | None = None, *, group: Group,
+    document_lengths: Sequence[int] | Tensor | None = None, causal: bool = True,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attend over a sequence whose tokens lie on the ranks of a group.
 
     Without `split` the tokens are in zigzag order, as `shard_sequence` cuts them by

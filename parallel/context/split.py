@@ -120,14 +120,9 @@ class Split:
 
     @staticmethod
     def build(
-        lengths: Sequence[int] | Tensor,
-        ranks: int,
-        *,
-        multiple: int = 1,
-        balance: str = "zigzag",
-        ulysses: int = 1,
-        rows: int = 1,
-    ) -> "Split":
+        lengths: Sequence[int] | Tensor, ranks: int, *, multiple: int = 1, balance: str = "zigzag",
+        ulysses: int = 1, rows: int = 1,
+    ) -> "Split":  # fmt: skip
         """Split a batch.
 
         Args:

@@ -71,33 +71,20 @@ def _leave(out: Tensor, group: Group) -> Tensor:
 
 
 def _exchange(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    split: Split,
-    group: Group,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, split: Split, group: Group,
     options: Options,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     _check_heads(q.shape[1], place(group)[1])
     own = *_enter(q, k, v, group), _own_sinks(sinks, group)
     return _leave(attend_whole(*own, split, options), group)
 
 
 def ulysses_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    split: Split | None = None,
-    *,
-    group: Group,
-    document_lengths: Sequence[int] | Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, split: Split | None = None, *, group: Group,
+    document_lengths: Sequence[int] | Tensor | None = None, causal: bool = True,
+    scale: float | None = None, window: int | None = None, softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Attend over a sequence whose tokens lie on the ranks of a group, by exchanging heads.
 
     Args:
@@ -126,20 +113,10 @@ def ulysses_attention(
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    split: Split,
-    *,
-    ring: Group = None,
-    ulysses: Group = None,
-    kind: str = "ring",
-    causal: bool = True,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, split: Split, *, ring: Group = None, ulysses: Group = None,
+    kind: str = "ring", causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Attend by any kind, or by Ulysses within a member of the ring and the ring between them.
 
     Args:

@@ -75,15 +75,10 @@ class Gradients:
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        layouts: Mapping[str, Layout],
-        mesh: Mesh,
-        *,
-        zero: int = 1,
-        kind: Callable[[str], Hashable] = lambda path: None,
+        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], mesh: Mesh, *,
+        zero: int = 1, kind: Callable[[str], Hashable] = lambda path: None,
         elements: int = BUCKET_ELEMENTS,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.layouts = dict(layouts)
         self.mesh = mesh

@@ -76,11 +76,9 @@ class _Unit:
     """The sharded parameters of a unit, there or away."""
 
     def __init__(
-        self,
-        buckets: list[Bucket],
-        parameters: Mapping[str, nn.Parameter],
+        self, buckets: list[Bucket], parameters: Mapping[str, nn.Parameter],
         forget: list[Callable[[], None]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.buckets, self.forget = buckets, forget
         self.parameters = {p: parameters[p] for bucket in buckets for p in bucket.paths}
         self.full = {path: p.data for path, p in self.parameters.items()}

@@ -14,11 +14,5 @@ from .replay import record_routing, replay_routing
 from .router import Router, bias_entries, update_biases
 
 __all__ = [
-    "Experts",
-    "MoE",
-    "Router",
-    "bias_entries",
-    "record_routing",
-    "replay_routing",
-    "update_biases",
-]
+    "Experts", "MoE", "Router", "bias_entries", "record_routing", "replay_routing", "update_biases",
+]  # fmt: skip

@@ -184,13 +184,9 @@ def _served(x: Tensor, chunk: _Chunk, compute: Compute, etp_group: Group) -> Ten
 
 
 def _exchanged(
-    parts: Sequence[_Part],
-    experts: int,
-    compute: Compute,
-    group: Group,
-    etp_group: Group,
+    parts: Sequence[_Part], experts: int, compute: Compute, group: Group, etp_group: Group,
     meanwhile: Callable[[], None],
-) -> list[Tensor]:
+) -> list[Tensor]:  # fmt: skip
     """Run the chunks as the table at the top of the file says."""
     counts = torch.stack([count_experts(indices, experts) for _, _, indices in parts])
     plan = _plan(counts, group, etp_group)
@@ -225,17 +221,9 @@ def _exchanged(
 
 
 def apply_experts(
-    x: Tensor,
-    weights: Tensor,
-    indices: Tensor,
-    experts: int,
-    compute: Compute,
-    *,
-    group: Group,
-    etp_group: Group,
-    chunks: int = 1,
-    meanwhile: Callable[[], None] = lambda: None,
-) -> Tensor:
+    x: Tensor, weights: Tensor, indices: Tensor, experts: int, compute: Compute, *, group: Group,
+    etp_group: Group, chunks: int = 1, meanwhile: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
     """Send tokens to their experts and sum what comes back, weighted.
 
     A collective call over both groups.

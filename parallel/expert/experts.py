@@ -129,16 +129,9 @@ class Experts(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        experts: int,
-        *,
-        group: Group,
-        etp_group: Group,
-        bias: bool = False,
-        clamp: float | None = None,
-    ) -> None:
+        self, width: int, hidden: int, experts: int, *, group: Group, etp_group: Group,
+        bias: bool = False, clamp: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if min(width, hidden, experts) < 1:
             raise ValueError(

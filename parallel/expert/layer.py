@@ -177,28 +177,12 @@ class MoE(nn.Module):
         self.capacity, self.drop, self.chunks = capacity, drop, chunks
         self.invariant = capacity is None and balance != "batch"
         self.router = Router(
-            width,
-            experts,
-            top_k,
-            tp_group=tp_group,
-            score=score,
-            groups=groups,
-            top_groups=top_groups,
-            group_score=group_score,
-            normalise=normalise,
-            scale=scale,
-            bias=bias,
-            dtype=router_dtype,
-            linear_bias=router_bias,
-        )
+            width, experts, top_k, tp_group=tp_group, score=score, groups=groups,
+            top_groups=top_groups, group_score=group_score, normalise=normalise, scale=scale,
+            bias=bias, dtype=router_dtype, linear_bias=router_bias,
+        )  # fmt: skip
         self.experts = Experts(
-            width,
-            hidden,
-            experts,
-            group=group,
-            etp_group=etp_group,
-            bias=expert_bias,
-            clamp=clamp,
+            width, hidden, experts, group=group, etp_group=etp_group, bias=expert_bias, clamp=clamp
         )
         self.shared = (
             Shared(width, shared, group=tp_group, sequence_parallel=sequence_parallel)
@@ -278,16 +262,9 @@ class MoE(nn.Module):
                 results.append(y if self.shared_gate is None else self.shared_gate(whole, y))
 
         y = apply_experts(
-            x,
-            routed.weights,
-            indices,
-            self.count,
-            self.experts,
-            group=self.group,
-            etp_group=self.etp_group,
-            chunks=self.chunks,
-            meanwhile=serve_all,
-        )
+            x, routed.weights, indices, self.count, self.experts, group=self.group,
+            etp_group=self.etp_group, chunks=self.chunks, meanwhile=serve_all,
+        )  # fmt: skip
         losses: dict[str, Tensor] = {}
         if self.balance is not None:
             if documents is None:

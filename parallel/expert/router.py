@@ -125,22 +125,11 @@ class Router(nn.Module):
     load: Tensor | None
 
     def __init__(
-        self,
-        width: int,
-        experts: int,
-        top_k: int,
-        *,
-        tp_group: Group,
-        score: str = "softmax",
-        groups: int = 1,
-        top_groups: int = 1,
-        group_score: str = "top2",
-        normalise: bool = True,
-        scale: float = 1.0,
-        bias: bool = False,
-        dtype: torch.dtype | None = None,
+        self, width: int, experts: int, top_k: int, *, tp_group: Group, score: str = "softmax",
+        groups: int = 1, top_groups: int = 1, group_score: str = "top2", normalise: bool = True,
+        scale: float = 1.0, bias: bool = False, dtype: torch.dtype | None = None,
         linear_bias: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         check_routing(experts, top_k, score, groups, top_groups, normalise, group_score)
         self.top_k, self.tp_group, self.dtype = top_k, tp_group, dtype

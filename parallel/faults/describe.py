@@ -13,10 +13,8 @@ from ..collectives import Call
 
 _LIBRARY = Path(__file__).parents[1].resolve()
 _SKIPPED = (
-    str(_LIBRARY / "collectives"),
-    str(_LIBRARY / "faults"),
-    str(Path(torch.__file__).parent),
-)
+    str(_LIBRARY / "collectives"), str(_LIBRARY / "faults"), str(Path(torch.__file__).parent),
+)  # fmt: skip
 
 
 def check_patience(patience_s: float) -> None:

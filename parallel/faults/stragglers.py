@@ -181,9 +181,6 @@ class Stragglers:
         waits = [line[_WAITS] for line in lines]
         least = min(range(len(waits)), key=waits.__getitem__)
         return Report(
-            steps=self._steps,
-            sections=tuple(sections),
-            awaited=ranks[least],
-            wait_s=waits[least],
+            steps=self._steps, sections=tuple(sections), awaited=ranks[least], wait_s=waits[least],
             median_wait_s=statistics.median(waits),
-        )
+        )  # fmt: skip

@@ -104,14 +104,9 @@ class Watchdog:
     """
 
     def __init__(
-        self,
-        store: Store,
-        *,
-        rank: int,
-        patience_s: float = 600.0,
-        report: Callable[[Hang], None] | None = None,
-        abort: bool = False,
-    ) -> None:
+        self, store: Store, *, rank: int, patience_s: float = 600.0,
+        report: Callable[[Hang], None] | None = None, abort: bool = False,
+    ) -> None:  # fmt: skip
         check_patience(patience_s)
         held: Any = store  # the stubs lack `clone`
         self.store: Store = held.clone()
@@ -228,14 +223,11 @@ class Watchdog:
     def _tell(self, entry: _Open, waited_s: float) -> None:
         frame = sys._current_frames().get(entry.thread)
         hang = Hang(
-            rank=self.rank,
-            what=what(entry.call),
-            ranks=members(entry.call.group),
-            number=entry.number,
-            waited_s=waited_s,
+            rank=self.rank, what=what(entry.call), ranks=members(entry.call.group),
+            number=entry.number, waited_s=waited_s,
             stack="".join(traceback.format_stack(frame)) if frame else "",
             missing=self._exchange(lambda: self._missing(entry)) or {},
-        )
+        )  # fmt: skip
         _LOG.error("%s\n%s", hang.sentence(), hang.stack)
         if self.report is not None:
             self.report(hang)

@@ -133,31 +133,20 @@ class Column(ColumnLinear):
     axes: Mapping[str, int] = {"weight": 0}
 
     def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        config: Any,
-        init_method: Callable[[Tensor], Any],
-        bias: bool = True,
-        gather_output: bool = False,
-        stride: int = 1,
-        skip_weight_param_allocation: bool = False,
-        is_expert: bool = False,
-        tp_group: Any = None,
-        **_: Any,
-    ) -> None:
+        self, input_size: int, output_size: int, *, config: Any,
+        init_method: Callable[[Tensor], Any], bias: bool = True, gather_output: bool = False,
+        stride: int = 1, skip_weight_param_allocation: bool = False, is_expert: bool = False,
+        tp_group: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         skipped = skip_weight_param_allocation
         asked = {"gather_output": gather_output, "skip_weight_param_allocation": skipped}
         _refuse("Column", bias=bias, is_expert=is_expert, **asked)
         group = _group(tp_group, config)
         super().__init__(
-            input_size,
-            output_size,
-            group=group,
+            input_size, output_size, group=group,
             sequence_parallel=config.sequence_parallel and group is not None,
             parts={str(part): output_size // stride for part in range(stride)},
-        )
+        )  # fmt: skip
         _adopt(self, config, init_method, stride)
 
     def forward(self, x: Tensor) -> Any:
@@ -181,19 +170,10 @@ class Row(RowLinear):
     axes: Mapping[str, int] = {"weight": 1}
 
     def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        config: Any,
-        init_method: Callable[[Tensor], Any],
-        bias: bool = True,
-        input_is_parallel: bool = True,
-        stride: int = 1,
-        is_expert: bool = False,
-        tp_group: Any = None,
-        **_: Any,
-    ) -> None:
+        self, input_size: int, output_size: int, *, config: Any,
+        init_method: Callable[[Tensor], Any], bias: bool = True, input_is_parallel: bool = True,
+        stride: int = 1, is_expert: bool = False, tp_group: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         whole = not input_is_parallel
         _refuse("Row", bias=bias, is_expert=is_expert, whole_input=whole, stride=stride != 1)
         group = _group(tp_group, config)
@@ -220,15 +200,9 @@ class CoreAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        config: Any,
-        layer_number: int,
-        attn_mask_type: Any,
-        attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
+        self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
+        attention_dropout: float | None = None, softmax_scale: float | None = None, **_: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         dropped = config.attention_dropout if attention_dropout is None else attention_dropout
         offset = getattr(config, "softmax_type", "vanilla")
@@ -243,15 +217,10 @@ class CoreAttention(nn.Module):
         self.mask = attn_mask_type
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None, attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Map `[S, B, H/R, K]`, keys and values `[S, B, G/R, K]`, to `[S, B, H K / R]`.
 
         Packed, they are `[T, H/R, K]` and `[T, G/R, K]`, the result `[T, H K / R]`.

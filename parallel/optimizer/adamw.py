@@ -38,18 +38,11 @@ class AdamW(ShardedOptimizer):
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        layouts: Mapping[str, Layout],
-        mesh: Mesh,
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], mesh: Mesh, *,
+        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1,
         decay: Callable[[str, Tensor], bool] = decays,
-        rate: Callable[[str, Tensor], float] | None = None,
-        offload: bool = False,
-    ) -> None:
+        rate: Callable[[str, Tensor], float] | None = None, offload: bool = False,
+    ) -> None:  # fmt: skip
         self.betas = betas
         self.eps = eps
         self.rates = {path: rate(path, p) if rate else 1.0 for path, p in parameters.items()}
@@ -87,17 +80,13 @@ class AdamW(ShardedOptimizer):
         for (apart, rate, decay, *_), alike in kinds.items():
             masters = [s.master for s in alike]
             adamw_(
-                [s.rows for s in alike] if apart else masters,
-                [gradients[s.path] for s in alike],
-                [self.means[s.path] for s in alike],
-                [self.squares[s.path] for s in alike],
+                [s.rows for s in alike] if apart else masters, [gradients[s.path] for s in alike],
+                [self.means[s.path] for s in alike], [self.squares[s.path] for s in alike],
                 masters=masters if apart else None,
                 step=torch.tensor(float(self.steps - 1), device=masters[0].device),
-                learning_rate=learning_rate * rate,
-                betas=self.betas,
-                eps=self.eps,
+                learning_rate=learning_rate * rate, betas=self.betas, eps=self.eps,
                 weight_decay=decay,
-            )
+            )  # fmt: skip
             if not apart:
                 self.bring(alike)
 

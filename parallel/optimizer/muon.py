@@ -51,20 +51,12 @@ class Muon(AdamW):
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        layouts: Mapping[str, Layout],
-        mesh: Mesh,
-        *,
-        hidden: Callable[[str, Tensor], bool],
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.1,
-        decay: Callable[[str, Tensor], bool] = decays,
-        rest_rate: float = 1.0,
+        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], mesh: Mesh, *,
+        hidden: Callable[[str, Tensor], bool], momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1,
+        decay: Callable[[str, Tensor], bool] = decays, rest_rate: float = 1.0,
         offload: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.momentum = momentum
         self.rest_rate = rest_rate
         self.hidden = [path for path, p in parameters.items() if hidden(path, p)]
@@ -76,15 +68,9 @@ class Muon(AdamW):
                         f"has the shape {piece.shape}: leave it to AdamW"
                     )
         super().__init__(
-            parameters,
-            layouts,
-            mesh,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            decay=decay,
+            parameters, layouts, mesh, betas=betas, eps=eps, weight_decay=weight_decay, decay=decay,
             offload=offload,
-        )
+        )  # fmt: skip
 
     def moments(self) -> Iterable[str]:
         """Return the paths of the parameters that take AdamW's step."""

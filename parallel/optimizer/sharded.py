@@ -83,15 +83,9 @@ class ShardedOptimizer(ABC):
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        layouts: Mapping[str, Layout],
-        mesh: Mesh,
-        *,
-        weight_decay: float,
-        decay: Callable[[str, Tensor], bool] = decays,
-        offload: bool = False,
-    ) -> None:
+        self, parameters: Mapping[str, nn.Parameter], layouts: Mapping[str, Layout], mesh: Mesh, *,
+        weight_decay: float, decay: Callable[[str, Tensor], bool] = decays, offload: bool = False,
+    ) -> None:  # fmt: skip
         for path, parameter in parameters.items():
             if not parameter.dim():
                 raise ValueError(
@@ -142,15 +136,11 @@ class ShardedOptimizer(ABC):
             rows = rows.clone()
         wide = torch.promote_types(rows.dtype, torch.float32)
         return Shard(
-            path=path,
-            parameter=parameter,
-            start=start,
-            stop=stop,
-            layout=narrow(self.layouts[path], start, stop),
-            rows=rows,
+            path=path, parameter=parameter, start=start, stop=stop,
+            layout=narrow(self.layouts[path], start, stop), rows=rows,
             master=_host(rows, wide) if self.offload else rows.to(wide),
             decay=self.decay(path, parameter),
-        )
+        )  # fmt: skip
 
     @abstractmethod
     def reset(self) -> None:

@@ -54,13 +54,9 @@ class _Graph:
 
 
 def execute(
-    schedule: Schedule,
-    stages: Mapping[int, Stage],
-    batches: Sequence[Any],
-    *,
-    group: Group,
+    schedule: Schedule, stages: Mapping[int, Stage], batches: Sequence[Any], *, group: Group,
     boundary: Boundary | None = None,
-) -> dict[Key, Tensor]:
+) -> dict[Key, Tensor]:  # fmt: skip
     """Run every micro-batch through every stage, forward and, if the schedule trains, backward.
 
     Gradients of the objectives' sum accumulate in the parameters. A schedule without a backward
@@ -125,14 +121,9 @@ class _Run:
     """One call of `execute` on one rank."""
 
     def __init__(
-        self,
-        schedule: Schedule,
-        stages: Mapping[int, Stage],
-        batches: Sequence[Any],
-        group: Group,
-        boundary: Boundary | None,
-        rank: int,
-    ) -> None:
+        self, schedule: Schedule, stages: Mapping[int, Stage], batches: Sequence[Any], group: Group,
+        boundary: Boundary | None, rank: int,
+    ) -> None:  # fmt: skip
         self.schedule, self.stages, self.batches = schedule, stages, batches
         self.group, self.boundary, self.rank = group, boundary, rank
         self.device = device_of(group)

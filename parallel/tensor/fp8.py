@@ -148,13 +148,9 @@ class Fp8Product(nn.Module):
         """
         recipe = self.recipe
         q = quantize(
-            x,
-            recipe.scaling,
-            recipe.gradient_dtype if which == _GRADIENT else recipe.dtype,
-            self._known(which),
-            recipe.power_of_two,
-            transpose,
-        )
+            x, recipe.scaling, recipe.gradient_dtype if which == _GRADIENT else recipe.dtype,
+            self._known(which), recipe.power_of_two, transpose,
+        )  # fmt: skip
         if note:
             self._see(which, q)
         return q

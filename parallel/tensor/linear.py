@@ -132,20 +132,11 @@ class ColumnLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        features: int,
-        *,
-        group: Group,
-        bias: bool = False,
-        sequence_parallel: bool = True,
-        parts: Mapping[str, int] | None = None,
-        heads: Mapping[str, int] | None = None,
-        chunks: int = 1,
-        regather: bool = False,
-        symmetric: bool = False,
-        fp8: Fp8Recipe | None = None,
-    ) -> None:
+        self, width: int, features: int, *, group: Group, bias: bool = False,
+        sequence_parallel: bool = True, parts: Mapping[str, int] | None = None,
+        heads: Mapping[str, int] | None = None, chunks: int = 1, regather: bool = False,
+        symmetric: bool = False, fp8: Fp8Recipe | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.group = group
         self.width = width
@@ -232,17 +223,10 @@ class RowLinear(nn.Module):
     """
 
     def __init__(
-        self,
-        width: int,
-        features: int,
-        *,
-        group: Group,
-        bias: bool = False,
-        sequence_parallel: bool = True,
-        chunks: int = 1,
-        symmetric: bool = False,
+        self, width: int, features: int, *, group: Group, bias: bool = False,
+        sequence_parallel: bool = True, chunks: int = 1, symmetric: bool = False,
         fp8: Fp8Recipe | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.group = group
         self.sequence_parallel = sequence_parallel

@@ -43,16 +43,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 def linear_cross_entropy(
-    hidden_TD: Tensor,
-    weight_WD: Tensor,
-    targets_T: Tensor,
-    *,
-    group: Group,
-    start: int = 0,
-    z_loss: bool = False,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Pair, ...]:
+    hidden_TD: Tensor, weight_WD: Tensor, targets_T: Tensor, *, group: Group, start: int = 0,
+    z_loss: bool = False, softcap: float | None = None, label_smoothing: float = 0.0,
+) -> tuple[Pair, ...]:  # fmt: skip
     """Return the `(sum, count)` of the cross-entropy, and with `z_loss` that of lse^2.
 
     Under autocast the logits are in its dtype, and what is computed of them in float32.
@@ -78,13 +71,9 @@ def linear_cross_entropy(
     check_options("linear_cross_entropy", softcap, label_smoothing)
     if group is None:
         found: Any = kernel.linear_cross_entropy(
-            hidden_TD,
-            weight_WD,
-            targets_T,
-            z_loss=z_loss,
-            softcap=softcap,
+            hidden_TD, weight_WD, targets_T, z_loss=z_loss, softcap=softcap,
             label_smoothing=label_smoothing,
-        )
+        )  # fmt: skip
         both: tuple[Pair, ...] = found if z_loss else (found,)
         return both
     options = targets_T, group, start, softcap
@@ -98,15 +87,9 @@ def linear_cross_entropy(
 
 
 def linear_log_probs(
-    hidden_TD: Tensor,
-    weight_WD: Tensor,
-    targets_T: Tensor,
-    *,
-    group: Group,
-    start: int = 0,
-    entropy: bool = False,
-    softcap: float | None = None,
-) -> Tensor | Pair:
+    hidden_TD: Tensor, weight_WD: Tensor, targets_T: Tensor, *, group: Group, start: int = 0,
+    entropy: bool = False, softcap: float | None = None,
+) -> Tensor | Pair:  # fmt: skip
     """Compute the log-probability of each target, and the entropy, from one pass.
 
     Args:
@@ -138,17 +121,10 @@ def linear_log_probs(
 
 
 def linear_top_k_kl(
-    hidden_TD: Tensor,
-    weight_WD: Tensor,
-    teacher_indices_TM: Tensor,
-    teacher_log_probs_TM: Tensor,
-    *,
-    group: Group,
-    start: int = 0,
-    direction: str = "forward",
-    tail: bool = True,
+    hidden_TD: Tensor, weight_WD: Tensor, teacher_indices_TM: Tensor, teacher_log_probs_TM: Tensor,
+    *, group: Group, start: int = 0, direction: str = "forward", tail: bool = True,
     softcap: float | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute the divergence between a teacher, known by its top M, and a sharded head.
 
     Args:

@@ -177,14 +177,10 @@ class _Split(torch.autograd.Function):
 
 @uncompiled
 def deferred(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    forward: Callable[..., Tensor],
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, forward: Callable[..., Tensor],
     input_gradient: Callable[[Tensor, Tensor, Tensor], Tensor],
     weight_gradient: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Apply an operator of `x` and a weight; its weight gradient waits, if a queue is open.
 
     Args:
@@ -226,13 +222,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if _QUEUE.get() is None:
         return plain_linear(x, weight, bias)
     return deferred(
-        x,
-        weight,
-        bias,
-        forward=plain_linear,
-        input_gradient=_linear_input,
+        x, weight, bias, forward=plain_linear, input_gradient=_linear_input,
         weight_gradient=_linear_weight,
-    )
+    )  # fmt: skip
 
 
 def _swiglu_input(dy: Tensor, gate_up: Tensor, weight: Tensor) -> Tensor:
@@ -262,9 +254,6 @@ def swiglu_linear(gate_up: Tensor, weight_DF: Tensor) -> Tensor:
         ValueError: If the widths do not fit, or the dtypes differ or are not supported.
     """
     return deferred(
-        gate_up,
-        weight_DF,
-        forward=fused_swiglu_linear,
-        input_gradient=_swiglu_input,
+        gate_up, weight_DF, forward=fused_swiglu_linear, input_gradient=_swiglu_input,
         weight_gradient=_swiglu_weight,
-    )
+    )  # fmt: skip

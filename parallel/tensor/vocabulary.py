@@ -108,15 +108,9 @@ class VocabHead(_Vocabulary):
     """
 
     def __init__(
-        self,
-        vocabulary: int,
-        width: int,
-        *,
-        group: Group,
-        sequence_parallel: bool = True,
-        tied: VocabEmbedding | None = None,
-        softcap: float | None = None,
-    ) -> None:
+        self, vocabulary: int, width: int, *, group: Group, sequence_parallel: bool = True,
+        tied: VocabEmbedding | None = None, softcap: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(vocabulary, width, group=group)
         self.softcap = softcap
         self.enter = gather if sequence_parallel else copy
@@ -170,11 +164,6 @@ class VocabHead(_Vocabulary):
         hidden = self.enter(x, self.group)
         weight = self.weight[: self.stop - self.start]
         return linear_cross_entropy(
-            hidden,
-            weight,
-            targets,
-            group=self.group,
-            start=self.start,
-            softcap=self.softcap,
+            hidden, weight, targets, group=self.group, start=self.start, softcap=self.softcap,
             z_loss=z_loss,
-        )
+        )  # fmt: skip

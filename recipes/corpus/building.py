@@ -126,11 +126,7 @@ def _reuse(
 
 
 def _difference(
-    store: TokenStore,
-    source: TextSource,
-    tokenizer: Tokenizer | BPE,
-    held_out: float,
-    listing: str,
+    store: TokenStore, source: TextSource, tokenizer: Tokenizer | BPE, held_out: float, listing: str
 ) -> str | None:
     """Say in what the store differs from what is asked for; `None` if in nothing."""
     manifest = store.manifest

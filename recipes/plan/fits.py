@@ -34,10 +34,7 @@ def check(architecture: Architecture, degrees: Degrees, *, stages: int | None = 
         heads, groups = a.ssm.heads, a.ssm.groups
         what = f"ssm.heads ({heads}), and divide or be divided by ssm.groups ({groups})"
         _need(
-            d.tp,
-            "tp",
-            what,
-            lambda tp: heads % tp == 0 and (groups % tp == 0 or tp % groups == 0),
+            d.tp, "tp", what, lambda tp: heads % tp == 0 and (groups % tp == 0 or tp % groups == 0)
         )
         held = heads // d.tp
         what = f"the ssm heads of a tensor-parallel rank ({held})"

@@ -82,13 +82,7 @@ def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
         model=model,
         optimizer=optimizer,
         step=Step(
-            model,
-            layouts,
-            optimizer,
-            mesh,
-            clip=run.clip,
-            zero=run.parallel.zero,
-            schedule=table,
+            model, layouts, optimizer, mesh, clip=run.clip, zero=run.parallel.zero, schedule=table
         ),
         saver=AsyncSaver(keep=run.keep, patience_s=45.0),
         peak=device_peak,

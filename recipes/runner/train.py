@@ -142,12 +142,7 @@ def advance(job: Job, number: int, batches: list[Batch], rate: float) -> StepRes
 
 
 def line(
-    job: Job,
-    result: StepResult,
-    batches: list[Batch],
-    rate: float,
-    seconds: float,
-    waited: float,
+    job: Job, result: StepResult, batches: list[Batch], rate: float, seconds: float, waited: float
 ) -> dict[str, float]:
     """Name what one step measured, with units."""
     run = job.run

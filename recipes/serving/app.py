@@ -263,9 +263,7 @@ class Texts:
         length = headers.get("content-length", "")
         close = {"Connection": "close"}
         long = Refusal(
-            413,
-            f"a body may have {limits.body} bytes; this one has more: send less",
-            headers=close,
+            413, f"a body may have {limits.body} bytes; this one has more: send less", headers=close
         )
         if length.isdecimal() and int(length) > _DISCARDED * limits.body:
             raise long

@@ -65,12 +65,7 @@ def build(case: Case, mesh: Mesh) -> tuple[Decoder, ShardedOptimizer]:
             offload=case.parallel.offload,
         )
     return model, optimizers.Muon(
-        parameters,
-        made,
-        mesh,
-        hidden=is_hidden,
-        eps=EPSILON,
-        offload=case.parallel.offload,
+        parameters, made, mesh, hidden=is_hidden, eps=EPSILON, offload=case.parallel.offload
     )
 
 
@@ -181,10 +176,7 @@ def reference(case: Case) -> tuple[Trace, dict[str, float]]:
     dealt = f"tp{d.tp},cp{d.cp},uly{d.uly}," if d.cp > 1 else ""
     balance = case.parallel.balance if d.cp > 1 else "zigzag"
     batch_of = replace(
-        case,
-        mesh=dealt + ranks,
-        parallel=Parallel(balance=balance),
-        recompute="none",
+        case, mesh=dealt + ranks, parallel=Parallel(balance=balance), recompute="none"
     )
     return _reference(replace(batch_of, mesh=""), batch_of)
 

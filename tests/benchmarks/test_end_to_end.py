@@ -19,10 +19,7 @@ def test_both_sides_see_the_same_losses(tmp_path, capsys):
 def test_a_loss_that_differs_fails(monkeypatch):
     setting = end_to_end.Setting(model="tiny", batch=1, sequence=8, fused=False, threads=1)
     step = {"seconds": 1.0, "peak_gib": 1.0}
-    found = {
-        "warploom": [{**step, "loss": 1.0}] * 2,
-        "transformers": [{**step, "loss": 1.1}] * 2,
-    }
+    found = {"warploom": [{**step, "loss": 1.0}] * 2, "transformers": [{**step, "loss": 1.1}] * 2}
     result = end_to_end.summarise(setting, found)
     monkeypatch.setattr(end_to_end, "measure", lambda *_: result)
     assert end_to_end.main(["--model", "tiny"]) == 1

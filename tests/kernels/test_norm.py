@@ -8,13 +8,7 @@ from hypothesis import strategies as st
 from tests.kernels.specimen import check, item, specimens
 
 from warploom.kernels import backends
-from warploom.kernels.norm import (
-    layer_norm,
-    layer_norm_fp8,
-    qk_norm_rotary,
-    rms_norm,
-    rms_norm_fp8,
-)
+from warploom.kernels.norm import layer_norm, layer_norm_fp8, qk_norm_rotary, rms_norm, rms_norm_fp8
 from warploom.kernels.quant import fp8_quantize
 from warploom.kernels.rope import rotary_tables
 

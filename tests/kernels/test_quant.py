@@ -95,11 +95,7 @@ def test_codes_and_scales_to_the_last_bit(data):
     values = st.sampled_from(EDGES) | st.floats(width=32)
     x = data.draw(hnp.arrays(np.float32, shape, elements=values, fill=st.just(np.float32(0.75))))
     got = fp8_quantize(
-        torch.from_numpy(x),
-        scaling=scaling,
-        dtype=dtype,
-        power_of_two=power_of_two,
-        transpose=True,
+        torch.from_numpy(x), scaling=scaling, dtype=dtype, power_of_two=power_of_two, transpose=True
     )
     _same(*_spec(x, scaling, dtype, power_of_two), got.data, got.scale)
     _same(*_spec(np.ascontiguousarray(x.T), scaling, dtype, power_of_two), got.data_t, got.scale_t)

@@ -6,15 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.specimen import check, specimens
 
-from warploom.kernels.rope import (
-    DynamicNtk,
-    Linear,
-    Llama3,
-    NtkAware,
-    Yarn,
-    rotary,
-    rotary_tables,
-)
+from warploom.kernels.rope import DynamicNtk, Linear, Llama3, NtkAware, Yarn, rotary, rotary_tables
 
 SPECIMENS = {s.name: s for s in specimens()}
 
@@ -101,8 +93,7 @@ def test_ntk_slows_the_slowest_pair_by_the_factor_and_leaves_the_fastest():
     ratio = plain.frequencies(64, 1e4, cpu) / slowed.frequencies(64, 1e4, cpu)
     torch.testing.assert_close(ratio[[0, -1]], torch.tensor([1.0, 4.0]), rtol=1e-5, atol=0)
     assert torch.equal(
-        NtkAware(3.0).frequencies(64, 1e4, cpu),
-        DynamicNtk(2.0, 100, 200).frequencies(64, 1e4, cpu),
+        NtkAware(3.0).frequencies(64, 1e4, cpu), DynamicNtk(2.0, 100, 200).frequencies(64, 1e4, cpu)
     )
 
 

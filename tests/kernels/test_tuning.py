@@ -65,11 +65,7 @@ def test_a_search_finds_the_fastest_and_remembers_it(file):
     assert kernel(key=(8192,)) == SLOW, "another key has no entry"
     assert kernel(candidates=(SLOW, CLOSE)) == SLOW, "what is no candidate is not taken"
     entry = json.loads(file.read_text())["rms_norm"]["9.0"]["4096"]
-    assert entry == {
-        "configuration": FAST,
-        "ms": 0.5,
-        "source": backends.source_hash("rms_norm"),
-    }
+    assert entry == {"configuration": FAST, "ms": 0.5, "source": backends.source_hash("rms_norm")}
     assert [path.name for path in file.parent.iterdir()] == ["tuned.json"]
 
 

@@ -76,8 +76,7 @@ def _ways(model, lengths=LENGTHS):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.float32) for name in CASES), ("llama", torch.bfloat16)],
+    ("name", "dtype"), [*((name, torch.float32) for name in CASES), ("llama", torch.bfloat16)]
 )
 def test_company_chunks_and_pages_leave_no_trace(name, dtype):
     model = _model(name, dtype)

@@ -59,11 +59,7 @@ def _curve(mesh, micro, *, schedule=None, zero=1, recompute="none"):
     stages = table and Stages.deal(SIZES.layers, table.placement)
     model = Decoder.create(SIZES, mesh=mesh, seed=1, stages=stages, recompute=recompute)
     optimizer = Muon(
-        dict(model.named_parameters()),
-        model.layouts(),
-        mesh,
-        hidden=is_hidden,
-        rest_rate=3.0,
+        dict(model.named_parameters()), model.layouts(), mesh, hidden=is_hidden, rest_rate=3.0
     )
     step = Step(model, model.layouts(), optimizer, mesh, zero=zero, schedule=table)
     text, draws, losses = _text(), torch.Generator().manual_seed(0), []

@@ -14,14 +14,7 @@ from warploom.parallel.mesh import Mesh
 from warploom.parallel.sharding import assemble
 
 SMALL = Architecture(
-    layers=2,
-    width=48,
-    heads=6,
-    kv_heads=2,
-    head_dim=8,
-    hidden=80,
-    vocabulary=101,
-    max_positions=64,
+    layers=2, width=48, heads=6, kv_heads=2, head_dim=8, hidden=80, vocabulary=101, max_positions=64
 )
 SHAPES = {
     "llama": SMALL,

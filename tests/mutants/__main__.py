@@ -365,10 +365,7 @@ def main(words: list[str] | None = None, root: Path = Path(__file__).parents[2])
     parser.add_argument("--sample", type=int, metavar="N", help="try N mutants, evenly drawn")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument(
-        "--seconds",
-        type=float,
-        default=120,
-        help="of tests a mutant, half of them the nearest",
+        "--seconds", type=float, default=120, help="of tests a mutant, half of them the nearest"
     )
     given = parser.parse_args(words)
     mutants = [*generated(root), *named(root)]

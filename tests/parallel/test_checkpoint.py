@@ -98,9 +98,7 @@ def entries_of(mesh, *, fill=True):
         if layout.shape:
             each = -(-layout.shape[0] // dp)
             own = narrow(
-                layout,
-                min(at * each, layout.shape[0]),
-                min(at * each + each, layout.shape[0]),
+                layout, min(at * each, layout.shape[0]), min(at * each + each, layout.shape[0])
             )
             made.append(Entry("master", local("master", own, fill=fill), own))
             made.append(Entry("seen", local("seen", own, torch.int64, fill=fill), own))

@@ -56,12 +56,7 @@ class Live:
         self.engine, self.codec = engine, codec
         self.worker = Worker(engine, Metrics(), most=texts)
         self.service = Service(
-            self.worker,
-            codec,
-            "tiny",
-            default=Sampling(),
-            limits=limits or Limits(),
-            **options,
+            self.worker, codec, "tiny", default=Sampling(), limits=limits or Limits(), **options
         )
         self.ready = threading.Event()
         self.server = Server(self.service, self.ready.set)

@@ -56,10 +56,7 @@ def test_greedy_texts_are_those_of_transformers(family, tmp_path):
     padded = torch.tensor([[0] * (longest - len(p)) + p for p in given])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in given])
     wanted = theirs.generate(padded, attention_mask=mask, **options)[:, longest:].tolist()
-    for settings in (
-        {"pages": 200},
-        {"pages": 24, "page_size": 8, "chunk": 7, "max_sequences": 3},
-    ):
+    for settings in ({"pages": 200}, {"pages": 24, "page_size": 8, "chunk": 7, "max_sequences": 3}):
         engine = Engine(model(family), **settings)
         assert ids(engine.generate(given, GREEDY)) == wanted
         assert engine.stats.pages_free == engine.stats.pages

@@ -432,8 +432,7 @@ def test_a_client_that_goes_frees_its_pages(server, stream):
 
 
 @pytest.mark.parametrize(
-    ("limits", "outcome"),
-    [(Limits(stall_s=0.3), "disconnected"), (Limits(kept=64), "stalled")],
+    ("limits", "outcome"), [(Limits(stall_s=0.3), "disconnected"), (Limits(kept=64), "stalled")]
 )
 def test_a_client_that_takes_nothing_ends_alone(folder, limits, outcome):
     body = {**LONG, "n": 16, "stream": True, "logprobs": 20, "return_token_ids": True}

@@ -13,13 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
 from warploom.recipes.errors import UserError
-from warploom.recipes.tokens import (
-    BPE,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    measure_fertility,
-    train_bpe,
-)
+from warploom.recipes.tokens import BPE, SPECIAL_TOKENS, Tokenizer, measure_fertility, train_bpe
 from warploom.recipes.tokens.tokenizer import byte_alphabet
 
 NASTY = [

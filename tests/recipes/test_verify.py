@@ -174,15 +174,9 @@ def test_a_collective_too_many_is_told(tmp_path, capsys, monkeypatch):
         ("--mesh pp2 --stage-layers 1 1 1", "must name 2 stages"),
         ("--mesh pp4 --stage-layers 1 0 1 0", "leave pipeline rank 1 without a block"),
         ("--mesh pp2 --virtual 4", "parallel.virtual (4) is of parallel.schedule interleaved"),
-        (
-            "--mesh dp2 --schedule zbv",
-            "parallel.schedule (zbv) and",
-        ),
+        ("--mesh dp2 --schedule zbv", "parallel.schedule (zbv) and"),
         ("--mesh dp2 --balance document", "parallel.balance (document) needs context parallelism"),
-        (
-            "--mesh cp2,uly2 --context all_gather",
-            "context (all_gather) needs ranks between",
-        ),
+        ("--mesh cp2,uly2 --context all_gather", "context (all_gather) needs ranks between"),
         ("--mesh tp2,ep2 --zero 3", "zero (3) needs ranks that hold the same parameters"),
         ("pretrain/llama3-8b --mesh tp2 --zero 2", "put dp2 or cp2 into the mesh ('tp2')"),
         ("--mesh dp2 --recompute everything", "recompute must be none, full, selective"),

@@ -130,11 +130,7 @@ def _gemm(scaling, dtype=E4M3):
     )
 
 
-SPECIMENS = (
-    _gemm("tile"),
-    _linear("row", "row"),
-    _linear("block", "block"),
-)
+SPECIMENS = (_gemm("tile"), _linear("row", "row"), _linear("block", "block"))
 # Held to their values alone: the whole list costs seconds a way.
 MORE = (
     _gemm("tensor", E5M2),
