@@ -226,7 +226,9 @@ def summarise(chosen: Mapping[str, Work], found: Found, same: Mapping[str, int])
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [*works(2)]
-    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="warploom bench generate", description=str(__doc__).split("\n\n")[0]
+    )
     parser.add_argument("--model", choices=sorted(_MODELS), default="smollm2-135m")
     parser.add_argument("--folder", type=Path, default=Path("smol"), help="weights, if it is there")
     parser.add_argument("--works", nargs="+", choices=names, default=names)
