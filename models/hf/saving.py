@@ -18,6 +18,7 @@ from ..decoder import Decoder
 from ..families import Family, of_architecture
 from ..families.tensors import Stored
 from .files import Reader, Writer, flush, write_json
+from .standard import standard
 from .tensors import checked, held, refuse_nan, stored_tensors_of, targets
 from .texts import architecture, check_tokenizer, copy_texts, special_ids, tokenizer_files
 
@@ -51,6 +52,9 @@ def save(
         OSError: If a file cannot be written, or does not hold what was written; nothing is left
             under `folder`.
     """
+    if model.architecture.mup_base is not None:
+        with standard(model):
+            return save(model, folder, tokenizer_folder, card, shard_bytes=shard_bytes, check=check)
     final, tokenizer = Path(folder), Path(tokenizer_folder) if tokenizer_folder else None
     family = _refuse(model, final, tokenizer)
     writes = model.mesh is None or model.mesh.rank == 0

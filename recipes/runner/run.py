@@ -203,7 +203,8 @@ class Run:
         check_sizes(self.fp8, self.architecture, Degrees.parse(self.mesh))
         try:
             Recompute.parse(self.recompute)
-            of_architecture(self.architecture)  # the weights are exported at the end
+            # the weights are exported at the end, without muP
+            of_architecture(dataclasses.replace(self.architecture, mup_base=None))
         except ValueError as error:
             raise UserError(str(error)) from None
         a = self.architecture
