@@ -80,8 +80,12 @@ class GGUF:
             self._file = GGUFReader(path)
         except (ValueError, IndexError) as error:  # what numpy says of a file that ends too soon
             raise ValueError(f"{path} is not a whole GGUF file: {error}") from None
-        self._fields = {name: field.contents() for name, field in self._file.fields.items()}
+        try:
+            self._fields = {name: field.contents() for name, field in self._file.fields.items()}
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{path} has a field that cannot be read: {error}") from None
         self._found = {tensor.name: tensor for tensor in self._file.tensors}
+        self._refuse_overlaps()
         self.architecture = self._read()
         self._stored = tensors_of(self.architecture)
         logical = {name: one.parts[0].logical for name, one in self._stored.items()}
@@ -93,6 +97,17 @@ class GGUF:
         }
         self.ids = {name: value for name, value in ids.items() if value is not None}
         self.config = of_architecture(self.architecture).config(self.architecture) | self.ids
+
+    def _refuse_overlaps(self) -> None:
+        """Refuse a file in which a tensor begins where it cannot: it would be read as another's."""
+        end = self._file.data_offset
+        for tensor in sorted(self._found.values(), key=lambda t: (t.data_offset, t.n_bytes)):
+            if tensor.data_offset < end or tensor.data_offset % self._file.alignment:
+                raise ValueError(
+                    f"{self.path} is damaged: {tensor.name} begins at byte {tensor.data_offset}, "
+                    f"within what is before it, or at no multiple of {self._file.alignment}"
+                )
+            end = tensor.data_offset + tensor.n_bytes
 
     def _read(self) -> Architecture:
         family = str(self._fields.get("general.architecture"))
@@ -176,7 +191,12 @@ class GGUF:
 
     def texts(self, folder: Path) -> None:
         """Write the tokenizer that the file holds, and what ends a generation."""
-        write_tokenizer(self._fields, self.path, folder, self.ids)
+        try:
+            write_tokenizer(self._fields, self.path, folder, self.ids)
+        except ValueError:
+            raise
+        except Exception as error:  # the tokenizers package raises nothing narrower
+            raise ValueError(f"{self.path} has a tokenizer that is damaged: {error!r}") from None
 
 
 def _rounded(made: Architecture) -> Architecture:

@@ -200,6 +200,27 @@ def test_a_file_that_is_no_gguf_or_not_whole_is_refused(tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
+def test_tensors_of_a_gguf_file_lie_apart(tmp_path):
+    """An offset that is another tensor's would give the model that one's weights."""
+    _write(tmp_path / "m.gguf", Decoder.create(FORMS["llama"], seed=3))
+    raw, places = (tmp_path / "m.gguf").read_bytes(), {}
+    for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors:
+        name = tensor.name.encode()
+        at = raw.index(len(name).to_bytes(8, "little") + name) + 8 + len(name)
+        places[tensor.name] = at + 4 + 8 * int.from_bytes(raw[at : at + 4], "little") + 4
+    out, q = (places[f"blk.0.attn_{part}.weight"] for part in ("output", "q"))
+    other = int.from_bytes(raw[out : out + 8], "little")
+    for at in (other, other + 32, other + 7):
+        (tmp_path / "x.gguf").write_bytes(raw[:q] + at.to_bytes(8, "little") + raw[q + 8 :])
+        with pytest.raises(UserError, match=r"x\.gguf is damaged: blk\.0\.attn_"):
+            _run(tmp_path / "x.gguf", tmp_path / "out")
+    where = raw.index(b"tokenizer.ggml.merges")
+    (tmp_path / "x.gguf").write_bytes(raw[:where] + b"T" + raw[where + 1 :])
+    with pytest.raises(UserError, match="has a tokenizer that is damaged: KeyError"):
+        _run(tmp_path / "x.gguf", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == []
+
+
 @pytest.fixture
 def folder(tmp_path):
     made = replace(mixtral.tiny(), vocabulary=270)
