@@ -7,7 +7,7 @@ to the engine or to the server. It gives its room back when the engine has let g
 import asyncio
 import hmac
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -57,6 +57,19 @@ class Limits:
     stall_s: float = 30.0
     stop_s: float = 60.0
     connections: int = 1024
+
+
+@dataclass(kw_only=True, slots=True)
+class Cut:
+    """How a connection is cut.
+
+    Attributes:
+        call: Cuts it.
+        late: Whether it was, since its client took nothing.
+    """
+
+    call: Callable[[], None] = lambda: None
+    late: bool = False
 
 
 class Service:
@@ -237,22 +250,24 @@ class Texts:
         except BaseException:
             worker.release(asked.samples)
             raise
-        abort = scope.get("state", {}).get("abort", lambda: None)
-        job = Job(prompts, stream=asked.stream, limit=service.limits.kept, abort=abort)
+        cut = scope.get("state", {}).get("cut", Cut())
+        job = Job(prompts, stream=asked.stream, limit=service.limits.kept, abort=cut.call)
         worker.submit(job)
-        watch = asyncio.create_task(self._watch(receive, job))
+        watch = asyncio.create_task(self._watch(receive, job, cut))
         answer = Answer(asked, [ids for ids, _ in prompts], service.name, service.codec)
         try:
-            return await (self._stream if asked.stream else self._whole)(job, answer, scope, send)
+            ended = await (self._stream if asked.stream else self._whole)(job, answer, scope, send)
+            return job.gone or ended
         finally:
             watch.cancel()
             worker.end(job, "stopped")
 
-    async def _watch(self, receive: Receive, job: Job) -> None:
-        """End a job whose client goes."""
+    async def _watch(self, receive: Receive, job: Job, cut: "Cut") -> None:
+        """End a job whose client goes, or is cut off."""
         while (await receive())["type"] != "http.disconnect":
             continue
-        self.service.worker.end(job, "disconnected")
+        job.gone = "stalled" if cut.late else "disconnected"
+        self.service.worker.end(job, job.gone)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """Return a body; `None` where the client goes before its end."""

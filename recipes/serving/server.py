@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .app import Limits, Service, make
+from .app import Cut, Limits, Service, make
 
 _SEND_BUFFER = 64 * 2**10  # bytes of a connection that the system keeps
 _CLOSING_S = 5  # that connections have when all requests have ended
@@ -33,14 +33,14 @@ class Connection(H11Protocol):
 
     def __init__(self, *, limits: Limits, **options: Any) -> None:
         super().__init__(**options)
-        self._limits = limits
+        self._limits, self._cut = limits, Cut(call=self._stalled)
         self._header: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin the deadline of the first header."""
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "abort": self._abort}
+        self.app_state = {**self.app_state, "cut": self._cut}
         if (own := transport.get_extra_info("socket")) is not None:
             own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         self._expect_header()
@@ -64,7 +64,7 @@ class Connection(H11Protocol):
         """Begin the deadline of a client that takes nothing."""
         super().pause_writing()
         if self._stall is None:
-            self._stall = self.loop.call_later(self._limits.stall_s, self._abort)
+            self._stall = self.loop.call_later(self._limits.stall_s, self._stalled)
 
     def resume_writing(self) -> None:
         """End the deadline of a client that took something."""
@@ -94,6 +94,10 @@ class Connection(H11Protocol):
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
             self._abort_later()
+
+    def _stalled(self) -> None:
+        self._cut.late = True
+        self._abort()
 
     def _abort(self) -> None:
         """Cut the connection; the system forgets too what it has not sent."""

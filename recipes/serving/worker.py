@@ -33,6 +33,7 @@ class Job:
     Attributes:
         accepted: When the job was submitted, in seconds of a monotonic clock.
         ended: Why nothing more will come; `None` while something will.
+        gone: Why the client is not there any more; it may have missed the end.
         numbers: The engine's number of each prompt; belongs to the thread.
     """
 
@@ -48,6 +49,7 @@ class Job:
         self.samples = self.left = sum(how.n for _, how in prompts)
         self.accepted, self.last = 0.0, dict[int, float]()
         self.ended: Ended | None = None
+        self.gone: Ended | None = None
         self.numbers: list[int] = []
         self._kept: list[tuple[int, Event]] = []
         self._wake = asyncio.Event()
