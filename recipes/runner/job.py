@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from warploom.models import hf
 from warploom.models.decoder import Decoder
 from warploom.models.mup import is_hidden, learning_rates
 from warploom.parallel import optimizer as optimizers
@@ -71,6 +72,8 @@ def build(run: Run, world: World, folder: RunFolder, store: TokenStore) -> Job:
         dtype=dtype,
         device=world.device,
     )
+    if run.weights:
+        hf.load_into(model, run.weights)
     layouts = model.layouts()
     optimizer = make_optimizer(run, model, mesh)
     return Job(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from warploom.parallel.checkpoint import CheckpointError
 
 from ..errors import StoppedError, UserError, unboxed
-from .run import Run
+from .run import Run, begin_from
 from .spike import SpikeError
 from .world import LostError
 
@@ -59,9 +59,10 @@ def parse(argv: Sequence[str], runs: Runs, description: str, *, prog: str, rank:
     """
     import tyro
 
-    choices = {}
+    choices, weights = {}, _after(argv, "--weights")
     for name, make in runs.items():
-        choices[name] = (" ".join((make.__doc__ or "").split()), make())
+        run = make() if not weights or name not in argv else begin_from(make(), weights)
+        choices[name] = (" ".join((make.__doc__ or "").split()), run)
     try:
         with contextlib.redirect_stderr(io.StringIO() if rank else sys.stderr), unboxed():
             return tyro.extras.overridable_config_cli(
@@ -75,6 +76,14 @@ def parse(argv: Sequence[str], runs: Runs, description: str, *, prog: str, rank:
         if rank:
             _wait_for_rank_0()
         raise
+
+
+def _after(argv: Sequence[str], flag: str) -> str:
+    """Return the word that follows a flag, or stands behind its equals sign; empty without it."""
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == flag or word.startswith(f"{flag}="):
+            return word.partition("=")[2] or following
+    return ""
 
 
 def _log(rank: int) -> None:

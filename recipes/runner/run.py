@@ -11,10 +11,12 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from warploom.models import hf
 from warploom.models.architecture import Architecture
 from warploom.models.families import of_architecture
 from warploom.parallel.context import Split
@@ -138,6 +140,9 @@ class Run:
 
     architecture: Architecture
     """Sizes of the model."""
+    weights: str = ""
+    """A Hugging Face folder whose weights the run begins with; on the command line the architecture
+    is then the folder's, and so is the tokenizer, if none is named. Empty draws them."""
     corpus: Corpus = Corpus()
     """The text."""
     mesh: str = ""
@@ -207,6 +212,8 @@ class Run:
             of_architecture(dataclasses.replace(self.architecture, mup_base=None))
         except ValueError as error:
             raise UserError(str(error)) from None
+        if self.weights:
+            _check_weights(self.weights, self.architecture)
         a = self.architecture
         if self.sequence > a.max_positions:
             raise UserError(
@@ -237,6 +244,41 @@ def nearest(value: int, unit: int) -> str:
     """Name the multiples of `unit` on both sides of `value`, for a sentence."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else str(unit)
+
+
+def begin_from(run: Run, folder: str) -> Run:
+    """Return the run of the model in a Hugging Face folder, with its tokenizer if none is named.
+
+    Raises:
+        UserError: If the folder holds no model that can be trained, or the run does not fit it.
+    """
+    has_tokenizer = (Path(folder) / "tokenizer.json").exists()
+    tokenizer = run.corpus.tokenizer or (folder if has_tokenizer else None)
+    return dataclasses.replace(
+        run,
+        weights=folder,
+        architecture=_architecture(folder),
+        corpus=dataclasses.replace(run.corpus, tokenizer=tokenizer),
+    )
+
+
+def _architecture(folder: str) -> Architecture:
+    try:
+        return hf.architecture(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"weights: {error}") from None
+
+
+def _check_weights(folder: str, architecture: Architecture) -> None:
+    found = _architecture(folder)
+    free = ("mup_base", "max_positions", "predict_weight")
+    for field in dataclasses.fields(found):
+        held, wanted = getattr(found, field.name), getattr(architecture, field.name)
+        if held != wanted and field.name not in free:
+            raise UserError(
+                f"architecture.{field.name} ({wanted}) must be that of the weights in {folder} "
+                f"({held}): leave it out, or draw other weights"
+            )
 
 
 def _check_numbers(run: Run) -> None:

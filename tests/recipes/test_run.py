@@ -4,13 +4,17 @@ import json
 import pytest
 import torch
 
+from warploom.models import hf
+from warploom.models.decoder import Decoder
 from warploom.models.families import llama
 from warploom.parallel.mesh import Degrees
 from warploom.recipes.errors import UserError
+from warploom.recipes.runner import launch
 from warploom.recipes.runner import run as module
 from warploom.recipes.runner.learning_rate import Cosine
 from warploom.recipes.runner.parallel import Parallel
 from warploom.recipes.runner.run import AdamW, Muon, Run, check, describe, fingerprint, flatten
+from warploom.recipes.runner.train import train
 
 CPU = torch.device("cpu")
 
@@ -167,3 +171,21 @@ def test_fingerprint_follows_the_trace():
 def test_an_optimizer_refuses_numbers_that_cannot_train(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_a_run_begins_with_the_weights_of_a_folder(tiny_run, tmp_path):
+    made = dataclasses.replace(tiny_run().architecture, qk_norm="head", head_dim=6)
+    model = Decoder.create(made, seed=9)
+    hf.save(model, tmp_path / "model")
+    runs = {"small": lambda: tiny_run(steps=2, schedule=Cosine(warmup=1))}
+    words = ["small", "--weights", str(tmp_path / "model"), "--learning-rate", "1e-9"]
+    run = launch.parse(words, runs, "", prog="test")
+    assert run.architecture == made
+    train(run)
+    trained = hf.load(tmp_path / "run" / "model")
+    for (name, p), q in zip(model.named_parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(q, p, atol=1e-7, rtol=0, msg=name)
+    with pytest.raises(UserError, match=r"architecture\.layers \(3\) must be that of the weights"):
+        dataclasses.replace(run, architecture=dataclasses.replace(made, layers=3))
+    with pytest.raises(UserError, match=r"weights: .*must hold config\.json"):
+        dataclasses.replace(run, weights=str(tmp_path))
