@@ -15,6 +15,7 @@ may be shown.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -255,8 +256,9 @@ class Engine:
         """Return a prompt's ids, if the request can be served at all.
 
         Raises:
-            UserError: If the prompt is empty, leaves no room in the window or in the pages, has ids
-                outside the vocabulary, or text is asked for and there is no tokenizer.
+            UserError: If the prompt is empty, leaves no room in the window or in the pages, it or
+                `stop_ids` have ids outside the vocabulary, or text is asked for and there is no
+                tokenizer.
         """
         if self.tokenizer is None and (isinstance(prompt, str) or sampling.stop):
             raise UserError(
@@ -266,12 +268,17 @@ class Engine:
         if isinstance(prompt, str):
             assert self.tokenizer is not None
             prompt = self.tokenizer.encode(prompt)
-        ids = [int(i) for i in prompt]
+        try:
+            ids = [index(i) for i in prompt]
+        except TypeError:
+            raise UserError(
+                f"a prompt must be a text or a list of ids; got {prompt!r:.80}"
+            ) from None
         if not ids:
             raise UserError(f"a prompt must have at least one token; {prompt!r} has none")
-        if not 0 <= min(ids) <= max(ids) < self.vocabulary:
-            wrong = next(i for i in ids if not 0 <= i < self.vocabulary)
-            raise UserError(f"ids must be from 0 to {self.vocabulary - 1}; the prompt has {wrong}")
+        for what, given in (("the prompt has", ids), ("stop_ids has", sampling.stop_ids)):
+            if wrong := [i for i in given if not 0 <= i < self.vocabulary][:1]:
+                raise UserError(f"ids must be from 0 to {self.vocabulary - 1}; {what} {wrong[0]}")
         if sampling.logprobs > self.vocabulary:
             raise UserError(
                 f"logprobs must be at most the vocabulary ({self.vocabulary}); got "
@@ -311,14 +318,14 @@ class Engine:
         ids, tokenizer = self.encode(prompt, how), self.tokenizer
         number, self._added = self._added, self._added + 1
         samples: list[_Running] = []
-        for index in range(how.n):
+        for place in range(how.n):
             sample = _Running(
                 number=self._numbers,
                 ids=[*ids],
                 prompt=len(ids),
                 leader=samples[0] if samples else None,
                 request=number,
-                index=index,
+                index=place,
                 sampling=how,
                 longest=self._longest(ids, how),
                 stream=None if tokenizer is None else TextStream(tokenizer.decode, how.stop),
@@ -351,13 +358,14 @@ class Engine:
         if not planned:
             return events
         try:
-            drawn = self._compute(planned)
+            for sample, token in self._compute(planned):
+                events.append(self._take(sample, token))
         except BaseException:
             self._events = events
             self._scheduler.reset()
             raise
         self._steps += 1
-        return events + [self._take(sample, token) for sample, token in drawn]
+        return events
 
     @torch.inference_mode()
     def _compute(self, planned: Sequence[tuple[Sample, int]]) -> list[tuple[_Running, Token]]:

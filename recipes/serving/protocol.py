@@ -149,6 +149,9 @@ def prepare(asked: Asked, engine: Engine, codec: Codec) -> list[tuple[list[int],
     found: list[tuple[list[int], Sampling]] = []
     for index, prompt in enumerate(asked.prompts):
         how = replace(asked.sampling, seed=_seed(asked.sampling.seed, index))
+        if any(not 0 <= i < engine.vocabulary for i in how.stop_ids):
+            must = f"ids from 0 to {engine.vocabulary - 1}"
+            raise _wrong(how.stop_ids, "stop_token_ids", must)
         try:
             if asked.chat:
                 prompt = codec.chat.render(prompt, **asked.switches)
@@ -158,9 +161,6 @@ def prepare(asked: Asked, engine: Engine, codec: Codec) -> list[tuple[list[int],
             ids = engine.encode(prompt, how)
         except UserError as error:
             raise Refusal(400, str(error), param="messages" if asked.chat else "prompt") from None
-        if any(not 0 <= i < engine.vocabulary for i in how.stop_ids):
-            must = f"ids from 0 to {engine.vocabulary - 1}"
-            raise _wrong(how.stop_ids, "stop_token_ids", must)
         if asked.open_ended:
             how = replace(how, max_tokens=engine.longest - len(ids))
         found.append((ids, how))

@@ -165,6 +165,37 @@ def test_an_engine_ends_texts():
         run("hello", free, "folder")
 
 
+def test_a_tokenizer_that_fails_loses_no_text():
+    """What was drawn in the same step for others is drawn again."""
+
+    class Fails(Letters):
+        calls = 0
+
+        def decode(self, ids):
+            self.calls += 1
+            if self.calls == 11:
+                raise OSError("no")
+            return super().decode(ids)
+
+    def texts(tokenizer):
+        made = Engine(FakeModel(), tokenizer, pages=40, page_size=4, make_cache=FakeCache)
+        for seed in range(3):
+            made.add("hello", Sampling(max_tokens=9, seed=seed, ignore_eos=True))
+        events, failures = [], 0
+        for _ in range(40):
+            try:
+                events += made.step()
+            except OSError:
+                failures += 1
+        assert not made.busy
+        told = {e.request: e.completion for e in events if e.completion}
+        assert [len(told[n].ids) for n in range(3)] == [9, 9, 9]
+        assert failures == hasattr(tokenizer, "calls")
+        return [told[n].text for n in range(3)]
+
+    assert texts(Fails()) == texts(Letters())
+
+
 def test_a_cancelled_text_keeps_what_it_has():
     made = Engine(FakeModel(), Letters(), pages=40, page_size=4, make_cache=FakeCache)
     request = made.add("hello", Sampling(n=2, stop=("zzz",), max_tokens=30))
