@@ -3,8 +3,9 @@
     warploom bench generate --threads 2 1 --rounds 3
 
 Each side lives in a process of its own; the sides take turns, so that a noisy machine is noisy for
-both. Weights are those of `smol/`, or random ones of the same sizes: the speed is the same. All in
-float32, greedy, no end of text. The peer is `generate` with its default cache and SDPA attention.
+both. Weights are those of `smol/`, or random ones of the same sizes: the speed is the same. All is
+float32 and greedy, and no token ends a text. The peer is `generate` with its default cache and SDPA
+attention.
 
     one        one prompt of 128 tokens, 128 out
     equal      16 prompts of 128 tokens, 128 out each
@@ -226,9 +227,7 @@ def summarise(chosen: Mapping[str, Work], found: Found, same: Mapping[str, int])
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [*works(2)]
-    parser = argparse.ArgumentParser(
-        prog="warploom bench generate", description=str(__doc__).split("\n\n")[0]
-    )
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--model", choices=sorted(_MODELS), default="smollm2-135m")
     parser.add_argument("--folder", type=Path, default=Path("smol"), help="weights, if it is there")
     parser.add_argument("--works", nargs="+", choices=names, default=names)

@@ -57,8 +57,9 @@ def invariant() -> bool:
 
 def plain(x: Tensor) -> bool:
     """Tell whether generation's short forms serve: no gradient can come, float32 on the CPU."""
-    narrow = torch.is_inference_mode_enabled() and x.is_cpu and x.dtype == torch.float32
-    return narrow and not invariant() and not torch.is_autocast_enabled("cpu")
+    if not (torch.is_inference_mode_enabled() and x.is_cpu and x.dtype == torch.float32):
+        return False
+    return not (invariant() or torch.is_autocast_enabled("cpu"))
 
 
 def need_invariant(op: str, served: bool, found: object) -> None:

@@ -154,31 +154,34 @@ class Attention(nn.Module):
 
     def mix(self, qkv: Tensor, sequences: Sequences) -> Tensor:
         """Map this rank's queries, keys and values to `[T, H K / R]`."""
+        q_THK, k_TGK, v_TGK = self._turned(qkv, sequences)
+        options = self.options if self.sinks is None else self.options | {"sinks": self.sinks}
+        return attend(self.layer, q_THK, k_TGK, v_TGK, sequences, **self.across, **options)
+
+    def _turned(self, qkv: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys, normalised and rotated, and values: `[T, heads, K]`."""
+        cos, sin = sequences.angles[self.kind] if self.rotates else (qkv, qkv)
+        if 2 * cos.shape[1] == self.head_dim and self.q_norm is None and plain(qkv):
+            *heads, last = (width // self.head_dim for width in self.widths)
+            x_THK = qkv.view(len(qkv), -1, self.head_dim)
+            q_THK, k_TGK = turn_whole(x_THK[:, :-last], cos, sin).split(heads, 1)
+            return q_THK, k_TGK, x_THK[:, -last:]
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.whole and self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q_THK, k_TGK, v_TGK = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None and not self.whole:
             q_THK, k_TGK = self.q_norm(q_THK), self.k_norm(k_TGK)
-        elif (
-            self.rotates and torch.is_grad_enabled()
-        ):  # nothing else keeps the fused output: a copy of v frees it
+        elif self.rotates:  # nothing else keeps the fused output: a copy of v frees it
             v_TGK = v_TGK.contiguous()
         if self.rotates:
-            cos, sin = sequences.angles[self.kind]
-            if plain(qkv) and self.q_norm is None and 2 * cos.shape[1] == self.head_dim:
-                both = qkv[:, : -self.widths[2]].unflatten(-1, (-1, self.head_dim))
-                heads = q_THK.shape[1], k_TGK.shape[1]
-                q_THK, k_TGK = turn_whole(both, cos, sin).split(heads, 1)
-            else:
-                q_THK, k_TGK = rotary(q_THK, k_TGK, cos, sin)
-        options = self.options if self.sinks is None else self.options | {"sinks": self.sinks}
-        return attend(self.layer, q_THK, k_TGK, v_TGK, sequences, **self.across, **options)
+            q_THK, k_TGK = rotary(q_THK, k_TGK, cos, sin)
+        return q_THK, k_TGK, v_TGK
 
     def cache(self, pages: int, page_size: int, slots: int) -> tuple[Tensor, ...]:
         """Allocate the pages of this rank's keys and values, `[P, page, G/R, K]` each."""
         shape = (pages, page_size, self.widths[1] // self.head_dim, self.head_dim)
-        return tuple(self.qkv.weight.new_zeros(shape) for _ in range(2))
+        return tuple(self.qkv.weight.new_empty(shape) for _ in range(2))
 
 
 def _qk_norm(a: Architecture, heads: int, group: Group) -> RMSNorm | None:

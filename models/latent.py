@@ -160,4 +160,4 @@ class LatentAttention(nn.Module):
         """Allocate the pages of this rank's keys `[P, page, H/R, K]` and values `[..., L]`."""
         weight, widths = self.kv_up.weight, (self.a.head_dim, self.values)
         shape = (pages, page_size, len(weight) // (self.still + self.values))
-        return tuple(weight.new_zeros(*shape, width) for width in widths)
+        return tuple(weight.new_empty(*shape, width) for width in widths)

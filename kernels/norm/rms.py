@@ -280,16 +280,16 @@ def rms_norm(
             is negative or not finite.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    if backend is None and plain(x) and x.shape[-1:] == weight.shape:
+        total = x if residual is None else x + residual
+        normal = torch.rms_norm(total, weight.shape, weight, eps)
+        return normal if residual is None else (normal, total)
     check("rms_norm", x, weight, None, residual, eps)
     if backend in PEERS:
         found: Tensor | tuple[Tensor, Tensor] = serve(
             "rms_norm", backend, x, weight, residual=residual, eps=eps
         )
         return found
-    if backend is None and plain(x):
-        total = x if residual is None else x + residual
-        normal = torch.rms_norm(total, weight.shape, weight, eps)
-        return normal if residual is None else (normal, total)
     if residual is None:
         y: Tensor = _FORWARD(x, weight, None, eps, backend)[0]
         return y

@@ -111,13 +111,12 @@ def _fake(q_THK: Tensor, k_TGK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def turn_whole(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     """Rotate heads that turn as a whole, in halves, with three operations: for `plain` tensors."""
-    x_TH2J = x_THK.unflatten(-1, (2, -1))
+    x_TH2J = x_THK.view(*x_THK.shape[:2], 2, -1)
     out_TH2J = x_TH2J * cos_TJ[:, None, None]
     (a, b), (first, second), sin_T1J = x_TH2J.unbind(2), out_TH2J.unbind(2), sin_TJ[:, None]
     first.addcmul_(b, sin_T1J, value=-1)
     second.addcmul_(a, sin_T1J)
-    turned: Tensor = out_TH2J.flatten(-2)
-    return turned
+    return out_TH2J.view(x_THK.shape)
 
 
 def _in_place(
@@ -256,9 +255,15 @@ def _overlap(q_THK: Tensor, k_TGK: Tensor) -> bool:
 
 
 def rotary(
-    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, *, interleaved: bool = False,
-    inplace: bool = False, backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    cos_TJ: Tensor,
+    sin_TJ: Tensor,
+    *,
+    interleaved: bool = False,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rotate queries and keys by the angles of their tokens.
 
     Args:
