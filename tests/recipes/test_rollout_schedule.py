@@ -248,7 +248,7 @@ def test_generate_leaves_nothing_behind_when_it_fails():
 
 def test_generate_wants_a_list_and_an_idle_engine():
     made = engine()
-    with pytest.raises(UserError, match="list of prompts"):
+    with pytest.raises(UserError, match="prompts must be a list of texts"):
         made.generate("text")
     with pytest.raises(UserError, match="2 prompts must have as many samplings; got 1"):
         made.generate([[1], [2]], [Sampling()])
