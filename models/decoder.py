@@ -190,7 +190,7 @@ class Decoder(nn.Module):
                 initial = getattr(self.get_submodule(owner), "initial", None)
                 parameter.copy_(torch.as_tensor(0.0 if initial is None else initial(name)))
                 continue
-            std = INIT_STD * initial_scale(self.architecture, path, parameter)
+            std = INIT_STD * initial_scale(self.architecture, self._logical(path), parameter)
             normal_(parameter, made[path], seed=seed, std=std * residual if _adds(path) else std)
         return self
 

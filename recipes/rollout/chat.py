@@ -52,7 +52,7 @@ class Chat:
         given = {"tools": None, "documents": None, **self.special, **more, "messages": said}
         try:
             plain = json.loads(json.dumps(given))
-        except (TypeError, ValueError) as error:
+        except (RecursionError, TypeError, ValueError) as error:
             raise UserError(f"messages must be plain JSON: {error}") from None
         try:
             return str(self._template.render(**plain, add_generation_prompt=add_generation_prompt))

@@ -93,7 +93,7 @@ CASES = [
     ("cp2", DENSE, {}),
     ("cp4,uly2", DENSE, {"balance": "document"}),
     ("cp2,tp2", TIED, {"context": "all_gather", "packed": False}),
-    ("pp2", TIED, {"schedule": "1f1b"}),
+    ("pp2", replace(TIED, mup_base=8), {"schedule": "1f1b"}),  # a tied head is no head of muP
     ("pp2", ROUTED, {"schedule": "zbv"}),
     ("pp4", ROUTED, {"schedule": "1f1b"}),  # two stages between those that share the embedding
     ("pp2,dp2", ROUTED, {"schedule": "interleaved", "virtual": 2, "recompute": "full"}),
