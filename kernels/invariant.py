@@ -57,9 +57,10 @@ def invariant() -> bool:
 
 def plain(x: Tensor) -> bool:
     """Tell whether generation's short forms serve: no gradient can come, float32 on the CPU."""
-    if not (torch.is_inference_mode_enabled() and x.is_cpu and x.dtype == torch.float32):
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return False
-    return not (invariant() or torch.is_autocast_enabled("cpu"))
+    wanted = x.is_cpu and x.dtype == torch.float32
+    return wanted and not (_ON.get() or torch.is_autocast_enabled("cpu"))
 
 
 def need_invariant(op: str, served: bool, found: object) -> None:
