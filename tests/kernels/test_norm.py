@@ -24,6 +24,8 @@ SERVED = "triton" if backends.interpreted() else "reference"
     name=st.sampled_from(["rms_norm", "rms_norm_residual", "layer_norm", "qk_norm_rotary"]),
 )
 def test_any_shape(tokens, width, name):
+    if name == "layer_norm":  # of two features it leaves the signs: its gradient is what cancels
+        width = max(width, 3)
     check(SPECIMENS[name], tokens, width, torch.float32, SERVED)
 
 
