@@ -137,6 +137,8 @@ class Family:
         kinds = _pattern([_KINDS[kind] for kind in kinds])
         if not self.windowed:
             return {}
+        if "sliding" in kinds and "sliding_window" in given and not given.get("sliding_window"):
+            given.refuse("sliding_window", None, "blocks that have a window would have none")
         return {"kinds": kinds, "window": flat["window"] if "sliding" in kinds else None}
 
     def config(self, architecture: Architecture) -> dict[str, Any]:

@@ -320,6 +320,15 @@ def test_a_published_config_is_that_of_the_named_size(name):
                 family.architecture({**config, field: value})
 
 
+def test_a_window_that_is_null_is_none():
+    """transformers has no window then, and not the default one."""
+    windows = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None}
+    with pytest.raises(ValueError, match="sliding_window=None .blocks that have a window"):
+        qwen2.FAMILY.architecture(SIZES | windows)
+    assert qwen2.FAMILY.architecture(SIZES | windows | {"sliding_window": 6}).window == 6
+    assert qwen2.FAMILY.architecture(SIZES | windows | {"use_sliding_window": False}).kinds == ()
+
+
 def test_soft_caps_may_be_null_or_absent():
     read = gemma2.FAMILY.architecture
     bare = {k: v for k, v in PUBLISHED["gemma2_27b"].items() if not k.endswith("softcapping")}
