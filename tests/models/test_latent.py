@@ -16,8 +16,9 @@ T, D, H, N, P, L, C = 16, 10, 4, 6, 4, 5, 7
 LENGTHS = (9, 7)
 
 
-def _architecture(queries=3, scale=0.4):
+def _architecture(queries=3, scale=0.4, window=None):
     return Architecture(
+        kinds=("sliding",) if window else (), window=window,
         layers=1, width=D, heads=H, kv_heads=H, head_dim=N + P, hidden=8, vocabulary=8,
         max_positions=64, attention_scale=scale,
         latent=Latent(keys=C, queries=queries, rotated=P, values=L),
@@ -26,7 +27,8 @@ def _architecture(queries=3, scale=0.4):
 
 def _layer(group, **options):
     torch.manual_seed(0)
-    layer = LatentAttention(_architecture(**options), "full", 0, group=group).double()
+    made = _architecture(**options)
+    layer = LatentAttention(made, made.kind(0), 0, group=group).double()
     generator = torch.Generator().manual_seed(5)
     made = layouts(layer)
     with torch.no_grad():
@@ -42,7 +44,7 @@ def _sequences():
     cos, sin = (t.double() for t in rotary_tables(positions, P, base=100.0))
     ends = torch.tensor([0, LENGTHS[0], T], dtype=torch.int32)
     documents = torch.arange(2).repeat_interleave(torch.tensor(LENGTHS))
-    angles, longest = {"full": (cos, sin)}, max(LENGTHS)
+    angles, longest = dict.fromkeys(("full", "sliding"), (cos, sin)), max(LENGTHS)
     return Sequences(1, angles, positions, documents, 2, cu_seqlens=ends, max_seqlen=longest)
 
 
@@ -56,7 +58,7 @@ def _rms(x, weight):
     return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
 
 
-def _plain(w, x, turns_TJ, scale):
+def _plain(w, x, turns_TJ, scale, window=T):
     """Latent attention by the equations, one document and one head after the other."""
     if "q.weight" in w:
         q = x @ w["q.weight"].T
@@ -72,7 +74,7 @@ def _plain(w, x, turns_TJ, scale):
         keys, values, out, start = torch.cat((kh[:, :N], shared), -1), kh[:, N:], [], 0
         for n in LENGTHS:
             part = slice(start, start := start + n)
-            hidden = torch.ones(n, n).triu(1).bool()
+            hidden = (torch.ones(n, n).triu(1) + torch.ones(n, n).tril(-window)).bool()
             scores = (qh[part] @ keys[part].T * scale).masked_fill(hidden, -torch.inf)
             out.append(scores.softmax(-1) @ values[part])
         heads.append(torch.cat(out))
@@ -80,15 +82,16 @@ def _plain(w, x, turns_TJ, scale):
 
 
 @pytest.mark.parametrize("queries", [3, None])
-@pytest.mark.parametrize("scale", [0.4, None])
-def test_output_and_gradients_equal_the_equations(queries, scale):
-    layer, sequences = _layer(None, queries=queries, scale=scale), _sequences()
+@pytest.mark.parametrize(("scale", "window"), [(0.4, None), (None, 3)])
+def test_output_and_gradients_equal_the_equations(queries, scale, window):
+    layer = _layer(None, queries=queries, scale=scale, window=window)
+    sequences = _sequences()
     own = dict(layer.named_parameters())
     x, dy = draw(T, D, seed=1), draw(T, D, seed=2)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     weights = {path: p.detach().clone().requires_grad_() for path, p in own.items()}
     turns = torch.complex(*sequences.angles["full"])
-    want = _plain(weights, theirs, turns, scale or (N + P) ** -0.5)
+    want = _plain(weights, theirs, turns, scale or (N + P) ** -0.5, window or T)
     got = layer(mine, sequences)
     near(got, want, "output")
     got.backward(dy)
