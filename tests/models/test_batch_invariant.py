@@ -107,5 +107,6 @@ def _split():
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+@pytest.mark.slow
 def test_three_tensor_parallel_ranks_sum_in_one_order(pool):
     pool(3, _split)

@@ -256,12 +256,12 @@ TINY = Architecture(
 )  # fmt: skip
 MESHES = [
     ("tp2,ep2", {"recompute": "selective"}),
-    ("pp2", {"schedule": "zb_h1", "recompute": "norm,moe"}),
-    ("cp2", {}),
+    pytest.param("pp2", {"schedule": "zb_h1", "recompute": "norm,moe"}, marks=pytest.mark.slow),
+    pytest.param("cp2", {}, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.parametrize(("text", "options"), MESHES, ids=[m[0] for m in MESHES])
+@pytest.mark.parametrize(("text", "options"), MESHES, ids=["tp2,ep2", "pp2", "cp2"])
 def test_meshes_equal_one_process(pool, text, options):
     pool(2, _mesh_equals_one_process, text, TINY, options)
 

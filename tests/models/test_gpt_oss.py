@@ -163,7 +163,7 @@ MADE = replace(
 )
 CASES = [
     ("cp2,ep2", {}),
-    ("tp2,etp2", {"recompute": "selective"}),
+    pytest.param("tp2,etp2", {"recompute": "selective"}, marks=pytest.mark.slow),
     pytest.param("tp2,cp2,ep2", {"context": "all_gather"}, marks=pytest.mark.slow),
     pytest.param("cp4,uly2,ep2,etp2", {"balance": "document", "zero": 3}, marks=pytest.mark.slow),
     pytest.param("pp2,dp2,ep2", {"schedule": "zbv"}, marks=pytest.mark.slow),

@@ -45,7 +45,12 @@ def ids(completions):
     return [list(c.ids) for c in completions]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("llama", "gemma3", "deepseek_v3", "bamba", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_greedy_texts_are_those_of_transformers(family, tmp_path):
     hf.save(model(family), tmp_path / "model")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
