@@ -59,7 +59,7 @@ def plain(x: Tensor) -> bool:
     """Tell whether generation's short forms serve: no gradient can come, float32 on the CPU."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return False
-    wanted = x.is_cpu and x.dtype == torch.float32
+    wanted = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     return wanted and not (_ON.get() or torch.is_autocast_enabled("cpu"))
 
 
