@@ -36,7 +36,8 @@ SIZES = Architecture(
 
 
 def _sized(groups):
-    return replace(SIZES, ssm=replace(SIZES.ssm, groups=groups))
+    heads = 12 if groups == 3 else 8  # with 3, half of the heads end within a group
+    return replace(SIZES, ssm=replace(SIZES.ssm, groups=groups, heads=heads))
 
 
 def _mixer(groups, **where):
@@ -94,6 +95,10 @@ def _equals_unsharded(degrees, groups):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_a_sharded_layer_equals_unsharded(pool, size, degrees, groups):
     pool(size, _equals_unsharded, degrees, groups)
+
+
+def test_ranks_may_share_a_group(pool):
+    pool(2, _equals_unsharded, "cp2", 3)
 
 
 def _cached(model, x, mix, plan):
