@@ -9,7 +9,7 @@ from warploom.kernels.rope import DynamicNtk
 from warploom.models.architecture import Architecture
 from warploom.models.cache import Cache
 from warploom.models.decoder import Decoder
-from warploom.models.families import llama, mixtral, qwen3
+from warploom.models.families import bamba, deepseek_v3, llama, mixtral, qwen3
 
 SIZES = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "hidden": 48}
 SIZES |= {"vocabulary": 90, "max_positions": 64}
@@ -65,3 +65,28 @@ def test_a_sequence_longer_than_its_angles_are_made_for_is_refused():
     cache.step(torch.tensor([0]), torch.tensor([16]), tables)
     with pytest.raises(ValueError, match="a sequence of 17 tokens must be at most 16: the model"):
         cache.step(torch.tensor([16]), torch.tensor([1]), tables)
+
+
+@pytest.mark.parametrize("made", [bamba.tiny(), deepseek_v3.tiny()], ids=["states", "latent"])
+def test_a_copy_goes_on_as_its_source(made):
+    """Keys, values and states of every layer, and no more layers than those."""
+    model = Decoder.create(made, seed=1, dtype=torch.float64).requires_grad_(False)
+    row = torch.arange(11) * 7 % 250
+    cache = Cache(model, pages=6, page_size=4, slots=2)
+    assert sorted(cache.layers) == [*range(made.layers)]
+    for tensors in cache.layers.values():
+        for x in tensors:
+            x.fill_(torch.nan)
+    tables = torch.tensor([[5, 3, 0]], dtype=torch.int32)
+    start, some = torch.tensor([0]), torch.tensor([6])
+    model.advance(row[:6], cache.step(start, some, tables, torch.tensor([0])))
+    cache.copy(5, 1), cache.copy(3, 4), cache.copy_slot(0, 1)
+    for tensors in cache.layers.values():
+        for x in tensors:  # the source is gone
+            x[[0]] = torch.nan
+            if len(x) > 2:
+                x[[5, 3]] = torch.nan
+    tables = torch.tensor([[1, 4, 2]], dtype=torch.int32)
+    where = cache.step(some, torch.tensor([5]), tables, torch.tensor([1]))
+    logits = model.logits(model.advance(row[6:], where))
+    torch.testing.assert_close(logits, model(row[None])[0, 6:], atol=1e-10, rtol=0)
