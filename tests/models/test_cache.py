@@ -7,7 +7,7 @@ import torch
 
 from warploom.kernels.rope import DynamicNtk
 from warploom.models.architecture import Architecture
-from warploom.models.cache import Cache
+from warploom.models.cache import Cache, longest
 from warploom.models.decoder import Decoder
 from warploom.models.families import bamba, deepseek_v3, llama, mixtral, qwen3
 
@@ -60,6 +60,7 @@ def test_chunks_through_pages_give_the_logits_of_the_whole(name):
 
 def test_a_sequence_longer_than_its_angles_are_made_for_is_refused():
     a = replace(CASES["llama"], rope_scaling=DynamicNtk(2.0, original=16, length=16))
+    assert (longest(a), longest(replace(a, max_positions=8))) == (16, 8)
     cache = Cache(Decoder.create(a), pages=4, page_size=8)
     tables = torch.arange(4, dtype=torch.int32)[None]
     cache.step(torch.tensor([0]), torch.tensor([16]), tables)
