@@ -55,7 +55,8 @@ def write_scales(a: Architecture) -> dict[str, Any]:
     """Say the same in fields of config.json, where null is no bound."""
     scale = a.attention_scale or a.head_dim**-0.5
     caps = {_ATTENTION: a.softcap or None, _LOGITS: a.logit_softcap or None}
-    return {"query_pre_attn_scalar": round(scale**-2), **caps}
+    window = a.window or 4096  # which transformers wants even where no block has one
+    return {"query_pre_attn_scalar": round(scale**-2), "sliding_window": window, **caps}
 
 
 def alternate(config: Config, pattern: int = 2) -> list[str]:

@@ -58,6 +58,7 @@ CASES = {
     "gpt2": ("GPT2", {"n_inner": 40}),
     "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}),
     "gemma2, open": ("Gemma2", OPEN),
+    "gemma2, full": ("Gemma2", {**GEMMA, "layer_types": ["full_attention"] * 3}),
     "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 7, "rope_parameters": BY_KIND}),
     "bamba": ("Bamba", {**MAMBA, "mamba_n_groups": 1}),
     "bamba, groups": ("Bamba", {**MAMBA, "attention_bias": True, "mlp_bias": True}),
