@@ -80,9 +80,9 @@ def parse(argv: Sequence[str], runs: Runs, description: str, *, prog: str, rank:
 
 def _after(argv: Sequence[str], flag: str) -> str:
     """Return the word that follows a flag, or stands behind its equals sign; empty without it."""
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for at, word in enumerate(argv):
         if word == flag or word.startswith(f"{flag}="):
-            return word.partition("=")[2] or following
+            return word.partition("=")[2] or "".join(argv[at + 1 : at + 2])
     return ""
 
 

@@ -1,6 +1,7 @@
 """A sharded layer must equal the unsharded one: outputs and every gradient, in float64."""
 
 import copy
+import gc
 import itertools
 import sys
 
@@ -277,9 +278,13 @@ class _Operators(TorchDispatchMode):
 def _cost(module, x):
     """Return the operators of a forward and a backward, and the Python calls of a forward."""
     calls = []
+    module(x)
+    gc.collect()
+    gc.disable()  # a collection within the forward would count finalizers that are not its own
     sys.setprofile(lambda frame, event, argument: calls.append(event) if event == "call" else None)
     module(x)
     sys.setprofile(None)
+    gc.enable()
     module.zero_grad()
     with _Operators() as operators:
         module(x).sum().backward()
