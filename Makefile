@@ -15,7 +15,7 @@ RESULTS ?= benchmarks/results/h200 # where `make gpu` writes
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check -c constraints.txt
-INPUTS := pyproject.toml constraints.txt setup.py $(filter-out %.md,$(wildcard csrc/*.*))
+INPUTS := pyproject.toml constraints.txt setup.py $(filter-out %.md,$(wildcard csrc/*.* csrc/cpu/*.*))
 QUIET := PYTHONWARNINGS='ignore:Benchmarks are automatically disabled' # pytest-benchmark, beside other processes
 
 # Sets $$python to the interpreter, or stops with one sentence.
@@ -50,6 +50,7 @@ setup: ## build .venv, where it is not there yet or its inputs have changed
 	$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools pybind11 ninja; \
 	$(PIP) --no-build-isolation --editable '.[dev,plot]' tensorboard build; \
 	ls src/warploom/_csrc*.so >/dev/null 2>&1 || echo "no nvcc: the CUDA C++ kernels (csrc/) are not built, everything else is"; \
+	ls src/warploom/_cpu*.so >/dev/null 2>&1 || echo "no C++ compiler: generation on a CPU takes PyTorch's operators, everything else is as it was"; \
 	printf '%s\n' "$$place" "$$sum" > .venv/stamp
 
 # The package holds a GGUF file beside code that is not wanted: nothing of it is installed.

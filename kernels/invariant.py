@@ -33,9 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import cpu
 from .library import autocast, first_derivative_only, wide
 
-_FEW = 16  # rows: from 4 on oneDNN is up to 2.5 times as fast as MKL
 _ON: ContextVar[bool] = ContextVar("warploom_batch_invariant", default=False)
 
 
@@ -55,11 +55,11 @@ def invariant() -> bool:
     return not torch.compiler.is_compiling() and _ON.get()
 
 
-def plain(x: Tensor) -> bool:
-    """Tell whether generation's short forms serve: no gradient can come, float32 on the CPU."""
+def plain(*tensors: Tensor) -> bool:
+    """Tell whether the operators of `cpu` serve: no gradient can come, float32 on the CPU."""
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return False
-    wanted = x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    wanted = all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and cpu.lanes() > 0
     return wanted and not (_ON.get() or torch.is_autocast_enabled("cpu"))
 
 
@@ -133,10 +133,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling() or not (_ON.get() or torch.is_inference_mode_enabled()):
         return F.linear(x, weight, bias)
     if not _ON.get():
-        if not plain(x) or not 3 < x.shape[:-1].numel() <= _FEW or not weight.is_contiguous():
-            return F.linear(x, weight, bias)
-        few: Any = torch.ops.mkldnn._linear_pointwise.default
-        y: Tensor = few(x.contiguous(), weight, bias, "none", [], "")
+        few = plain(x, weight) and cpu.serves_linear(x, weight)
+        y: Tensor = (cpu.linear if few else F.linear)(x, weight, bias)
         return y
     x, weight = autocast(x, weight)
     need_tensor("linear", x)

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from warploom.kernels.attention import flash_attention, flash_attention_varlen
+from warploom.kernels.cpu import rotate
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.invariant import plain
-from warploom.kernels.rope import rotary, turn_whole
+from warploom.kernels.rope import rotary
 from warploom.parallel import context as context_parallel
 from warploom.parallel.collectives import Group, place
 from warploom.parallel.sharding import Layout, rows
@@ -164,7 +165,7 @@ class Attention(nn.Module):
         if 2 * cos.shape[1] == self.head_dim and self.q_norm is None and plain(qkv):
             *heads, last = (width // self.head_dim for width in self.widths)
             x_THK = qkv.view(len(qkv), -1, self.head_dim)
-            q_THK, k_TGK = turn_whole(x_THK[:, :-last], cos, sin).split(heads, 1)
+            q_THK, k_TGK = rotate(x_THK[:, :-last], cos, sin).split(heads, 1)
             return q_THK, k_TGK, x_THK[:, -last:]
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.whole and self.q_norm is not None and self.k_norm is not None:

@@ -125,7 +125,7 @@ class Cache:
         padding = -total % self.size
         decoding = None
         if total == len(counts) and plain(held):
-            decoding = Decoding(tables, lengths, ends, self.pages, self.page_size)
+            decoding = Decoding(tables, lengths, self.pages, self.page_size)
         paged = Paged(
             layers=self.layers, places=places.to(device), tables=tables.to(device),
             lengths=lengths.to(torch.int32).to(device), cu_seqlens=ends.to(device),

@@ -27,7 +27,7 @@ class Paged:
         cu_seqlens: Boundaries of the new tokens `[N + 1]`, int32.
         slots: Slot of each sequence `[N]`, int64.
         fresh: Whether a sequence begins with these tokens `[N]`, so that its state is zero.
-        decoding: What is made of these once, where each sequence has one new token, on a CPU.
+        decoding: The same, where each sequence has one new token, for the operators of `cpu`.
     """
 
     layers: dict[int, tuple[Tensor, ...]]
@@ -45,13 +45,13 @@ class Paged:
 
     def attend(self, layer: int, q_THK: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Keep new keys `[T, G, K]` and values, and attend to all of each sequence: `[T, H, L]`."""
-        k_pages, v_pages = self.layers[layer]
-        self.write(k_pages, k)
-        self.write(v_pages, v)
-        n = len(self.places)
-        where = self.tables, self.lengths, self.cu_seqlens
-        out: Any = paged_attention(
-            q_THK[:n], k_pages, v_pages, *where, decoding=self.decoding, **options
-        )
-        mixed: Tensor = out
+        (k_pages, v_pages), n = self.layers[layer], len(self.places)
+        mixed: Any
+        if self.decoding is not None and self.decoding.serves(q_THK, k_pages, v_pages):
+            mixed = self.decoding.attend(q_THK[:n], k[:n], v[:n], k_pages, v_pages, **options)
+        else:
+            self.write(k_pages, k)
+            self.write(v_pages, v)
+            where = self.tables, self.lengths, self.cu_seqlens
+            mixed = paged_attention(q_THK[:n], k_pages, v_pages, *where, **options)
         return F.pad(mixed, (0, 0, 0, 0, 0, len(q_THK) - n)) if len(q_THK) > n else mixed

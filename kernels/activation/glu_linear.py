@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import cpu
 from ..backends import choose
 from ..invariant import linear, plain
 from ..library import autocast, below_autograd, first_derivative_only, register
@@ -117,9 +118,8 @@ def swiglu_linear(gate_up: Tensor, weight_DF: Tensor, *, backend: str | None = N
             f"swiglu_linear: gate_up must be twice as wide as the weight's input, got "
             f"{[*gate_up.shape]} and weight {[*weight_DF.shape]}"
         )
-    if backend is None and plain(gate_up):
-        gate, up = gate_up.chunk(2, -1)
-        return linear(F.silu(gate).mul_(up), weight_DF)
+    if backend is None and plain(gate_up, weight_DF):
+        return linear(cpu.swiglu(gate_up), weight_DF)
     gate_up, weight_DF = autocast(gate_up, weight_DF)
     if gate_up.dtype != weight_DF.dtype:
         raise ValueError(

@@ -13,12 +13,13 @@ https://crfm.stanford.edu/2023/10/12/flashdecoding.html (decoding split over the
 """
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import choose
+from ..cpu import decode, lanes
 from ..invariant import invariant, plain
 from ..library import need_tensors, register, wide
 from . import tiled
@@ -37,15 +38,6 @@ from .reference import attention_reference
 from .scores import Scores
 
 _OP = "paged_attention"
-_GATHERED = 1 << 16  # elements of keys that are gathered at a time: they are read from the cache
-
-
-class _Part(NamedTuple):
-    """Rows of the flattened pages of some `sequences`, as long as their longest, and a mask."""
-
-    rows: Tensor | slice
-    sequences: int
-    mask: Tensor | None
 
 
 def _sequences(
@@ -71,12 +63,11 @@ def _sequences(
 
 
 class Decoding:
-    """Where the keys of N sequences lie that have one query each; made once for all layers.
+    """Where the keys of N sequences lie that have one query each; checked once for all layers.
 
     Args:
         tables: As in `paged_attention`, on the CPU.
-        lengths: As in `paged_attention`.
-        cu_seqlens: As in `paged_attention`.
+        lengths: As in `paged_attention`, the new key with them.
         pages: Pages P of each layer.
         page: Keys of a page.
 
@@ -84,78 +75,42 @@ class Decoding:
         ValueError: As `paged_attention`.
     """
 
-    def __init__(
-        self, tables: Tensor, lengths: Tensor, cu_seqlens: Tensor, pages: int, page: int
-    ) -> None:
-        sequences = _sequences(tables, lengths, cu_seqlens, len(lengths), pages, page)
-        self._tables, self._page = tables, page
-        self._lengths_N1 = torch.tensor([keys for *_, keys in sequences])[:, None]
-        self._made: dict[tuple[int, int], list[_Part]] = {}
+    def __init__(self, tables: Tensor, lengths: Tensor, pages: int, page: int) -> None:
+        cu_seqlens = torch.arange(len(lengths) + 1, dtype=torch.int32)
+        _sequences(tables, lengths, cu_seqlens, len(lengths), pages, page)
+        self.tables, self.lengths = tables.contiguous(), lengths.to(torch.int32)
+        self.keys = int(lengths.sum())
 
-    def parts(self, left: int, most: int) -> list[_Part]:
-        """Cut the sequences into parts that are gathered together.
-
-        Args:
-            left: Keys before its own that a query sees, -1 for all.
-            most: Keys of a part, if it has more than one sequence.
-        """
-        if (left, most) not in self._made:
-            first_N1 = (self._lengths_N1 - 1 - left).clamp_(min=0) * (left >= 0)
-            counts_N1 = self._lengths_N1 - first_N1
-            step = max(most // int(counts_N1.max()), 1)
-            pieces = (x.split(step) for x in (self._tables, first_N1, counts_N1))
-            self._made[left, most] = [self._part(*piece) for piece in zip(*pieces, strict=True)]
-        return self._made[left, most]
-
-    def _part(self, tables: Tensor, first_N1: Tensor, counts_N1: Tensor) -> _Part:
-        at_U = torch.arange(int(counts_N1.max()))
-        seen_NU = at_U < counts_N1
-        at_NU = at_U * seen_NU + first_N1  # what is not seen stands for the first key
-        rows_NU = tables.gather(1, at_NU // self._page) * self._page + at_NU % self._page
-        mask = None
-        if not bool(seen_NU.all()):
-            mask = torch.zeros(seen_NU.shape).masked_fill_(~seen_NU, -torch.inf)[:, None, None]
-        rows_R = rows_NU.flatten()
-        if len(tables) == 1 and bool((rows_R.diff() == 1).all()):
-            return _Part(slice(int(rows_R[0]), int(rows_R[-1]) + 1), len(tables), mask)
-        return _Part(rows_R, len(tables), mask)
+    def serves(self, q_NHK: Tensor, k_pages: Tensor, v_pages: Tensor) -> bool:
+        """Tell whether `attend` serves: `plain` tensors, heads of whole vectors."""
+        return plain(q_NHK) and not (k_pages.shape[-1] % lanes() or v_pages.shape[-1] % lanes())
 
     def attend(
-        self, q_NHK: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float, left: int
-    ) -> Dense | None:
-        """Attend, the heads of a group as queries of their key.
+        self, q_NHK: Tensor, k_NGK: Tensor, v_NGL: Tensor, k_pages: Tensor, v_pages: Tensor, *,
+        scale: float | None = None, window: Window = (-1, -1), softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Put each sequence's new key and value into its page, and attend as `paged_attention`.
 
         Args:
-            q_NHK: `[N, H, K]`, float32 on the CPU.
-            k_pages: `[P, page, G, K]`.
-            v_pages: The same.
-            scale: Multiplies the scores.
-            left: As in `parts`.
+            q_NHK: A query of each sequence, `[N, H, K]`.
+            k_NGK: Its new key, `[N, G, K]`.
+            v_NGL: Its new value, `[N, G, L]`.
+            k_pages: `[P, page, G, K]`, without gaps; as `v_pages`, float32 on the CPU.
+            v_pages: `[P, page, G, L]`.
+            scale: As in `paged_attention`; so are the rest.
+            window: Of this, what lies before a query.
+            softcap: As in `flash_attention`.
+            sinks: `[H]`.
 
         Returns:
-            `[N, H, K]` and the log-sum-exp `[H, N]`; None where a log-sum-exp of 0 may be a NaN
-            that PyTorch's operator has lost.
+            `[N, H, L]`.
         """
-        groups, width = k_pages.shape[2:]
-        parts = self.parts(left, _GATHERED // (groups * width))
-        q_NGHK = q_NHK.unflatten(1, (groups, -1))
-        k_RGK, v_RGK = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
-        found = []
-        for (rows, count, mask), q in zip(
-            parts, q_NGHK.split([p.sequences for p in parts]), strict=True
-        ):
-            held = (
-                (x[rows] if isinstance(rows, slice) else x.index_select(0, rows))
-                .view(count, -1, groups, width)
-                .transpose(1, 2)
-                for x in (k_RGK, v_RGK)
-            )
-            attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            found.append(attend(q, *held, 0.0, False, attn_mask=mask, scale=scale))
-        out, lse = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
-        if bool((lse == 0).any()):
-            return None
-        return out.reshape(q_NHK.shape), lse.flatten(1).t()
+        return decode(
+            q_NHK, k_NGK, v_NGL, k_pages, v_pages, self.tables, self.lengths, self.keys,
+            sinks=sinks, left=window[0], softcap=softcap or 0.0,
+            scale=q_NHK.shape[-1] ** -0.5 if scale is None else scale,
+        )  # fmt: skip
 
 
 def _forward(
@@ -219,7 +174,7 @@ def paged_attention(
     q_THK: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor,
     cu_seqlens: Tensor, *, causal: bool = True, window: Window = (-1, -1),
     softcap: float | None = None, sinks: Tensor | None = None, scale: float | None = None,
-    return_lse: bool = False, backend: str | None = None, decoding: Decoding | None = None,
+    return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | Dense:  # fmt: skip
     """Attend from the last queries of each sequence to its keys, which lie in pages.
 
@@ -241,7 +196,6 @@ def paged_attention(
         return_lse: Whether to return the log-sum-exp of the scores too.
         backend: `reference` or `torch` (both gather a sequence's pages, and read the tables on the
             host), `triton`; None takes the fastest proven one.
-        decoding: What was made of these `tables`, `lengths` and `cu_seqlens`, for `plain` tensors.
 
     Returns:
         `[T, H, L]` in the dtype of `q_THK`; with `return_lse` also the log-sum-exp `[H, T]`.
@@ -250,17 +204,12 @@ def paged_attention(
         ValueError: If shapes, dtypes or values are not these.
         RuntimeError: If a gradient is asked for, or `backend` cannot serve these tensors here.
     """
-    part: Dense | None = None
-    if decoding is not None and plain(q_THK) and k_pages.shape == v_pages.shape and not softcap:
-        scale = q_THK.shape[-1] ** -0.5 if scale is None else scale
-        part = decoding.attend(q_THK, k_pages, v_pages, scale, window[0])
-    if part is None:
-        _check(q_THK, k_pages, v_pages, tables, lengths, cu_seqlens)
-        s = scores_of(_OP, q_THK, causal, window, scale, softcap, None)
-        if sinks is not None:
-            check_sinks(_OP, sinks, q_THK)
-        chosen = choose(_OP, q_THK.device, q_THK.dtype, backend)
-        where = tables, lengths, cu_seqlens
-        part = _PAGED(q_THK, k_pages, v_pages, *where, s.scale, s.left, s.right, s.softcap, chosen)
+    _check(q_THK, k_pages, v_pages, tables, lengths, cu_seqlens)
+    s = scores_of(_OP, q_THK, causal, window, scale, softcap, None)
+    if sinks is not None:
+        check_sinks(_OP, sinks, q_THK)
+    chosen = choose(_OP, q_THK.device, q_THK.dtype, backend)
+    where = tables, lengths, cu_seqlens
+    part = _PAGED(q_THK, k_pages, v_pages, *where, s.scale, s.left, s.right, s.softcap, chosen)
     out, lse = part if sinks is None else with_sinks(part, sinks)
     return (out, lse) if return_lse else out

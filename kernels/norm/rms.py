@@ -20,6 +20,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from .. import cpu
 from ..backends import choose
 from ..invariant import plain
 from ..library import below_autograd, first_derivative_only, register, row_blocks, wide
@@ -280,10 +281,10 @@ def rms_norm(
             is negative or not finite.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
-    if backend is None and plain(x) and x.shape[-1:] == weight.shape:
-        total = x if residual is None else x + residual
-        normal = torch.rms_norm(total, weight.shape, weight, eps)
-        return normal if residual is None else (normal, total)
+    tensors = (x, weight) if residual is None else (x, weight, residual)
+    if backend is None and plain(*tensors) and x.shape[-1:] == weight.shape:
+        normal = cpu.rms_norm(x, weight, residual, eps)
+        return normal[0] if residual is None else normal
     check("rms_norm", x, weight, None, residual, eps)
     if backend in PEERS:
         found: Tensor | tuple[Tensor, Tensor] = serve(

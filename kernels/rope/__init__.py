@@ -1,9 +1,9 @@
 """Rotary position embeddings."""
 
-from .rotate import rotary, rotary_reference, turn_whole
+from .rotate import rotary, rotary_reference
 from .tables import DynamicNtk, Linear, Llama3, NtkAware, Scaling, Yarn, rotary_tables
 
 __all__ = [
     "DynamicNtk", "Linear", "Llama3", "NtkAware", "Scaling", "Yarn", "rotary", "rotary_reference",
-    "rotary_tables", "turn_whole",
+    "rotary_tables",
 ]  # fmt: skip

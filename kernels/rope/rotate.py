@@ -109,16 +109,6 @@ def _fake(q_THK: Tensor, k_TGK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q_THK.new_empty(q_THK.shape), k_TGK.new_empty(k_TGK.shape)
 
 
-def turn_whole(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
-    """Rotate heads that turn as a whole, in halves, with three operations: for `plain` tensors."""
-    x_TH2J = x_THK.view(*x_THK.shape[:2], 2, -1)
-    out_TH2J = x_TH2J * cos_TJ[:, None, None]
-    (a, b), (first, second), sin_T1J = x_TH2J.unbind(2), out_TH2J.unbind(2), sin_TJ[:, None]
-    first.addcmul_(b, sin_T1J, value=-1)
-    second.addcmul_(a, sin_T1J)
-    return out_TH2J.view(x_THK.shape)
-
-
 def _in_place(
     x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, inverse: bool, interleaved: bool,
     backend: str | None,
