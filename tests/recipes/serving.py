@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+import openai
 import torch
 
 from warploom.models import hf
@@ -47,6 +48,9 @@ def make_folder(root, positions=120):
     hf.save(made, root / "tiny", tokenizer_folder=root / "tokenizer")
     (root / "tiny" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     return root / "tiny"
+
+
+CREATE = {"prompt": "abc", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
 
 
 class Live:
@@ -117,12 +121,27 @@ def _read(body):
         return body.decode()
 
 
+def engine_of(folder, codec, *, running, pages=400):
+    return Engine(hf.load(folder), codec, pages=pages, max_sequences=running, page_size=8)
+
+
 @contextlib.contextmanager
 def live(folder, *, pages=400, running=16, **options):
     codec = Codec(folder)
-    engine = Engine(hf.load(folder), codec, pages=pages, max_sequences=running, page_size=8)
-    made = Live(engine, codec, **options)
+    made = Live(engine_of(folder, codec, pages=pages, running=running), codec, **options)
     try:
         yield made
     finally:
         made.stop()
+
+
+def client_of(server, **options):
+    options = {"api_key": "none", "max_retries": 0, "timeout": 30, **options}
+    return openai.OpenAI(base_url=f"{server.url}/v1", **options)
+
+
+def wait_for(happened):
+    until = time.monotonic() + 120  # as slow as a machine may be
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.005)
