@@ -24,8 +24,9 @@ import tyro
 
 from warploom.models import hf
 from warploom.recipes.errors import UserError, unboxed
+from warploom.recipes.files import read_json
 from warploom.recipes.rollout import Completion, Engine, Sampling
-from warploom.recipes.rollout.codec import Codec, read_json
+from warploom.recipes.rollout.codec import Codec
 
 _MOST = 64  # texts at a time
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -122,7 +123,7 @@ def folder_sampling(folder: Path, *, temperature: float = 0.0) -> Sampling:
     Raises:
         UserError: If it says what cannot be.
     """
-    config = read_json(folder / "generation_config.json")
+    config = read_json(folder / "generation_config.json", missing={})
     names = {"top_k", "top_p", "min_p", "temperature"} if config.get("do_sample") else set()
     said = {name: config[name] for name in names if config.get(name) is not None}
     try:

@@ -1,6 +1,5 @@
 """The tokenizer of a Hugging Face folder, and the ids that end its texts."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from ..errors import UserError
+from ..files import read_json
 from .chat import Chat
 
 
@@ -47,8 +47,8 @@ class Codec:
         self._backend.no_truncation()
         self._backend.no_padding()
         self.vocabulary: int = self._backend.get_vocab_size(with_added_tokens=True)
-        self._config = read_json(self.folder / "tokenizer_config.json")
-        named = read_json(self.folder / "special_tokens_map.json") | self._config
+        self._config = read_json(self.folder / "tokenizer_config.json", missing={})
+        named = read_json(self.folder / "special_tokens_map.json", missing={}) | self._config
         self.special = {
             role: str(token["content"] if isinstance(token, dict) else token)
             for role, token in named.items()
@@ -58,7 +58,7 @@ class Codec:
 
     def _ends(self) -> frozenset[int]:
         for file in ("generation_config.json", "config.json"):
-            ends = read_json(self.folder / file).get("eos_token_id")
+            ends = read_json(self.folder / file, missing={}).get("eos_token_id")
             if ends is not None:
                 return frozenset([ends] if isinstance(ends, int) else ends)
         spelling = self.special.get("eos_token")
@@ -117,20 +117,3 @@ class Codec:
     def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the ids of a conversation that the model is to answer; see `Chat.render`."""
         return self.encode(self.chat.render(messages, **options), special=False)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, an empty one where there is no such file.
-
-    Raises:
-        UserError: If it is something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} must be JSON in UTF-8: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
-    return content

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import UserError
+from ..files import read_json
 from .run import FREE, LAYOUT, Run, describe, fingerprint, flatten
 from .world import LostError
 
@@ -178,27 +179,6 @@ class RunFolder:
             f"run folder {self.path} must be a folder to write in ({error.strerror}): choose "
             f"another --folder"
         )
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Args:
-        path: The file.
-        remedy: What to do when it is damaged.
-
-    Raises:
-        UserError: If the file cannot be read, is not JSON, or holds another value.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} must be a file to read ({error.strerror}): {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path} must be JSON ({error}): {remedy}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object, it holds {value!r:.40}: {remedy}")
-    return value
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

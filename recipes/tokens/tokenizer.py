@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 
 from ..errors import UserError
+from ..files import read_json
 
 _ROLES = ("bos", "eos", "pad")
 
@@ -86,11 +87,11 @@ class Tokenizer:
             UserError: If a file is missing or is not JSON, or the tokenizer is not byte-level BPE.
         """
         folder = Path(folder)
-        specification = _read_json(folder / "tokenizer.json")
-        if specification is None:
+        if not (folder / "tokenizer.json").exists():
             raise UserError(f"{folder} must hold tokenizer.json; there is none")
-        named = _read_json(folder / "special_tokens_map.json") or {}
-        named |= _read_json(folder / "tokenizer_config.json") or {}
+        specification = read_json(folder / "tokenizer.json")
+        named = read_json(folder / "special_tokens_map.json", missing={})
+        named |= read_json(folder / "tokenizer_config.json", missing={})
         roles = {}
         for role in _ROLES:
             token = named.get(f"{role}_token")
@@ -173,19 +174,6 @@ class Tokenizer:
         The divisor of bits a byte: summed over the held-out targets it is the held-out text's size.
         """
         return np.array([len(b) for b in self._bytes], dtype=np.int64)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object, or `None` where there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} must be JSON in UTF-8: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, it holds a {type(content).__name__}")
-    return content
 
 
 def _check_kind(specification: dict[str, Any], name: str) -> None:
