@@ -5,6 +5,7 @@
     warploom generate FOLDER --chat --prompt "Why is the sky blue?" --temperature 0.7 --seed 1
     echo "Once upon a time" | warploom generate FOLDER --n 4
     warploom generate FOLDER --prompt A --prompt B --json       ids and log-probabilities
+    warploom generate FOLDER --batch-invariant < prompt.txt     the same bits alone or in company
 
 needs a Hugging Face folder with weights and tokenizer.json; for --chat also its template, and
 jinja2. What is not given on the command line is as the folder's generation_config.json says, else
@@ -16,28 +17,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 import tyro
 
-from warploom.models import hf
 from warploom.recipes.errors import UserError, unboxed
-from warploom.recipes.files import read_json
 from warploom.recipes.rollout import Completion, Engine, Sampling
 from warploom.recipes.rollout.codec import Codec
+from warploom.recipes.rollout.command import Command, folder_sampling
 
 _MOST = 64  # texts at a time
 Prompts = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Generate:
+class Generate(Command):
     """Continue text with a model."""
 
-    folder: tyro.conf.Positional[Path]
-    """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
     prompt: Prompts = ()
     """Text to continue; may be given several times. Without one, standard input is read, without
     the end of its last line."""
@@ -50,12 +46,6 @@ class Generate:
     )
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Print a JSON object a text: ids, log-probabilities, why it ended."""
-    dtype: Literal["float32", "bf16", "float16"] | None = None
-    """Of weights and activations; by default that of the file."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the model is."""
-    pages: int | None = None
-    """Pages of the cache; by default what the memory can hold."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,14 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     talk = asked.chat and not asked.prompt and sys.stdin.isatty()
     prompts = asked.prompt or (() if talk else (_read(),))
     given = [speak(prompt) for prompt in prompts]
-    engine = load_engine(
-        asked.folder,
-        codec,
-        dtype=asked.dtype,
-        device=asked.device,
-        pages=asked.pages,
-        max_sequences=min(max(1, len(given) * asked.sampling.n), _MOST),
-    )
+    texts = min(max(1, len(given) * asked.sampling.n), _MOST)
+    engine = asked.engine(codec, max_sequences=texts)
     try:
         if talk:
             _talk(engine, codec, asked)
@@ -111,55 +95,6 @@ def _asked(words: list[str]) -> Generate:
     if asked.system and not asked.chat:
         raise UserError(f"system ({asked.system!r:.40}) is what a chat begins with: add --chat")
     return asked
-
-
-def folder_sampling(folder: Path, *, temperature: float = 0.0) -> Sampling:
-    """Return how a folder's generation_config.json would have tokens chosen.
-
-    Args:
-        folder: Of Hugging Face's layout.
-        temperature: Where the file does not say that they are drawn.
-
-    Raises:
-        UserError: If it says what cannot be.
-    """
-    config = read_json(folder / "generation_config.json", missing={})
-    names = {"top_k", "top_p", "min_p", "temperature"} if config.get("do_sample") else set()
-    said = {name: config[name] for name in names if config.get(name) is not None}
-    try:
-        temperature = 1.0 if names else temperature
-        return Sampling(**{"temperature": temperature, "max_tokens": 256, **said})
-    except UserError as error:
-        raise UserError(f"{folder}/generation_config.json: {error}") from None
-
-
-def load_engine(
-    folder: Path, codec: Codec, *, dtype: str | None, device: str, **options: Any
-) -> Engine:
-    """Return an engine of a folder's model.
-
-    Args:
-        folder: Of Hugging Face's layout.
-        codec: Its tokenizer.
-        dtype: Of weights and activations; `None` for the file's.
-        device: Where the model is.
-        **options: Of `Engine`.
-
-    Raises:
-        UserError: If the folder cannot be read, the tokenizer is another model's, or torch cannot
-            use the device.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:  # the former where torch has no CUDA
-        why = str(error).partition("\n")[0]
-        raise UserError(f"device ({device}) must be one that torch can use here: {why}") from None
-    kind = None if dtype is None else getattr(torch, "bfloat16" if dtype == "bf16" else dtype)
-    try:
-        model = hf.load(folder, dtype=kind, device=device)
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(str(error)) from None
-    return Engine(model.eval(), codec, **options)
 
 
 def _speak(codec: Codec, asked: Generate) -> Callable[[str], list[int]]:

@@ -17,25 +17,21 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 import tyro
 
 from warploom.recipes.errors import UserError, unboxed
-from warploom.recipes.generate import folder_sampling, load_engine
 from warploom.recipes.rollout.codec import Codec
+from warploom.recipes.rollout.command import Command, folder_sampling
 
 KEY = "WARPLOOM_API_KEY"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Serve:
+class Serve(Command):
     """Serve a model."""
 
-    folder: tyro.conf.Positional[Path]
-    """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
     host: str = "127.0.0.1"
     """Address to listen on; another than this machine's own should have a key."""
     port: int = 8000
@@ -44,12 +40,6 @@ class Serve:
     """What clients call the model; by default the folder's name."""
     api_key: str = ""
     """What clients must know; by default WARPLOOM_API_KEY, which other users cannot see."""
-    dtype: Literal["float32", "bf16", "float16"] | None = None
-    """Of weights and activations; by default that of the file."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the model is."""
-    pages: int | None = None
-    """Pages of the cache; by default what the memory can hold."""
     running: int = 64
     """Texts that are computed at a time."""
     queue: int = 256
@@ -92,15 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     local = is_local(asked.host)
     codec, default = Codec(asked.folder), folder_sampling(asked.folder, temperature=1.0)
     with _bound(asked.host, asked.port) as listener:
-        engine = load_engine(
-            asked.folder,
-            codec,
-            dtype=asked.dtype,
-            device=asked.device,
-            pages=asked.pages,
-            max_sequences=asked.running,
-            chunk=asked.chunk,
-        )
+        engine = asked.engine(codec, max_sequences=asked.running, chunk=asked.chunk)
         worker = Worker(engine, Metrics(), most=asked.running + asked.queue)
         limits = Limits(body=asked.body_mib * 2**20, stall_s=asked.stall_s, stop_s=asked.stop_s)
         name = asked.name or asked.folder.resolve().name

@@ -14,6 +14,7 @@ may be shown.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import index
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from warploom.kernels import invariant
 from warploom.models.cache import Cache, longest
 
 from ..errors import UserError
@@ -175,6 +177,8 @@ class Engine:
         max_sequences: Most samples that are computed at a time.
         chunk: Most tokens of prompts in a step.
         share_prefixes: Whether prompts may begin with pages that others have left.
+        batch_invariant: Whether a token's results depend on nothing but the tokens before it, bit
+            by bit (`kernels/invariant.py`).
         make_cache: Makes the cache of a model.
 
     Raises:
@@ -192,6 +196,7 @@ class Engine:
         max_sequences: int = 64,
         chunk: int = 512,
         share_prefixes: bool = True,
+        batch_invariant: bool = False,
         make_cache: Callable[..., Any] = Cache,
     ) -> None:
         sizes = {"page_size": page_size, "max_sequences": max_sequences, "chunk": chunk}
@@ -225,6 +230,7 @@ class Engine:
         eos = getattr(tokenizer, "eos", () if theirs is None else theirs)
         self.eos = frozenset([eos] if isinstance(eos, int) else eos)
         self._device = next(model.parameters()).device
+        self._mode = invariant.batch_invariant if batch_invariant else nullcontext
         self._requests: dict[int, list[_Running]] = {}  # samples that have not ended
         self._events: list[Event] = []  # that the next step hands out
         self._numbers = self._added = self._steps = 0
@@ -350,15 +356,17 @@ class Engine:
             An event for each token that was drawn, and for each sample that was cancelled.
 
         Raises:
-            RuntimeError: If logits are not finite. Whatever is raised, no sample is lost: all will
-                be computed again.
+            RuntimeError: If logits are not finite, or the model has no batch-invariant form that is
+                asked for. Whatever is raised, no sample is lost: all will be computed again.
         """
         events, self._events = self._events, []
         planned = self._scheduler.plan()
         if not planned:
             return events
         try:
-            for sample, token in self._compute(planned):
+            with self._mode():
+                drawn = self._compute(planned)
+            for sample, token in drawn:
                 events.append(self._take(sample, token))
         except BaseException:
             self._events = events

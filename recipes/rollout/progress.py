@@ -1,8 +1,20 @@
-"""How far a long job of the engine is, on a terminal."""
+"""That a model is being loaded, and how far a long job of the engine is, on a terminal."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+
+def loading(folder: Path) -> AbstractContextManager[Any]:
+    """Tell on standard error, where that is a terminal, that weights are being loaded."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+    from rich.markup import escape
+
+    return Console(stderr=True).status(f"loading {escape(str(folder))}")
 
 
 class Progress:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from warploom import cli
+from warploom.kernels.invariant import invariant
 from warploom.models import hf
 from warploom.models.decoder import Decoder
 from warploom.models.families import llama
@@ -172,6 +173,45 @@ def test_the_folder_says_how_tokens_are_chosen(folder, capsys, tmp_path):
         (copy / "config.json").write_text(json.dumps(kept))
         known = json.loads((folder / "config.json").read_text())["eos_token_id"]
         assert Codec(copy).eos == {eos if file == "config.json" else known}
+
+
+def test_a_text_has_the_same_bits_in_company_in_the_batch_invariant_mode(
+    folder, capsys, monkeypatch
+):
+    modes, advance = [], Decoder.advance
+    monkeypatch.setattr(Decoder, "advance", lambda *a: (modes.append(invariant()), advance(*a))[1])
+    words = [folder, "--max-tokens", 24, "--json", "--temperature", 1, "--logprobs", 3]
+    others = [word for text in ("b", "cab " * 20, "äöü", "aa") for word in ("--prompt", text)]
+
+    def first(*more):
+        one = json.loads(run(capsys, *words, "--prompt", "abc abc", *more)[1].out.splitlines()[0])
+        return one["ids"], one["logprobs"], one["top"]
+
+    assert first("--batch-invariant") == first("--batch-invariant", *others)
+    assert set(modes) == {True}
+    modes.clear()
+    first()
+    assert set(modes) == {False}
+
+
+def test_a_mode_that_cannot_be_had_is_told(folder, capsys, tmp_path, monkeypatch):
+    words = ("--prompt", "a", "--batch-invariant")
+    hf.save(hf.load(folder, dtype=torch.float64), tmp_path / "wide", tokenizer_folder=folder)
+    code, shown = run(capsys, tmp_path / "wide", *words)
+    assert (code, "add --dtype float32" in shown.err) == (2, True)
+    assert run(capsys, tmp_path / "wide", *words, "--dtype", "float32", "--max-tokens", 2)[0] == 0
+    code, shown = run(capsys, folder, *words, "--device", "meta")
+    assert code == 2
+    assert "device must be cpu with --batch-invariant; got meta" in shown.err
+
+
+def test_a_terminal_is_told_while_weights_are_loaded(folder, capsys, monkeypatch):
+    words = (folder, "--prompt", "a", "--max-tokens", 2)
+    assert run(capsys, *words)[1].err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    shown = run(capsys, *words)[1].err
+    assert shown.index("loading") < shown.index("[2 tokens")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`warploom serve` as a command: it serves until it is told to stop, and tells mistakes."""
 
+import functools
 import io
 import os
 import re
@@ -13,6 +14,8 @@ import openai
 import pytest
 from tests.recipes.serving import CREATE, make_folder, wait_for
 
+from warploom.kernels.invariant import invariant
+from warploom.models.decoder import Decoder
 from warploom.recipes import serve
 from warploom.recipes.errors import UserError
 from warploom.recipes.rollout import Engine
@@ -32,7 +35,7 @@ class Told(io.StringIO):
         return re.fullmatch(line, self.getvalue())[1]
 
 
-def commanded(folder, monkeypatch, ask):
+def commanded(folder, monkeypatch, ask, *more):
     """Run the command while another thread asks; return the exit code and what was got."""
     told, got = Told(), []
     monkeypatch.setattr("sys.stdout", told)
@@ -40,7 +43,7 @@ def commanded(folder, monkeypatch, ask):
     asks.start()
     words = [str(folder), "--port", "0", "--device", "cpu", "--name", "mine", "--pages", "99"]
     try:
-        return serve.main(words), got
+        return serve.main([*words, *more]), got
     finally:
         asks.join(20)
 
@@ -63,6 +66,16 @@ def test_the_command_serves_until_it_is_told_to_stop(folder, monkeypatch, number
     )
     assert (code, got) == (0, [100])
     assert signal.getsignal(number) is handler
+
+
+def test_the_engines_thread_is_in_the_batch_invariant_mode(folder, monkeypatch):
+    modes, advance = set(), Decoder.advance
+    monkeypatch.setattr(Decoder, "advance", lambda *a: (modes.add(invariant()), advance(*a))[1])
+    end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    for more, mode in (((), False), (("--batch-invariant",), True)):
+        modes.clear()
+        assert commanded(folder, monkeypatch, lambda url: use(url, end), *more) == (0, [100])
+        assert modes == {mode}
 
 
 def test_the_command_ends_as_the_engine_does(folder, monkeypatch):
