@@ -298,12 +298,11 @@ class Decoder(nn.Module):
         """Return sum and count of the cross-entropy of each further token; add to routers' sums."""
         a, pairs = self.architecture, []
         blocks: list[Any] = [self.blocks[str(a.layers + n)] for n in range(a.predict)]
-        depths = predict(
-            partial(self.recompute.run, "block"), blocks, self._embed, hidden, batch, where
-        )
+        run, given = partial(self.recompute.run, "block"), (hidden, batch, where)
+        depths = predict(run, blocks, self._embed, self._scaled, *given)
         targets = targets_ahead(batch, where, a.predict)
         for (y, found), wanted in zip(depths, targets, strict=True):
-            pairs.append(self.head.loss(self._scaled(y), wanted)[0])
+            pairs.append(self.head.loss(y, wanted)[0])
             _accumulate(sums, found)
         return pairs
 

@@ -3,10 +3,11 @@
     h_0 = the normalised stream of the last block
     h_k = norm_k(block_k(project_k [norm(embedding of the token k ahead) ; norm(h_{k-1})]))
 
-h_k goes through the head of the model to the token k + 1 ahead, and to the next depth; embedding
-and head are those of the model. Block k is number L + k - 1, as in the Hub's folders. A position
-whose token ahead is beyond the end of its document trains nothing, and no expert serves it; only
-later positions of its document, which are beyond the end too, see it.
+h_k goes through the head of the model to the token k + 1 ahead, and to the next depth, each time
+with the logits' factor, as h_0 has it; embedding and head are those of the model. Block k is number
+L + k - 1, as in the Hub's folders. A position whose token ahead is beyond the end of its document
+trains nothing, and no expert serves it; only later positions of its document, which are beyond the
+end too, see it.
 
     loss = weight / depths  x  sum over the depths of their mean cross-entropies
 
@@ -98,7 +99,8 @@ def targets_ahead(batch: Batch, where: Sequences, depths: int) -> list[Tensor]:
 
 def predict(
     run: Callable[..., tuple[Tensor, Tensor, Sums]], blocks: Iterable[Prediction],
-    embed: Callable[[Tensor, Sequences], Tensor], hidden: Tensor, batch: Batch, where: Sequences,
+    embed: Callable[[Tensor, Sequences], Tensor], scaled: Callable[[Tensor], Tensor],
+    hidden: Tensor, batch: Batch, where: Sequences,
 ) -> Iterator[tuple[Tensor, Sums]]:  # fmt: skip
     """Yield the hidden states `[T/R, D]` of each depth, for the head, and its routers' sums.
 
@@ -106,6 +108,7 @@ def predict(
         run: Calls a block, and says what of it runs again in the backward pass.
         blocks: One a depth.
         embed: Maps ids `[T]` to embeddings `[T/R, D]`.
+        scaled: Multiplies by the factor of the logits.
         hidden: What the head of the model takes `[T/R, D]`.
         batch: The whole micro-batch.
         where: Which of its tokens are here.
@@ -113,5 +116,5 @@ def predict(
     for distance, block in enumerate(blocks, 1):
         ids = where.cut(ahead(batch.tokens, batch.document_lengths, distance, -1), -1)
         own = replace(where, documents=where.documents.masked_fill(ids < 0, -1))
-        hidden, _, sums = run(block, embed(ids.clamp(min=0), where), hidden, own)
-        yield hidden, sums
+        normed, _, sums = run(block, embed(ids.clamp(min=0), where), hidden, own)
+        yield (hidden := scaled(normed)), sums
