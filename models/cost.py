@@ -71,14 +71,6 @@ def _counted(a: Architecture) -> dict[str, tuple[int, int]]:
     return found
 
 
-def active_parameters(architecture: Architecture) -> int:
-    """Return how many parameters one token meets: of the experts, those of its `top_k`."""
-    count = parameters(architecture)
-    experts = architecture.experts
-    unused = 0 if experts is None else count["experts"] * (experts.count - experts.top_k)
-    return sum(count.values()) - (0 if experts is None else unused // experts.count)
-
-
 @dataclass(frozen=True, slots=True)
 class Flops:
     """Floating-point operations a token.
