@@ -55,7 +55,7 @@ class _Text:
 class Train(_Text):
     """Train a byte-level BPE tokenizer, and say how it cuts the text."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Where the tokenizer is written."""
     bpe: Annotated[BPE, tyro.conf.OmitArgPrefixes] = field(default_factory=BPE)
 
@@ -64,7 +64,7 @@ class Train(_Text):
 class Build(_Text):
     """Build a token store; one of the same text, tokenizer and split that is there is kept."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Where the store is written."""
     tokenizer: Path | None = None
     """A tokenizer's folder; without it one is trained on the text that is not held out."""
@@ -79,7 +79,7 @@ class Build(_Text):
 class Show:
     """Verify a token store's hashes, and say what is in it."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A finished store."""
 
 

@@ -70,6 +70,23 @@ def test_a_mistake_is_one_sentence_and_code_2(words, sentence, capsys):
     assert shown.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["convert"], "SOURCE TARGET"),
+        (["generate"], "FOLDER"),
+        (["serve"], "FOLDER"),
+        *((["tokens", name], "FOLDER") for name in ("train", "build", "show")),
+    ],
+)
+def test_usage_names_what_stands_at_a_place(words, names, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--help"])
+    assert stopped.value.code == 0
+    usage = next(line for line in capsys.readouterr().out.splitlines() if "usage:" in line)
+    assert re.sub(r" \[[^]]*\]", "", usage) == f"usage: warploom {' '.join(words)} {names}"
+
+
 def test_train_hands_the_name_and_the_rest_to_the_recipe(monkeypatch):
     seen = []
     monkeypatch.setattr(cli, "RECIPES", {"pretrain": lambda argv: seen.append(argv) or 0})

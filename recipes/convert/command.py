@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -44,9 +44,9 @@ _LOG = logging.getLogger(__name__)
 class Convert:
     """Turn weights into a Hugging Face folder."""
 
-    source: tyro.conf.Positional[Path]
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """A GGUF file, or a Hugging Face folder."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")]
     """The folder to write; must not exist."""
     dtype: Literal["keep", "bf16", "float32"] = "keep"
     """Of the tensors; `keep` takes that of the file, and float32 for what is quantised."""

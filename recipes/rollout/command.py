@@ -21,7 +21,7 @@ from .sampling import Sampling
 class Command:
     """A folder, and how its model runs."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """A Hugging Face folder: config.json, safetensors, tokenizer.json."""
     dtype: Literal["float32", "bf16", "float16"] | None = None
     """Of weights and activations; by default that of the file."""
