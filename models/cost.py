@@ -63,11 +63,8 @@ def _counted(a: Architecture) -> dict[str, tuple[int, int]]:
     for block, times in blocks:
         for path, p in block.named_parameters():
             kind = next((k for k in _KINDS if k in path), "head")
-            before, matrix = found[kind], p.dim() > 1
-            found[kind] = (
-                before[0] + matrix * times * p.numel(),
-                before[1] + (not matrix) * times * p.numel(),
-            )
+            (matrices, rest), size = found[kind], times * p.numel()
+            found[kind] = (matrices + size, rest) if p.dim() > 1 else (matrices, rest + size)
     return found
 
 

@@ -79,6 +79,7 @@ class Decoder(nn.Module):
         device: Where the parameters are; `meta` allocates nothing.
 
     Raises:
+        TypeError: If `mesh`, `dtype` or `fp8` is of another kind, such as a name.
         ValueError: If a degree of the mesh does not divide what it splits, `recompute` is unknown,
             `z_loss` is negative, or a rank's widths do not fit `fp8`.
     """
@@ -96,6 +97,13 @@ class Decoder(nn.Module):
         device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
         super().__init__()
+        for name, value, kind, such in (
+            ("mesh", mesh, Mesh, "Mesh.build('tp2')"),
+            ("dtype", dtype, torch.dtype, "torch.bfloat16"),
+            ("fp8", fp8, Fp8Recipe, "Fp8Recipe(scaling='block')"),
+        ):
+            if not isinstance(value, kind | None):
+                raise TypeError(f"{name} must be a {kind.__name__}, such as {such}; got {value!r}")
         if z_loss < 0:
             raise ValueError(f"z_loss must be at least 0; got {z_loss}")
         a = architecture

@@ -34,6 +34,7 @@ def load(
 
     Raises:
         FileNotFoundError: If a file is missing.
+        TypeError: If `mesh`, `dtype` or another option is of another kind, such as a name.
         ValueError: If the config cannot be honoured; tensors are missing, unknown, of another shape
             (all are listed) or hold NaN or infinity; or the tokenizer has more ids than the
             vocabulary.

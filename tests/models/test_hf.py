@@ -83,6 +83,28 @@ def test_a_folder_of_transformers_loads_and_saves_back(kind, tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    ("option", "given", "said"),
+    [
+        ("mesh", "tp2", r"mesh must be a Mesh, such as Mesh\.build\('tp2'\); got 'tp2'"),
+        ("dtype", "bf16", r"dtype must be a dtype, such as torch\.bfloat16; got 'bf16'"),
+        ("fp8", "block", r"fp8 must be a Fp8Recipe, such as Fp8Recipe\(.*\); got 'block'"),
+    ],
+)
+def test_names_instead_of_what_they_name_are_refused(folder, monkeypatch, option, given, said):
+    places, allocate = [], Decoder.to_empty
+    monkeypatch.setattr(
+        Decoder,
+        "to_empty",
+        lambda m, *, device: (places.append(device), allocate(m, device=device)),
+    )
+    with pytest.raises(TypeError, match=f"^{said}$"):
+        hf.load(folder, **{option: given})
+    with pytest.raises(TypeError, match=f"^{said}$"):
+        Decoder.create(BASE, **{option: given})
+    assert set(places) == {"meta"}  # no memory was taken
+
+
 def test_the_older_spelling_of_rope_is_read(folder):
     _config(folder, rope_parameters=..., rope_theta=77.0)
     assert hf.architecture(folder).rope_base == 77.0
