@@ -29,6 +29,7 @@ from warploom.kernels.invariant import plain
 from warploom.kernels.rope import rotary
 from warploom.parallel import context as context_parallel
 from warploom.parallel.collectives import Group, place
+from warploom.parallel.mesh import check_degree
 from warploom.parallel.sharding import Layout, rows
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
@@ -100,7 +101,8 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: If the group's size does not divide the heads, or neither divides the key/value
-            heads nor is a multiple of them, or a rank's widths do not fit `fp8`.
+            heads nor is a multiple of them; if that of `ulysses` does not divide a rank's heads; or
+            if a rank's widths do not fit `fp8`.
     """
 
     def __init__(
@@ -110,11 +112,8 @@ class Attention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         _, size = place(group)
-        if a.heads % size or (a.kv_heads % size and size % a.kv_heads):
-            raise ValueError(
-                f"the tensor-parallel size ({size}) must divide heads ({a.heads}), and divide "
-                f"kv_heads ({a.kv_heads}) or be a multiple of them: choose another tp"
-            )
+        check_degree("tp", size, {"heads": a.heads}, {"kv_heads": a.kv_heads})
+        check_degree("uly", place(ulysses)[1], {"heads of a tp rank": a.heads // size})
         self.head_dim, self.layer, self.kind = a.head_dim, layer, kind
         self.across: dict[str, Any] = {"ring": ring, "ulysses": ulysses, "context": context}
         self.rotates = a.positions == "rotary"

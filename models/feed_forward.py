@@ -20,6 +20,7 @@ from warploom.kernels.activation import geglu, relu2, swiglu
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.invariant import gelu
 from warploom.parallel.collectives import Group, place
+from warploom.parallel.mesh import check_degree
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 from warploom.parallel.tensor.product import swiglu_linear
 
@@ -49,11 +50,7 @@ class FeedForward(nn.Module):
         bias: bool = False, fp8: Fp8Recipe | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        _, size = place(group)
-        if hidden % size:
-            raise ValueError(
-                f"hidden ({hidden}) must be divisible by the tensor-parallel size ({size})"
-            )
+        check_degree("tp", place(group)[1], {"hidden": hidden})
         self.activation = activation
         names = ("gate", "up") if activation.endswith("glu") else ("up",)
         parts = dict.fromkeys(names, hidden)

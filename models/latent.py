@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.kernels.rope import rotary
 from warploom.parallel.collectives import Group, gather, place
+from warploom.parallel.mesh import check_degree
 from warploom.parallel.sharding import Layout, whole
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 from warploom.parallel.tensor.product import linear
@@ -86,8 +87,9 @@ class LatentAttention(nn.Module):
             model's dtype; those down are in that dtype always.
 
     Raises:
-        ValueError: If the group's size does not divide the heads, a rank's widths do not fit
-            `fp8`, or the architecture has a choice that is not for latent attention.
+        ValueError: If the group's size does not divide the heads, or that of `ulysses` a rank's
+            heads; a rank's widths do not fit `fp8`; or the architecture has a choice that is not
+            for latent attention.
     """
 
     def __init__(
@@ -97,11 +99,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         latent, (_, size) = a.latent, place(group)
         assert latent is not None
-        if a.heads % size:
-            raise ValueError(
-                f"heads ({a.heads}) of latent attention must be divisible by the tensor-parallel "
-                f"size ({size}): choose another tp"
-            )
+        check_degree("tp", size, {"heads": a.heads})
+        check_degree("uly", place(ulysses)[1], {"heads of a tp rank": a.heads // size})
         if unserved := [name for name in _UNSERVED if getattr(a, name)]:
             raise ValueError(f"latent attention has no {', '.join(unserved)}: leave them out")
         self.a, self.kind, self.layer, self.group = a, kind, layer, group

@@ -30,6 +30,7 @@ from warploom.kernels.library import wide
 from warploom.kernels.ssm import causal_convolution, silu, softplus, state_space_scan
 from warploom.parallel.collectives import Group, copy, gather, place, reduce, swap
 from warploom.parallel.context import Split
+from warploom.parallel.mesh import check_degree
 from warploom.parallel.sharding import Layout
 from warploom.parallel.tensor import ColumnLinear, RowLinear
 
@@ -74,19 +75,11 @@ class StateSpaceMixer(nn.Module):
         self.ring, self.ulysses = ring, ulysses
         heads, groups, width = a.ssm.heads, a.ssm.groups, a.ssm.heads * a.ssm.head_dim
         rank, ranks = place(group)
-        if heads % ranks or (groups % ranks and ranks % groups):
-            raise ValueError(
-                f"the tensor-parallel size ({ranks}) must divide ssm.heads ({heads}), and divide "
-                f"ssm.groups ({groups}) or be a multiple of them: choose another tp"
-            )
+        check_degree("tp", ranks, {"ssm.heads": heads}, {"ssm.groups": groups})
         self.heads, self.groups = heads // ranks, max(groups // ranks, 1)
         self.shared = rank * groups // ranks if groups < ranks else None
         members, neighbours = place(ring)[1], place(ulysses)[1]
-        if self.heads % (members * neighbours):
-            raise ValueError(
-                f"the ssm heads of a tensor-parallel rank ({self.heads}) must be divisible by the "
-                f"context-parallel size ({members * neighbours}): choose another cp"
-            )
+        check_degree("cp", members * neighbours, {"ssm heads of a tp rank": self.heads})
         both = groups * a.ssm.state
         parts = {"z": width, "x": width, "b": both, "c": both, "dt": heads}
         self.in_proj = ColumnLinear(

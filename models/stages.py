@@ -38,9 +38,10 @@ class Stages:
         count = len(placement)
         if sizes is None:
             if layers < count:
+                most = max(1, layers // (count // (max(placement) + 1)))
                 raise ValueError(
-                    f"layers ({layers}) must be at least the pipeline stages ({count}): use a "
-                    f"smaller pp, fewer virtual stages, or name the layers of each stage"
+                    f"layers ({layers}) must be at least the pipeline stages ({count}): use "
+                    f"pp{most}, fewer virtual stages, or name the layers of each stage"
                 )
             each, rest = divmod(layers, count)
             first = (count - rest + 1) // 2

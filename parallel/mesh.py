@@ -27,9 +27,10 @@ Liu et al. 2025, https://arxiv.org/abs/2504.14960 (folding the expert axes).
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from types import MappingProxyType
 
 import torch.distributed as dist
 
@@ -95,11 +96,7 @@ class Degrees:
                 f"ep x etp ({self.ep} x {self.etp}) must divide tp x cp x dp "
                 f"({self.tp} x {self.cp} x {dp} = {inner}): the expert axes fold into them"
             )
-        if self.cp % self.uly:
-            raise ValueError(
-                f"uly ({self.uly}) must divide cp ({self.cp}): the ranks that exchange heads are "
-                f"neighbours in cp"
-            )
+        check_degree("uly", self.uly, {"cp": self.cp})
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Degrees(**{**values, "dp": dp})
 
@@ -107,6 +104,35 @@ class Degrees:
     def world(self) -> int:
         """Ranks in all; the degrees must be resolved."""
         return math.prod(getattr(self, name) for name in DENSE)
+
+
+def check_degree(
+    axis: str, degree: int, whole: Mapping[str, int],
+    either: Mapping[str, int] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """Refuse a degree that cannot split these sizes, and name the nearest that can.
+
+    Args:
+        axis: Its name in a mesh.
+        degree: How many ways it splits.
+        whole: Sizes that it must divide, by name.
+        either: Sizes that it must divide or be a multiple of, by name.
+
+    Raises:
+        ValueError: If it does not.
+    """
+
+    def fits(n: int) -> bool:
+        crossed = (size % n and n % size for size in either.values())
+        return not any((*crossed, *(size % n for size in whole.values())))
+
+    if not fits(degree):
+        ways = (range(degree, 0, -1), range(degree, min(whole.values()) + 1))
+        good = [f"{axis}{n}" for way in ways for n in [*filter(fits, way)][:1]]
+        lists = (", ".join(f"{name} ({size})" for name, size in x.items()) for x in (whole, either))
+        what = ", and divide or be a multiple of ".join(filter(None, lists))
+        does = f"{' and '.join(good)} {'do' if len(good) > 1 else 'does'}"
+        raise ValueError(f"{axis} ({degree}) must divide {what}: {does}")
 
 
 def _line(sizes: Sequence[int], kept: Sequence[int], rank: int) -> list[int]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..collectives import Group, place, swap
+from ..mesh import check_degree
 from .blocks import Options
 from .entry import Tensors, attend, attend_whole, check
 from .gathered import all_gather
@@ -32,14 +33,6 @@ from .ring import ring
 from .split import Split
 
 KINDS = {"ring": ring, "all_gather": all_gather}
-
-
-def _check_heads(heads: int, size: int) -> None:
-    if heads % size:
-        raise ValueError(
-            f"query heads ({heads}) must be divisible by the Ulysses group ({size}): "
-            f"choose a smaller uly, or the ring alone"
-        )
 
 
 def _enter(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensors:
@@ -74,7 +67,7 @@ def _exchange(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, split: Split, group: Group,
     options: Options,
 ) -> Tensor:  # fmt: skip
-    _check_heads(q.shape[1], place(group)[1])
+    check_degree("uly", place(group)[1], {"query heads": q.shape[1]})
     own = *_enter(q, k, v, group), _own_sinks(sinks, group)
     return _leave(attend_whole(*own, split, options), group)
 
@@ -152,7 +145,7 @@ def attention(
             f"the Ulysses group ({ranks} ranks) must be as large as the split says "
             f"({split.ulysses}): build the split for these ranks"
         )
-    _check_heads(q.shape[1], ranks)
+    check_degree("uly", ranks, {"query heads": q.shape[1]})
     if ulysses is None:
         return KINDS[kind](q, k, v, sinks, split, ring, options)
     own = *_enter(q, k, v, ulysses), _own_sinks(sinks, ulysses)

@@ -31,6 +31,7 @@ from warploom.kernels.library import first_derivative_only, wide
 
 from ..collectives import Group, place
 from ..initialise import draw_seed, normal_
+from ..mesh import check_degree
 from ..sharding import Layout, Piece
 from ..tensor.product import deferred
 
@@ -139,14 +140,8 @@ class Experts(nn.Module):
             )
         rank, ranks = place(group)
         part, parts = place(etp_group)
-        if experts % ranks:
-            raise ValueError(
-                f"experts ({experts}) must be divisible by the expert-parallel size ({ranks})"
-            )
-        if hidden % parts:
-            raise ValueError(
-                f"hidden ({hidden}) must be divisible by the expert-tensor-parallel size ({parts})"
-            )
+        check_degree("ep", ranks, {"experts": experts})
+        check_degree("etp", parts, {"hidden": hidden})
         self.width, self.hidden = width, hidden
         self.etp_group, self.clamp = etp_group, clamp
         self.held = experts // ranks

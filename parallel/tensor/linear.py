@@ -28,6 +28,7 @@ from warploom.kernels.gemm import Fp8Recipe
 
 from ..collectives import Group, copy, gather, place, reduce, scatter
 from ..initialise import draw_seed, normal_
+from ..mesh import check_degree
 from ..sharding import Layout, Piece, rows, whole
 from .fp8 import Fp8Product, check_widths
 from .overlap import Plan, gather_linear, linear_scatter
@@ -44,10 +45,7 @@ class _Share(NamedTuple):
 
 def _share(total: int, group: Group, name: str) -> _Share:
     rank, ranks = place(group)
-    if total % ranks:
-        raise ValueError(
-            f"{name} ({total}) must be divisible by the tensor-parallel size ({ranks})"
-        )
+    check_degree("tp", ranks, {name: total})
     return _Share(total // ranks, rank * (total // ranks))
 
 

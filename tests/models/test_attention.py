@@ -73,6 +73,13 @@ def test_attention_with_few_key_heads_equals_unsharded(pool, size):
 
 def test_heads_that_fit_no_way_get_one_sentence():
     with pytest.raises(
-        ValueError, match=r"size \(3\) must divide heads \(6\), and divide kv_heads \(2\) or"
+        ValueError,
+        match=r"tp \(4\) must divide heads \(18\), and divide or be a multiple of kv_heads \(6\): "
+        r"tp3 and tp6 do",
     ):
-        Attention(replace(SIZES, heads=6, kv_heads=2), group=ProcessGroup(0, 3))
+        Attention(replace(SIZES, heads=18, kv_heads=6), group=ProcessGroup(0, 4))
+    with pytest.raises(ValueError, match=r"divide heads of a tp rank \(3\): uly1 and"):
+        Attention(
+            replace(SIZES, heads=6, kv_heads=2), group=ProcessGroup(0, 2),
+            ulysses=ProcessGroup(0, 2),
+        )  # fmt: skip

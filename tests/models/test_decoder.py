@@ -301,10 +301,10 @@ def _two_ranks():
     _equals_one_rank(SMALL, 2, 24, None)
     _equals_one_rank(tied, 2, 24, [20, 4, 24])
     _equals_one_rank(tied, 1, 13, None)  # an odd number of tokens is padded
-    wrong = r"size \(2\) must divide heads \(6\), and divide kv_heads \(3\)"
+    wrong = r"tp \(2\) must divide heads \(6\), .*multiple of kv_heads \(3\): tp1 and tp3 do"
     with pytest.raises(ValueError, match=wrong):
         Decoder(replace(SMALL, kv_heads=3), mesh=Mesh.build("tp2"))
-    with pytest.raises(ValueError, match=r"hidden \(81\) must be divisible by the tensor-parallel"):
+    with pytest.raises(ValueError, match=r"tp \(2\) must divide hidden \(81\): tp1 and tp3 do"):
         Decoder(replace(SMALL, hidden=81), mesh=Mesh.build("tp2"))
 
 

@@ -180,9 +180,9 @@ def test_weights_start_as_mamba_2_draws_them_on_any_mesh():
 
 
 def test_what_does_not_divide_gets_one_sentence():
-    with pytest.raises(ValueError, match=r"size \(3\) must divide ssm.heads \(8\), and divide"):
+    with pytest.raises(ValueError, match=r"tp \(3\) must divide ssm.heads \(8\).*: tp2 and tp4 do"):
         StateSpaceMixer(SIZES, group=ProcessGroup(0, 3))
-    with pytest.raises(ValueError, match=r"rank \(4\) must be divisible by the context-parallel"):
+    with pytest.raises(ValueError, match=r"cp \(3\) must .*heads of a tp rank \(4\): cp2 and"):
         StateSpaceMixer(SIZES, group=ProcessGroup(0, 2), ring=ProcessGroup(0, 3))
 
 

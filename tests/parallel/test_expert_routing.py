@@ -285,11 +285,8 @@ def test_transformers_agrees():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"group": ProcessGroup(0, 3)},
-            r"experts \(8\) must be divisible by .*-parallel size \(3\)",
-        ),
-        ({"etp_group": ProcessGroup(0, 3)}, r"hidden \(8\) must be divisible by .*size \(3"),
+        ({"group": ProcessGroup(0, 3)}, r"ep \(3\) must divide experts \(8\): ep2 and ep4"),
+        ({"etp_group": ProcessGroup(0, 3)}, r"etp \(3\) must divide hidden \(8\): etp2 and etp4"),
         ({"top_k": 9}, r"top_k \(9\) must be from 1 to the number of experts \(8\)"),
         ({"groups": 3}, r"groups \(3\) must divide the experts \(8\)"),
         ({"capacity": 0.0}, "capacity must be above 0 and finite.*got 0.0"),

@@ -235,9 +235,9 @@ def test_a_deep_copy_shares_the_groups(pool):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda g: ColumnLinear(6, 8, group=g), r"features \(8\) must be divisible .* size \(3\)"),
-        (lambda g: RowLinear(8, 6, group=g), r"width \(8\) must be divisible .* size \(3\)"),
-        (lambda g: ColumnLinear(6, 9, group=g, parts={"q": 4, "k": 5}), r"q \(4\) must be"),
+        (lambda g: ColumnLinear(6, 8, group=g), r"tp \(3\) must divide features \(8\): tp2"),
+        (lambda g: RowLinear(8, 6, group=g), r"tp \(3\) must divide width \(8\): tp2 and"),
+        (lambda g: ColumnLinear(6, 9, group=g, parts={"q": 4, "k": 5}), r"divide q \(4\): tp2"),
         (lambda g: ColumnLinear(6, 9, group=g, parts={"q": 3, "k": 3}), "must sum to the features"),
     ],
 )

@@ -18,10 +18,13 @@ from warploom.recipes.runner.train import train
 
 CPU = torch.device("cpu")
 
+ODD = dataclasses.replace(llama.tiny(), heads=6, kv_heads=6, hidden=81)
+
 
 def tiny(**changes):
     given = {"sequence": 64, "batch_tokens": 1024, "micro_batch": 2, "steps": 10}
-    return Run(architecture=llama.tiny(), **{**given, "schedule": Cosine(warmup=2), **changes})
+    given |= {"architecture": llama.tiny(), "schedule": Cosine(warmup=2)}
+    return Run(**{**given, **changes})
 
 
 @pytest.mark.parametrize(
@@ -29,10 +32,11 @@ def tiny(**changes):
     [
         ({"mesh": "tp2,zz4"}, "degrees of tp.*'zz4'"),
         ({"mesh": "ep2"}, "ep2 splits experts, but the model is dense"),
-        ({"mesh": "pp3"}, r"layers \(2\) must be at least the pipeline stages \(3\)"),
-        ({"mesh": "cp4,uly8"}, r"uly \(8\) must divide cp \(4\): 1, 2, 4 would"),
-        ({"mesh": "tp3"}, r"tp \(3\) must divide heads \(4\).*kv_heads \(2\): 1, 2, 4 would"),
-        ({"mesh": "tp8"}, r"tp \(8\) must divide heads \(4\)"),
+        ({"mesh": "pp3"}, r"layers \(2\) must be at least the pipeline stages \(3\): use pp2, "),
+        ({"mesh": "tp2", "architecture": ODD}, r"hidden \(81\), and .*: tp1 and tp3 do"),
+        ({"mesh": "cp4,uly8"}, r"uly \(8\) must divide cp \(4\), heads of .*: uly4 does"),
+        ({"mesh": "tp3"}, r"tp \(3\) must divide heads \(4\).*kv_heads \(2\): tp2 and tp4 do"),
+        ({"mesh": "tp8"}, r"tp \(8\) must divide heads \(4\).*: tp4 does"),
         ({"recompute": "half"}, "recompute must be none, full, selective or a list"),
         ({"parallel": Parallel(schedule="zbv")}, "need pipeline stages: put pp2 or more"),
         ({"parallel": Parallel(balance="document")}, "needs context parallelism: put cp2"),

@@ -185,6 +185,7 @@ def test_a_collective_too_many_is_told(tmp_path, capsys, monkeypatch):
         ("pretrain/llama3-8b --mesh tp3", "tp (3) must divide heads (32)"),
         ("pretrain/llama3-8b --mesh dp2,ep2", "the model is dense: leave ep out"),
         ("pretrain/stdlib-smoke --mesh pp4", "layers (2) must be at least the pipeline stages (4)"),
+        ("pretrain/stdlib-smoke --mesh pp2 --schedule zbv", "pipeline stages (4): use pp1, fewer"),
         ("pretrain/llama --mesh tp2", "pretrain/llama is neither"),
         ("tests --mesh tp2", "tests must hold config.json"),
     ],
