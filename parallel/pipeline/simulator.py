@@ -38,12 +38,6 @@ class Timeline:
         """Fraction of the makespan in which each rank is idle."""
         return tuple(1 - busy / self.makespan for busy in self.busy)
 
-    @property
-    def stalls(self) -> tuple[float, ...]:
-        """Time that each rank is idle between its first action and its last."""
-        rows = zip(self.start, self.end, self.busy, strict=True)
-        return tuple(ends[-1] - starts[0] - busy for starts, ends, busy in rows)
-
     def peak(self, size: Callable[[int], float] = lambda stage: 1.0) -> tuple[float, ...]:
         """Return the most activations that each rank holds at a time.
 
