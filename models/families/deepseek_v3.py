@@ -3,6 +3,7 @@
 A group is chosen by its two best experts. The bias `e_score_correction_bias` is part of a folder,
 and moves while training by 0.001 a step unless another rate is given; 0 keeps it where it is.
 The blocks that predict further tokens are numbered after the others; `transformers` passes them by.
+As published the projections are in FP8.
 
 Source: DeepSeek-AI 2024, https://arxiv.org/abs/2412.19437, sections 2 and 4.2.
 """

@@ -38,6 +38,7 @@ _FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = MappingProxyType(
         "is_encoder_decoder": ((False,), "there would be an encoder"),
     }
 )
+_FP8 = MappingProxyType({"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]})
 Fixed = Mapping[str, tuple[tuple[Any, ...], str]]
 
 
@@ -63,7 +64,8 @@ class Family:
         write: Fields of config.json for the same.
         prefix: Of the Hub's names, where some folders lack it.
         skipped: Ends of the names of tensors that say nothing.
-        quantised: The `quant_method` whose files are read as what they stand for.
+        quantised: Of `quantization_config`, what says that files are read as what they stand for;
+            all but the method may be absent.
         unused: Tokens beyond the vocabulary, in tokenizers that other models share.
     """
 
@@ -80,7 +82,7 @@ class Family:
     write: Callable[[Architecture], dict[str, Any]] = lambda architecture: {}
     prefix: str = ""
     skipped: tuple[str, ...] = (".rotary_emb.inv_freq",)
-    quantised: str = ""
+    quantised: Mapping[str, Any] = field(default_factory=lambda: _FP8)
     unused: tuple[str, ...] = ()
 
     def rename(self, logical: str) -> str:
@@ -103,8 +105,8 @@ class Family:
             KeyError: If a field is missing.
             ValueError: If fields cannot be honoured; all are named, with what they would change.
         """
-        method = (config.get("quantization_config") or {}).get("quant_method")
-        if method and method == self.quantised:
+        said = {**self.quantised, "quant_method": None, **(config.get("quantization_config") or {})}
+        if self.quantised.items() <= said.items():
             config = {**config, "quantization_config": None}
         given = Config(config, {**_DEFAULTS, **self.defaults})
         flat = dict(self.always)

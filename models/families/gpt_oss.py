@@ -73,7 +73,7 @@ FAMILY = Family(
     },
     fixed={**llama.SILU, "swiglu_alpha": ((1.702,), "the experts' sigmoid would be another")},
     ignored=("experts_per_token", "initial_context_length"),  # what others say too
-    quantised="mxfp4",
+    quantised={"quant_method": "mxfp4"},
     read=mixtral.read_balance,
     write=_write,
 )

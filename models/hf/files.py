@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from operator import index as integer
 from pathlib import Path
@@ -25,14 +25,14 @@ from torch import Tensor
 
 from warploom.parallel.sharding import Slice
 
-from .mxfp4 import GROUP, decode
+from .packed import GROUP, SIDE, decode_fp8, decode_mxfp4
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 )
-_SIZES = MappingProxyType({"U8": 1} | {kind: dtype.itemsize for kind, dtype in DTYPES.items()})
+_READ = MappingProxyType({**DTYPES, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn})
 _BLOCK = 8 << 20  # bytes read at once: fewer would cost calls, more the processor's cache
 _LONGEST = 100_000_000  # bytes of a header, as the format's own library has it
 
@@ -43,10 +43,10 @@ class Entry:
 
     Attributes:
         file: Where it is.
-        kind: Its dtype, as the file spells it.
+        kind: Its dtype, as the file spells it; BF16 where it is packed.
         shape: Its shape.
         begin: Where its bytes begin in the file.
-        scales: Of a tensor that is stored in MXFP4: its scales.
+        scales: Of a tensor that is packed, in MXFP4 or FP8: its scales.
     """
 
     file: Path
@@ -62,7 +62,7 @@ def entries(folder: str | Path) -> dict[str, Entry]:
     Raises:
         FileNotFoundError: If there are no safetensors, or the index names a file that is absent.
         ValueError: If a file is not whole or no safetensors, a tensor stands there twice, the index
-            names files elsewhere, or a tensor in MXFP4 has no scales that fit.
+            names files elsewhere, or a tensor in MXFP4 or FP8 has no scales that fit.
     """
     root = Path(folder)
     if not (root / INDEX).exists():
@@ -84,19 +84,27 @@ def entries(folder: str | Path) -> dict[str, Entry]:
 
 
 def _joined(found: dict[str, Entry]) -> dict[str, Entry]:
-    """Name what is stored in MXFP4 as what it stands for."""
-    packed = [n for n, e in found.items() if e.kind == "U8" and n.endswith("_blocks")]
-    for name in packed:
-        stem, blocks = name.removesuffix("_blocks"), found.pop(name)
-        scales = found.pop(f"{stem}_scales", None)
-        if scales is None or scales.kind != "U8" or blocks.shape != (*scales.shape, GROUP // 2):
+    """Name what is packed as what it stands for."""
+    for name, codes in [*found.items()]:
+        if codes.kind == "U8" and name.endswith("_blocks"):
+            stem, fits = name.removesuffix("_blocks"), codes.shape[3:] == (GROUP // 2,)
+            beside, kinds, shape = f"{stem}_scales", ["U8"], codes.shape[:-1]
+        elif codes.kind == "F8_E4M3":
+            stem, fits = name, len(codes.shape) == 2
+            beside, kinds = f"{name}_scale_inv", [*DTYPES]
+            shape = tuple(-(-size // SIDE) for size in codes.shape)
+        else:
+            continue
+        scales = found.pop(beside, None)
+        if not fits or scales is None or scales.kind not in kinds or scales.shape != shape:
             raise ValueError(
-                f"{name} {blocks.shape} in {blocks.file} must have its scales beside it, "
-                f"{stem}_scales, one for {GROUP // 2} bytes"
+                f"{name} {codes.shape} in {codes.file} must be a matrix, or one of each expert, "
+                f"with its scales beside it: {beside} {shape}, of {', '.join(kinds)}"
             )
-        experts, rows, groups, _ = blocks.shape
-        shape = (experts, GROUP * groups, rows)
-        found[stem] = Entry(blocks.file, "BF16", shape, blocks.begin, scales)
+        if stem != name:
+            experts, rows, groups, _ = found.pop(name).shape
+            codes = replace(codes, shape=(experts, GROUP * groups, rows))
+        found[stem] = replace(codes, kind="BF16", scales=scales)
     return found
 
 
@@ -113,7 +121,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         for name, e in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             shape, (start, stop) = tuple(map(integer, e["shape"])), e["data_offsets"]
-            own = math.prod(shape) * _SIZES.get(e["dtype"], 0) or stop - start
+            size_of = getattr(_READ.get(e["dtype"]), "itemsize", 0)
+            own = math.prod(shape) * size_of or stop - start
             if (start, stop) != (end, end + own) or min((0, own, *shape)) < 0:
                 raise ValueError(
                     f"tensors in {path} must lie one after the other, each as large as its shape "
@@ -154,7 +163,8 @@ class Reader:
             entry: The tensor.
             slices: `(start, stop, step)` of each dimension; `None` for all of it.
             into: Contiguous, on the CPU, of the file's dtype and the slice's shape, with steps of
-                1: what is read is written there, and the blocks are views of it. Not for MXFP4.
+                1: what is read is written there, and the blocks are views of it. Not for what is
+                packed.
 
         Yields:
             Which rows of the slice, and these; a block that is not of `into` is overwritten by the
@@ -163,9 +173,10 @@ class Reader:
         shape = entry.shape or (1,)
         slices = slices or [(0, size, 1) for size in shape]
         if entry.scales is not None:
-            yield from self._decoded(entry, entry.scales, slices)
+            decoded = self._experts if entry.scales.kind == "U8" else self._scaled
+            yield from decoded(entry, entry.scales, slices)
             return
-        dtype = torch.uint8 if entry.kind == "U8" else DTYPES[entry.kind]
+        dtype = _READ[entry.kind]
         (first, last, step), *inner = slices
         hull = [(start, stop) for start, stop, _ in inner]
         width = math.prod(stop - start for start, stop in hull)
@@ -182,7 +193,7 @@ class Reader:
             block = space.view(end - begin, *(stop - start for start, stop in hull))[steps]
             yield taken, block if entry.shape else block.view(())
 
-    def _decoded(
+    def _experts(
         self, entry: Entry, scales: Entry, slices: Sequence[Slice]
     ) -> Iterator[tuple[slice, Tensor]]:
         """Yield a slice of a tensor in MXFP4, one expert at a time."""
@@ -193,8 +204,20 @@ class Reader:
             held = (expert, expert + 1, 1), rows, (first, last, 1)
             ((_, blocks),) = self.blocks(packed, (*held, (0, GROUP // 2, 1)))
             ((_, exponents),) = self.blocks(scales, held)
-            whole = decode(blocks, exponents)[..., start - GROUP * first : stop - GROUP * first]
+            whole = decode_mxfp4(blocks, exponents)[
+                ..., start - GROUP * first : stop - GROUP * first
+            ]
             yield slice(at, at + 1), whole[..., ::step].mT
+
+    def _scaled(
+        self, entry: Entry, scales: Entry, slices: Sequence[Slice]
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield a slice of a matrix in FP8, in float32."""
+        factors = torch.cat([block.clone() for _, block in self.blocks(scales)])
+        rows, columns = (torch.arange(*own) for own in slices)
+        codes = Entry(entry.file, "F8_E4M3", entry.shape, entry.begin)
+        for at, block in self.blocks(codes, slices):
+            yield at, decode_fp8(block, factors, rows[at], columns)
 
     def _fill(self, space: Tensor, entry: Entry, hull: list[tuple[int, int]]) -> None:
         """Read a box of a tensor, one stretch of neighbours in the file after the other."""

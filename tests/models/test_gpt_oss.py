@@ -104,7 +104,7 @@ def test_weights_in_mxfp4_are_read_as_what_they_stand_for(tmp_path):
     del scales[f"{name}_scales"], index["weight_map"][f"{name}_scales"]
     save_file(scales, tmp_path / "model/b.safetensors")
     (tmp_path / "model/model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=r"must have its scales beside it, .*down_proj_scales"):
+    with pytest.raises(ValueError, match=r"with its scales beside it: .*down_proj_scales"):
         hf.load(tmp_path / "model")
 
 

@@ -115,9 +115,12 @@ def test_scales_of_packed_weights_must_fit(tmp_path):
     for scales in (torch.zeros(2, 3, 4, dtype=torch.uint8), torch.zeros(2, 4, 3)):
         file = tmp_path / "model.safetensors"
         save_file({f"{stem}_blocks": blocks, f"{stem}_scales": scales}, file)
-        with pytest.raises(ValueError, match="must have its scales beside it"):
+        with pytest.raises(ValueError, match="must be .* with its scales beside it"):
             hf.files.entries(tmp_path)
     assert read_header(file)[f"{stem}_blocks"].shape == (2, 4, 3, 16)
+    save_file({f"{stem}_blocks": blocks[0], f"{stem}_scales": scales[0].byte()}, file)
+    with pytest.raises(ValueError, match="must be a matrix, or one of each expert"):
+        hf.files.entries(tmp_path)
 
 
 @pytest.mark.parametrize(
