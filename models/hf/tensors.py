@@ -61,6 +61,11 @@ def checked(made: Architecture, folder: str | Path) -> tuple[dict[str, Stored], 
     }
     if any(faults.values()):
         texts = [f"{title} ({len(n)}): {listed(n)}" for title, n in faults.items() if n]
+        ahead = tuple(f"blocks.{n}." for n in range(made.layers, made.layers + made.predict))
+        further = [n for n, s in needed.items() if s.parts[0].logical.startswith(ahead)]
+        if further and missing == further:
+            words = "set num_nextn_predict_layers to 0 in its config.json to load it without"
+            texts.append(f"{words} the blocks that predict further tokens")
         raise ValueError(f"{folder} does not hold this model: tensors {'; '.join(texts)}")
     return needed, found
 

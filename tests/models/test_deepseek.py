@@ -1,10 +1,12 @@
 """DeepSeek-V2 and V3 against transformers: logits, every gradient, ties, further tokens; meshes."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tests.models.test_parity import _mesh_equals_one_process
 from torch.nn.functional import cross_entropy
 from transformers.modeling_layers import MtpModel
@@ -197,6 +199,29 @@ def test_blocks_that_predict_are_saved_and_transformers_passes_them_by(tmp_path)
     peer = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours")
     tokens = torch.randint(256, (1, 90))  # the window before YaRN is 64
     torch.testing.assert_close(model(tokens), peer(tokens).logits, atol=1e-5, rtol=0)
+
+
+def test_a_folder_without_the_blocks_that_it_promises_says_what_to_do(tmp_path):
+    hf.save(Decoder.create(replace(deepseek_v3.tiny(), predict=2)), tmp_path / "ours")
+    peer = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "ours")
+    peer.save_pretrained(tmp_path / "theirs")
+    path, file = tmp_path / "theirs/config.json", tmp_path / "theirs/model.safetensors"
+    config, stored = json.loads(path.read_text()), load_file(file)
+    remedy = "; set num_nextn_predict_layers to 0 in its config.json to load it without the blocks"
+    with pytest.raises(ValueError, match=r"missing \(\d+\): .*layers\.2\.") as caught:
+        hf.load(tmp_path / "theirs")
+    assert remedy in str(caught.value)
+    path.write_text(json.dumps(config | {"num_nextn_predict_layers": 0}))
+    hf.load(tmp_path / "theirs")
+    path.write_text(json.dumps(config))
+    whole = load_file(tmp_path / "ours/model.safetensors")
+    one = {name: x for name, x in whole.items() if name.startswith("model.layers.3.")}
+    norm = {name: x for name, x in stored.items() if name != "model.norm.weight"}
+    for tensors in (stored | one, norm):  # one of the two blocks, and more than they is missing
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match="missing") as caught:
+            hf.load(tmp_path / "theirs")
+        assert "set num_nextn" not in str(caught.value)
 
 
 def _further(peer, mtp, tokens, targets):
