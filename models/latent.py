@@ -145,11 +145,8 @@ class LatentAttention(nn.Module):
         """Attend: from what `into` gives to `[T, H L / R]`."""
         q_THK = q.unflatten(-1, (-1, self.a.head_dim))
         still_THN, v_THL = kv.unflatten(-1, (q_THK.shape[1], -1)).tensor_split([self.still], -1)
-        turning, angles = (
-            (q_THK[..., self.still :], rotated.unsqueeze(1)),
-            sequences.angles[self.kind],
-        )
-        turned_THP, rotated_T1P = rotary(*turning, *angles, interleaved=True)
+        turning = q_THK[..., self.still :], rotated.unsqueeze(1)
+        turned_THP, rotated_T1P = rotary(*turning, *sequences.angles[self.kind], interleaved=True)
         q_THK = torch.cat((q_THK[..., : self.still], turned_THP), -1)
         k_THK = torch.cat((still_THN, rotated_T1P.expand(-1, q_THK.shape[1], -1)), -1)
         v_THL = v_THL.contiguous()  # nothing else keeps the output of kv_up: a copy frees it

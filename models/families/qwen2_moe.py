@@ -84,10 +84,9 @@ def qwen1_5_moe_a2_7b() -> Architecture:
     experts = Experts(
         count=60, top_k=4, hidden=1408, shared=5632, shared_gate=True, normalise=False
     )
-    return Architecture(
-        layers=24, width=2048, heads=16, kv_heads=16, head_dim=128, hidden=5632, vocabulary=151_936,
-        max_positions=8192, rope_base=1e6, norm_eps=1e-6, qkv_bias=True, experts=experts,
-    )  # fmt: skip
+    outer: dict[str, Any] = {"vocabulary": 151_936, "max_positions": 8192, "norm_eps": 1e-6}
+    outer |= {"rope_base": 1e6, "qkv_bias": True, "experts": experts}
+    return llama.sized(24, 2048, 16, 16, 5632, **outer)
 
 
 def qwen2_57b_a14b() -> Architecture:
