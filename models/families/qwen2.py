@@ -16,7 +16,7 @@ FAMILY = Family(
     defaults={**llama.DEFAULTS, "max_position_embeddings": 32_768, **qwen3.WINDOW},
     always={"qkv_bias": True},
     fixed={**llama.SILU, "use_mrope": ((None, False), "positions would have three parts")},
-    ignored=("max_window_layers", "use_sliding_window"), write=qwen3.windows,
+    ignored=("max_window_layers",), read=qwen3.refuse_unused, write=qwen3.windows,
 )  # fmt: skip
 
 

@@ -24,6 +24,13 @@ def slides(config: Config) -> list[str]:
     ]
 
 
+def refuse_unused(config: Config) -> dict[str, Any]:
+    """Refuse a list of blocks with a window beside the word that none is used."""
+    if not config["use_sliding_window"] and "sliding_attention" in config["layer_types"]:
+        config.refuse("use_sliding_window", False, "layer_types names blocks that have a window")
+    return {}
+
+
 def windows(architecture: Architecture) -> dict[str, Any]:
     """Say whether there are blocks with a window, beside their list."""
     return {
@@ -46,7 +53,7 @@ FAMILY = Family(
     names=llama.NAMES,
     defaults={**llama.DEFAULTS, "head_dim": 128, "max_position_embeddings": 32_768, **WINDOW},
     always={"qk_norm": "head"}, fixed=llama.SILU,
-    ignored=("max_window_layers", "use_sliding_window"), write=windows,
+    ignored=("max_window_layers",), read=refuse_unused, write=windows,
 )  # fmt: skip
 
 

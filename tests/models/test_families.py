@@ -330,6 +330,24 @@ def test_a_window_that_is_null_is_none():
     assert qwen2.FAMILY.architecture(SIZES | windows | {"use_sliding_window": False}).kinds == ()
 
 
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3"])
+def test_a_list_of_windows_that_are_not_used_is_refused(name, tmp_path):
+    """transformers reads such a config and cannot run it; with windows its logits are ours."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    said = {"layer_types": kinds, "sliding_window": 6, "max_window_layers": 3}
+    tokens = torch.randint(SIZES["vocab_size"], (1, 40))
+    peer = _peer(name, said | {"use_sliding_window": True})
+    peer.save_pretrained(tmp_path)
+    ours = hf.load(tmp_path)
+    assert ours.architecture.kinds == ("sliding", "full")
+    torch.testing.assert_close(ours(tokens), peer(tokens).logits, atol=1e-5, rtol=0)
+    for unused in ({"use_sliding_window": False}, {}):
+        with pytest.raises((TypeError, ValueError)):
+            _peer(name, said | unused)(tokens)
+        with pytest.raises(ValueError, match="use_sliding_window=False .layer_types names blocks"):
+            of_model_type(name.lower()).architecture(SIZES | said | unused)
+
+
 def test_soft_caps_may_be_null_or_absent():
     read = gemma2.FAMILY.architecture
     bare = {k: v for k, v in PUBLISHED["gemma2_27b"].items() if not k.endswith("softcapping")}
