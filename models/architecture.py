@@ -207,7 +207,8 @@ class Architecture:
 
     Raises:
         ValueError: If a size, base, scale or epsilon is not positive, `kv_heads` does not divide
-            `heads`, rotated dimensions are odd, or choices contradict each other.
+            `heads`, rotated dimensions are odd or too few to be stretched, or choices contradict
+            each other.
     """
 
     layers: int
@@ -265,9 +266,16 @@ class Architecture:
                 f"the dimensions that rotate ({self.rotated}) must be at most head_dim "
                 f"({self.head_dim})"
             )
-        if self.positions == "rotary" and self.rotated % 2:
+        least = 4 if isinstance(self.rope_scaling, NtkAware | DynamicNtk) else 2
+        if self.positions == "rotary" and (self.rotated % 2 or self.rotated < least):
             name = "head_dim" if self.rotated == self.head_dim else "rope_dim"
-            raise ValueError(f"{name} must be even for rotary positions; got {self.rotated}")
+            scaled = f" and {type(self.rope_scaling).__name__}" if self.rope_scaling else ""
+            raise ValueError(
+                f"{name} must be even and at least {least} for rotary positions{scaled}; got "
+                f"{self.rotated}"
+            )
+        if isinstance(self.rope_scaling, Yarn) and self.rope_base <= 1:
+            raise ValueError(f"rope_base must be above 1 with Yarn; got {self.rope_base}")
         for kind, field in (("sliding", "window"), ("ssm", "ssm")):
             if (kind in self.kinds) != (getattr(self, field) is not None):
                 raise ValueError(

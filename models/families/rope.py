@@ -55,9 +55,10 @@ def read_rope(config: Config, rope: str, sizes: Mapping[str, Any]) -> dict[str, 
         found["sliding_rope_base"] = float(local)
     if (own := given.pop("rope_theta", None)) is not None:
         found["rope_base"] = float(own)
-    part = given.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor", 1.0)
+    field = "partial_rotary_factor"
+    part = _first(given.pop(field, None), config.get(field), 1.0)
     if part != 1 and rope != "partial":
-        config.refuse("partial_rotary_factor", part, "a part of each head would not rotate")
+        config.refuse(field, part, "a part of each head would not rotate")
     elif part != 1:
         found["rope_dim"] = int(sizes["head_dim"] * part)
     found["rope_scaling"] = made = _read_scaling(config, name, given, sizes["max_positions"])
@@ -80,14 +81,19 @@ def _read_scaling(config: Config, name: str, given: dict[str, Any], most: int) -
     if made is None:
         return None
     if "original" in values:  # beside the dictionary, as Phi has it, it comes first
-        values["original"] = config.get(_ORIGINAL) or values["original"] or most
+        values["original"] = _first(config.get(_ORIGINAL), values["original"], most)
     elif made is DynamicNtk:
         values |= {"original": most, "length": most}
     if values["factor"] is None and made is Yarn:
-        values["factor"] = most / values["original"]
+        values["factor"] = most / max(values["original"], 1)  # Yarn refuses what is below
     if missing := [t for t, ours in names.items() if values[ours] is None and t not in _SAME]:
         raise KeyError(f"{name}.{missing[0]}")
     return made(**{ours: value for ours, value in values.items() if value is not None})
+
+
+def _first(*values: Any) -> Any:
+    """Return the first value that is there; 0 is."""
+    return next(value for value in values if value is not None)
 
 
 def write_rope(architecture: Architecture, rope: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from warploom.kernels.rope import DynamicNtk, NtkAware, Yarn
 from warploom.models import hf
 from warploom.models.batch import Batch
 from warploom.models.decoder import Architecture, Decoder
@@ -318,7 +319,14 @@ def test_two_tensor_parallel_ranks_equal_one(ranks):
         ({"kv_heads": 4}, r"heads \(6\) must be divisible by kv_heads \(4\)"),
         ({"rope_base": float("nan")}, "rope_base must be above 0 and finite; got nan"),
         ({"norm_eps": -1.0}, "norm_eps must be above 0 and finite; got -1.0"),
-        ({"head_dim": 7}, "head_dim must be even for rotary positions; got 7"),
+        ({"head_dim": 7}, "head_dim must be even and at least 2 for rotary positions; got 7"),
+        ({"rope_dim": 0}, "rope_dim must be even and at least 2 for rotary positions; got 0"),
+        (
+            {"rope_dim": 2, "rope_scaling": NtkAware(2.0)},
+            "rope_dim must be even and at least 4 for",
+        ),
+        ({"rope_dim": 2, "rope_scaling": DynamicNtk(2.0, 8, 8)}, "at least 4 for rotary .* got 2"),
+        ({"rope_base": 1.0, "rope_scaling": Yarn(2.0, 8)}, "rope_base must be above 1 with Yarn;"),
         ({"layers": 0, "hidden": -1}, "at least 1; got layers=0, hidden=-1"),
     ],
 )

@@ -102,6 +102,25 @@ def test_what_is_written_is_read_again_in_every_spelling(scaling):
     assert FAMILY.architecture(config) == made
 
 
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+def test_a_length_of_0_is_not_an_absent_one(kind):
+    name = "original_max_position_embeddings"
+    given = {**STRETCHED[kind], "rope_type": kind}
+    for original in (0, -3):
+        inside = {"rope_parameters": {**given, name: original}}
+        beside = {"rope_parameters": given, name: original}
+        by_length = {"rope_parameters": {"rope_type": "yarn", name: original}}
+        for fields in (inside, beside, by_length):
+            with pytest.raises(ValueError, match=f"original must be positive, got {original}"):
+                FAMILY.architecture(_config(**fields))
+
+
+def test_a_part_of_0_is_not_an_absent_one():
+    for part in ({"partial_rotary_factor": 0.0}, {"rope_parameters": {"partial_rotary_factor": 0}}):
+        with pytest.raises(ValueError, match="partial_rotary_factor=0"):
+            FAMILY.architecture(_config(**part))
+
+
 def test_a_length_and_a_larger_base_are_the_same_model():
     dynamic = replace(llama.tiny(), max_positions=2048, rope_scaling=DynamicNtk(4.0, 512, 2048))
     assert of_architecture(dynamic) is FAMILY
