@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(command: Train) -> None:
-    if command.folder.exists():
+    if command.folder.exists() or command.folder.is_symlink():
         raise UserError(f"tokenizer folder {command.folder} must be new, and it exists: choose one")
     skips = Skips()
     tokenizer = train_bpe((d.text for d in command.source.documents(skips)), command.bpe)

@@ -98,7 +98,7 @@ def _together(step: Callable[[], None], final: Path, world: Group) -> None:
 
 def _refuse(model: Decoder, final: Path, tokenizer: Path | None) -> Family:
     """Raise on every rank what `save` must not begin with; return the family to write."""
-    if any(gather_json(final.exists(), _world(model))):
+    if any(gather_json(final.exists() or final.is_symlink(), _world(model))):
         raise FileExistsError(f"{final} exists: weights are never overwritten, name a new folder")
     if tokenizer is not None:
         if not tokenizer_files(tokenizer):

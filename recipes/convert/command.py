@@ -95,7 +95,7 @@ def convert(command: Convert) -> None:
         OSError: If the target cannot be written; nothing is left under its name.
     """
     target = command.target
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise FileExistsError(f"{target} exists: weights are never overwritten, name a new folder")
     source = _open(command.source)
     partial = target.with_name(f".{target.name}.partial")

@@ -309,6 +309,14 @@ def test_a_folder_is_never_overwritten(folder):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_a_link_to_nowhere_is_not_written_to(tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setattr("warploom.models.hf.saving.Writer", None)  # refused before it is asked for
+    with pytest.raises(FileExistsError, match="model exists: weights are never overwritten"):
+        hf.save(Decoder.create(BASE), tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     real, calls = files.Writer.write, []
 

@@ -253,6 +253,9 @@ def test_a_folder_is_converted_and_everything_comes_along(folder, tmp_path):
         assert (tmp_path / "low" / name).read_bytes() == (folder / name).read_bytes()
     with pytest.raises(UserError, match="low exists: weights are never overwritten"):
         _run(folder, tmp_path / "low")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link exists: weights are never overwritten"):
+        _run(folder, tmp_path / "link")
 
 
 def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):

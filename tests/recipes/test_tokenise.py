@@ -36,9 +36,11 @@ def test_train_then_build_then_show(text, tmp_path, capsys):
 
 def test_mistakes_are_one_sentence_and_code_2(text, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for words, sentence in [
         (["show", str(tmp_path)], "must hold manifest.json"),
         (["train", str(tmp_path / "taken"), "--text", str(text)], "must be new, and it exists"),
+        (["train", str(tmp_path / "link"), "--text", str(text)], "must be new, and it exists"),
         (["build", str(tmp_path / "s"), "--text", str(tmp_path / "nothing")], "there is none"),
         (["train", str(tmp_path / "t"), "--text", str(text), "--vocabulary", "9"], "at least"),
     ]:
