@@ -39,7 +39,8 @@ def lanes() -> int:
     return 0 if isinstance(found, str) else max(found.lanes())
 
 
-def _call(name: str, tensors: Iterable[Tensor | None], *sizes: float) -> None:
+def call(name: str, tensors: Iterable[Tensor | None], *sizes: float) -> None:
+    """Call an operator of csrc/cpu/operators.h with the addresses of tensors, and with sizes."""
     pointers = (0 if x is None else x.data_ptr() for x in tensors)
     getattr(_module(), name)(lanes(), *pointers, *sizes)
 
@@ -54,7 +55,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x weight^T + bias`: x `[..., D]`, weight `[F, D]` without gaps, bias `[F]`."""
     x, columns, bias = x.contiguous(), len(weight), bias if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], columns)
-    _call("linear", (x, weight, bias, y), x.shape[:-1].numel(), columns, x.shape[-1])
+    call("linear", (x, weight, bias, y), x.shape[:-1].numel(), columns, x.shape[-1])
     return y
 
 
@@ -66,7 +67,7 @@ def rms_norm(
     residual = None if residual is None else residual.contiguous()
     y, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
     width = x.shape[-1]
-    _call("rms_norm", (x, residual, weight.contiguous(), y, total), x.numel() // width, width, eps)
+    call("rms_norm", (x, residual, weight.contiguous(), y, total), x.numel() // width, width, eps)
     return y, total
 
 
@@ -74,7 +75,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Return `silu(gate) * up` `[..., F]` of `[..., 2 F]`."""
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], width)
-    _call("swiglu", (gate_up, y), y.numel() // width, width)
+    call("swiglu", (gate_up, y), y.numel() // width, width)
     return y
 
 
@@ -82,20 +83,5 @@ def rotate(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     """Rotate heads in halves, K = 2 J; the heads of a token lie side by side."""
     tokens, heads, width = x_THK.shape
     y = x_THK.new_empty(x_THK.shape)
-    _call("rotate", (x_THK, cos_TJ, sin_TJ, y), tokens, heads, width // 2, x_THK.stride(0))
+    call("rotate", (x_THK, cos_TJ, sin_TJ, y), tokens, heads, width // 2, x_THK.stride(0))
     return y
-
-
-def decode(
-    q_NHK: Tensor, k_NGK: Tensor, v_NGL: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor,
-    lengths: Tensor, keys: int, *, sinks: Tensor | None, left: int, scale: float, softcap: float,
-) -> Tensor:  # fmt: skip
-    """Write new keys and values into pages, and attend to all of them: see `Decoding.attend`."""
-    new = [x if x[0].is_contiguous() else x.contiguous() for x in (q_NHK, k_NGK, v_NGL)]
-    (n, heads, width), (groups, value_width) = q_NHK.shape, v_NGL.shape[1:]
-    out = q_NHK.new_empty(n, heads, value_width)
-    strides = (tables.stride(0), *(x.stride(0) for x in new))
-    sizes = (n, keys, heads, groups, k_pages.shape[1], *strides, width, value_width)
-    tensors = (*new, sinks, k_pages, v_pages, out, tables, lengths)
-    _call("decode", tensors, *sizes, left, scale, softcap)
-    return out

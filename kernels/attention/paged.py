@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..cpu import decode, lanes
+from ..cpu import call, lanes
 from ..invariant import invariant, plain
 from ..library import need_tensors, register, wide
 from . import tiled
@@ -106,11 +106,15 @@ class Decoding:
         Returns:
             `[N, H, L]`.
         """
-        return decode(
-            q_NHK, k_NGK, v_NGL, k_pages, v_pages, self.tables, self.lengths, self.keys,
-            sinks=sinks, left=window[0], softcap=softcap or 0.0,
-            scale=q_NHK.shape[-1] ** -0.5 if scale is None else scale,
-        )  # fmt: skip
+        new = [x if x[0].is_contiguous() else x.contiguous() for x in (q_NHK, k_NGK, v_NGL)]
+        (n, heads, width), (groups, value_width) = q_NHK.shape, v_NGL.shape[1:]
+        out = q_NHK.new_empty(n, heads, value_width)
+        strides = (self.tables.stride(0), *(x.stride(0) for x in new))
+        sizes = (n, self.keys, heads, groups, k_pages.shape[1], *strides, width, value_width)
+        tensors = (*new, sinks, k_pages, v_pages, out, self.tables, self.lengths)
+        scale = width**-0.5 if scale is None else scale
+        call("decode", tensors, *sizes, window[0], scale, softcap or 0.0)
+        return out
 
 
 def _forward(

@@ -42,37 +42,6 @@ from .statistics import (
 )
 
 
-def linear_statistics_reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    targets_T: Tensor,
-    softcap: float | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Specify the statistics of targets `[T]`, differentiably, with all logits at once.
-
-    Args:
-        hidden_TD: `[T, D]`.
-        weight_VD: `[V, D]`.
-        targets_T: `[T]`, in [0, V) or `ignore_index`.
-        softcap: Soft-cap of the logits, or None.
-        ignore_index: The target of positions that do not train.
-
-    Returns:
-        `[4, T]`: target logit, lse, sum of logits, entropy; 0 where ignored; float32 at least.
-    """
-    dtype = wide(hidden_TD.dtype)
-    trained_T = trained(targets_T, ignore_index)
-    z_TV = hidden_TD.to(dtype) @ weight_VD.to(dtype).t()
-    if softcap is not None:
-        z_TV = softcap * torch.tanh(z_TV / softcap)
-    target_T1 = torch.where(trained_T, targets_T, 0).long()[:, None]
-    log_TV = z_TV.log_softmax(-1)
-    entropy_T = -(log_TV.exp() * log_TV).sum(-1)
-    found = (z_TV.gather(-1, target_T1)[:, 0], z_TV.logsumexp(-1), z_TV.sum(-1), entropy_T)
-    return torch.where(trained_T, torch.stack(found), 0)
-
-
 def _rows(targets: Tensor, moments: bool) -> int:
     return targets.shape[1] + 1 if targets.dim() > 1 else 4 if moments else 2
 
