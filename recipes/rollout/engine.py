@@ -10,29 +10,28 @@ pages (`models/cache.py`). Every rank of a tensor-parallel model makes the same 
 have the same logits and return the same.
 
 `schedule.py` says who is computed, `pages.py` where, `sampling.py` what is drawn, `text.py` what
-may be shown.
+may be shown, `weights.py` whether pages are still true; `completion.py` is what comes of it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from operator import index
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from warploom.kernels import invariant
 from warploom.models.cache import Cache, longest
 
 from ..errors import UserError
+from .completion import Completion, Event, FinishReason, Stats
 from .pages import Pages
 from .room import pages_that_fit
 from .sampling import Sampling, Token, draw
 from .schedule import Sample, Scheduler
 from .text import TextStream
-
-FinishReason = Literal["stop", "length", "cancelled"]
+from .weights import Weights
 
 
 @runtime_checkable
@@ -50,93 +49,6 @@ class Tokens(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, without special tokens."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Completion:
-    """One text.
-
-    Attributes:
-        request: Number that `Engine.add` gave.
-        sample: Number of the sample of this request, from 0.
-        prompt_ids: Ids of the prompt.
-        ids: Ids that were drawn, what ended the text with them.
-        text: Their text, cut before what ended it; empty without a tokenizer.
-        tokens: What is known of each id: see `Token`.
-        finish_reason: `stop` for an end of text, a stop id or string; `length` at `max_tokens` or
-            the end of the model's window; `cancelled`.
-        found: Tokens of the prompt whose keys and values another request had left.
-    """
-
-    request: int
-    sample: int
-    prompt_ids: tuple[int, ...]
-    ids: tuple[int, ...]
-    text: str
-    tokens: tuple[Token, ...]
-    finish_reason: FinishReason
-    found: int
-
-    @property
-    def logprobs(self) -> tuple[float, ...]:
-        """Log-probability of each id in nats under the model, at temperature 1."""
-        return tuple(token.logprob for token in self.tokens)
-
-    @property
-    def sampling_logprobs(self) -> tuple[float, ...]:
-        """Log-probability of each id under the distribution that it was drawn from."""
-        return tuple(token.sampling_logprob for token in self.tokens)
-
-    @property
-    def kept(self) -> tuple[Tensor | None, ...]:
-        """Ids that could be drawn at each position, with `Sampling.kept`; `None` for all."""
-        return tuple(token.kept for token in self.tokens)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Event:
-    """What a step did to one sample.
-
-    Attributes:
-        request: Number that `Engine.add` gave.
-        sample: Number of the sample of this request, from 0.
-        token: The token that was drawn; `None` where the sample was cancelled.
-        text: Text that is certain now and was not before.
-        completion: The whole, when it has ended.
-    """
-
-    request: int
-    sample: int
-    token: Token | None
-    text: str
-    completion: Completion | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stats:
-    """Counts of an engine.
-
-    Attributes:
-        running: Samples that have pages.
-        waiting: Samples that have none.
-        pages: Pages of the cache.
-        pages_free: Pages that a sample could take.
-        steps: Passes of the model.
-        prompt_tokens: Tokens of prompts, counted for each sample.
-        tokens: Tokens that were drawn.
-        found_tokens: Tokens of prompts that were in pages already, and were not computed.
-        put_back: How many times a sample lost its pages to an older one.
-    """
-
-    running: int
-    waiting: int
-    pages: int
-    pages_free: int
-    steps: int
-    prompt_tokens: int
-    tokens: int
-    found_tokens: int
-    put_back: int
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -167,8 +79,8 @@ class Engine:
     """Continues texts with a model.
 
     Args:
-        model: A decoder, on one rank or tensor-parallel; its parameters may change between calls of
-            `generate`, after `forget`.
+        model: A decoder, on one rank or tensor-parallel; its parameters may change while no request
+            is under way: what the old ones have computed is then computed again.
         tokenizer: For prompts and stop strings of text, and for the text of completions; `None` for
             ids alone. Its ends of text end a sample.
         pages: Pages of the cache; `None` for what every sample could need, or what a share of the
@@ -230,6 +142,7 @@ class Engine:
         eos = getattr(tokenizer, "eos", () if theirs is None else theirs)
         self.eos = frozenset([eos] if isinstance(eos, int) else eos)
         self._device = next(model.parameters()).device
+        self._weights = Weights(model)
         self._mode = invariant.batch_invariant if batch_invariant else nullcontext
         self._requests: dict[int, list[_Running]] = {}  # samples that have not ended
         self._events: list[Event] = []  # that the next step hands out
@@ -255,7 +168,11 @@ class Engine:
         )
 
     def forget(self) -> None:
-        """Compute again whatever is asked for: the model's parameters have changed."""
+        """Compute again whatever is asked for.
+
+        A request that finds no other under way does this by itself where a parameter was written
+        to; what autograd cannot see (a write to `.data`) needs this call.
+        """
         self._scheduler.reset()
 
     def encode(self, prompt: str | Sequence[int], sampling: Sampling) -> list[int]:
@@ -322,6 +239,8 @@ class Engine:
         """
         how = Sampling() if sampling is None else sampling
         ids, tokenizer = self.encode(prompt, how), self.tokenizer
+        if not self.busy and self._weights.changed():
+            self.forget()
         number, self._added = self._added, self._added + 1
         samples: list[_Running] = []
         for place in range(how.n):

@@ -47,9 +47,10 @@ class FakeModel:
             max_positions=WINDOW, vocabulary=V, layers=1, kind=lambda layer: kind, rope_scaling=None
         )
         self.kind, self.fails, self.steps, self.most, self.computed = kind, (), 0, 0, 0
+        self.weight = torch.zeros(1)
 
     def parameters(self):
-        return iter([torch.zeros(1)])
+        return iter([self.weight])
 
     def advance(self, tokens, where):
         self.steps += 1

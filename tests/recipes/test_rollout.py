@@ -1,5 +1,6 @@
 """The engine over real models: transformers' text, the trainer's log-probabilities, two ranks."""
 
+import copy
 import functools
 import importlib
 import pkgutil
@@ -14,6 +15,7 @@ from warploom.models import families, hf
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.mesh import Mesh
+from warploom.parallel.optimizer import AdamW
 from warploom.recipes.rollout import Engine, Sampling
 
 MODULES = {
@@ -82,6 +84,38 @@ def test_log_probabilities_are_the_models(family):
         best = [[i for i, _ in token.top] for token in c.tokens]
         assert best == wanted.topk(2).indices.tolist()
     assert len({c.ids for c in sampled}) == len(sampled)
+
+
+@pytest.mark.parametrize("how", ["written", "loaded", "replaced", "trained"])
+def test_other_weights_find_no_pages_of_the_old(how):
+    """Prompts whose keys are in pages already are computed again by weights that have changed."""
+    trained = Decoder(model("llama").architecture)
+    trained.load_state_dict(model("llama").state_dict())
+    engine, other = Engine(trained, pages=60), copy.deepcopy(trained)
+    asked = Sampling(temperature=0, max_tokens=4)
+    engine.generate(prompts()[1:2], asked)
+    assert engine.generate(prompts()[1:2], asked)[0].found > 0
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    if how == "written":
+        with torch.no_grad():
+            for p, value in zip(trained.parameters(), other.parameters(), strict=True):
+                p.copy_(value)
+    elif how == "loaded":
+        trained.load_state_dict(other.state_dict())
+    elif how == "replaced":
+        trained.norm.weight = torch.nn.Parameter(trained.norm.weight.detach() * 1.5)
+        other = trained
+    else:
+        named = dict(trained.named_parameters())
+        optimizer = AdamW(named, trained.layouts(), Mesh.build(""))
+        optimizer.step({name: torch.ones_like(p) for name, p in named.items()}, 0.1)
+        other = trained
+    again, fresh = (e.generate(prompts()[1:2], asked) for e in (engine, Engine(other, pages=60)))
+    assert again[0].found == 0
+    assert again[0].logprobs == fresh[0].logprobs
+    assert engine.generate(prompts()[1:2], asked)[0].found > 0
 
 
 def test_samples_do_not_depend_on_their_company():
