@@ -253,6 +253,8 @@ def swiglu_linear(gate_up: Tensor, weight_DF: Tensor) -> Tensor:
     Raises:
         ValueError: If the widths do not fit, or the dtypes differ or are not supported.
     """
+    if _QUEUE.get() is None:
+        return fused_swiglu_linear(gate_up, weight_DF)
     return deferred(
         gate_up, weight_DF, forward=fused_swiglu_linear, input_gradient=_swiglu_input,
         weight_gradient=_swiglu_weight,
