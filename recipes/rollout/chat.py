@@ -5,7 +5,7 @@ sees nothing but JSON values, and may not store a name that begins with an under
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -30,6 +30,8 @@ class Chat:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        mark: Callable[[Any], Any] = lambda given: given,
+        /,
         *,
         add_generation_prompt: bool = True,
         **more: Any,
@@ -39,6 +41,7 @@ class Chat:
         Args:
             messages: Each has a `role` and what the template wants beside it, mostly `content`;
                 keys whose value is `None` count as missing.
+            mark: Maps the messages and what else is given, as JSON values, to what is rendered.
             add_generation_prompt: Whether the text ends where the model's answer begins.
             **more: What else the template may use: `tools`, `documents`, switches of its own.
 
@@ -49,9 +52,9 @@ class Chat:
         if not messages or not all(isinstance(m, Mapping) and "role" in m for m in messages):
             raise UserError(f"messages must be objects with a role, one at least; got {messages!r}")
         said = [{k: v for k, v in m.items() if v is not None} for m in messages]
-        given = {"tools": None, "documents": None, **self.special, **more, "messages": said}
+        given = {"tools": None, "documents": None, **more, "messages": said}
         try:
-            plain = json.loads(json.dumps(given))
+            plain = self.special | mark(json.loads(json.dumps(given)))
         except (RecursionError, TypeError, ValueError) as error:
             raise UserError(f"messages must be plain JSON: {error}") from None
         try:

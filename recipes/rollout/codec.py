@@ -1,6 +1,6 @@
 """The tokenizer of a Hugging Face folder, and the ids that end its texts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as Backend
 from ..errors import UserError
 from ..files import read_json
 from .chat import Chat
+from .verbatim import Verbatim
 
 
 class Codec:
@@ -114,6 +115,31 @@ class Codec:
             )
         return Chat(source, self.special)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> list[int]:
-        """Return the ids of a conversation that the model is to answer; see `Chat.render`."""
-        return self.encode(self.chat.render(messages, **options), special=False)
+    @cached_property
+    def _verbatim(self) -> Verbatim:
+        return Verbatim(self._backend)
+
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        check: Callable[[str], None] | None = None,
+        /,
+        **options: Any,
+    ) -> list[int]:
+        """Return the ids of a conversation that the model is to answer.
+
+        Special tokens are those of the template; what messages and options spell stays text.
+
+        Args:
+            messages: As `Chat.render` has them.
+            check: Is called with the text, before that is encoded.
+            **options: Of `Chat.render`.
+
+        Raises:
+            UserError: As `Chat.render`, and what `check` raises.
+        """
+        verbatim = self._verbatim
+        text = self.chat.render(messages, verbatim.mark, **options)
+        if check is not None:
+            check(verbatim.unmark(text))
+        return verbatim.encode(text)

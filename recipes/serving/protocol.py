@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -153,11 +154,12 @@ def prepare(asked: Asked, engine: Engine, codec: Codec) -> list[tuple[list[int],
             must = f"ids from 0 to {engine.vocabulary - 1}"
             raise _wrong(how.stop_ids, "stop_token_ids", must)
         try:
+            check = partial(_check_length, engine, codec)
             if asked.chat:
-                prompt = codec.chat.render(prompt, **asked.switches)
-            if isinstance(prompt, str):
-                _check_length(prompt, engine, codec)
-                prompt = codec.encode(prompt, special=not asked.chat)
+                prompt = codec.encode_chat(prompt, check, **asked.switches)
+            elif isinstance(prompt, str):
+                check(prompt)
+                prompt = codec.encode(prompt)
             ids = engine.encode(prompt, how)
         except UserError as error:
             raise Refusal(400, str(error), param="messages" if asked.chat else "prompt") from None
@@ -175,7 +177,7 @@ def prepare(asked: Asked, engine: Engine, codec: Codec) -> list[tuple[list[int],
     return found
 
 
-def _check_length(text: str, engine: Engine, codec: Codec) -> None:
+def _check_length(engine: Engine, codec: Codec, text: str) -> None:
     """Refuse a text that no tokens could cover, before it is made tokens: that takes long."""
     most = engine.window * max(codec.widest, _WIDEST)
     if len(text) > most:
