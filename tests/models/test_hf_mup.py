@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from warploom.models import hf
@@ -26,6 +27,7 @@ from warploom.models.families import (
     qwen3_moe,
 )
 from warploom.models.hf.standard import standard
+from warploom.parallel.mesh import Mesh
 
 MODULES = (bamba, gemma2, gemma3, gpt2, gpt_oss, llama, mixtral, olmo2, qwen2, qwen2_moe, qwen3)
 PLAIN = {"rope_scaling": None, "attention_scale": None}  # else muP leaves the scores alone
@@ -84,6 +86,23 @@ def test_further_tokens_are_predicted_as_before(tmp_path):
     want, got = ({t.name: t.sum for t in m.loss(Batch(tokens, targets))} for m in pair)
     assert len(want) == 5  # the last is of the routers
     torch.testing.assert_close(got, want, atol=0, rtol=1e-6)
+
+
+def _save_split(root, made):
+    for text in ("tp2", "pp2"):
+        hf.save(Decoder.create(made, seed=3, mesh=Mesh.build(text)), root / text)
+
+
+@pytest.mark.parametrize("made", [V3, LITE, CASES["qwen3"]], ids=["further", "latent", "tied"])
+def test_ranks_write_what_one_process_does(pool, tmp_path, made):
+    made = replace(made, mup_base=16)
+    hf.save(Decoder.create(made, seed=3), tmp_path / "alone")
+    pool(2, _save_split, tmp_path, made)
+    want = load_file(tmp_path / "alone" / "model.safetensors")
+    for text in ("tp2", "pp2"):
+        got = load_file(tmp_path / text / "model.safetensors")
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], tensor) for name, tensor in want.items())
 
 
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen3", "llama"])
