@@ -88,6 +88,25 @@ def test_further_tokens_are_predicted_as_before(tmp_path):
     torch.testing.assert_close(got, want, atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("made", "unsaid"),
+    [
+        (replace(gemma2.tiny(), attention_scale=None), "attention_scale"),
+        (replace(CASES["llama"], softcap=5.0), "softcap"),
+        (replace(CASES["bamba"], residual_scale=0.5), "residual_scale"),
+    ],
+    ids=["scores", "softcap", "residual"],
+)
+def test_what_no_config_says_is_refused_and_nothing_changes(made, unsaid, tmp_path):
+    model, tokens = _model(made), torch.arange(24)[None]
+    before, want = _kept(model), model(tokens)
+    with pytest.raises(ValueError, match=f"config.json cannot say {unsaid}="):
+        hf.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert _same(model, before)
+    assert torch.equal(model(tokens), want)
+
+
 def _save_split(root, made):
     for text in ("tp2", "pp2"):
         hf.save(Decoder.create(made, seed=3, mesh=Mesh.build(text)), root / text)
