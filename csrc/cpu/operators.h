@@ -241,67 +241,46 @@ struct Decode {
       mix<W, C, 1>(rows, values + at, count, weights, stride, shares, to + at);
   }
 
-  // Heads `begin` to `end` of a sequence's groups: the keys of all of them lie side by side.
-  template <int W>
-  WARPLOOM_INLINE void some(int64_t n, int64_t begin, int64_t end, std::vector<float>& scratch,
-                            std::vector<int64_t>& places) const {
-    const int64_t h = shared(), run = end - begin;
-    const int64_t first = left < 0 ? 0 : std::max<int64_t>(lengths[n] - 1 - left, 0);
-    const int64_t count = lengths[n] - first, padded = (count + 15) / 16 * 16;
-    const int64_t k_row = groups * width, v_row = groups * value_width;
-    float *keys = k_pages + begin * width, *values = v_pages + begin * value_width;
-    places.resize(count);
-    scratch.resize(run * h * padded + h);
-    int64_t* rows = places.data();
-    float *x = scratch.data(), *shares = x + run * h * padded;
-    find(n, first, lengths[n], rows);
-    std::memcpy(keys + rows[count - 1] * k_row, k + n * k_stride + begin * width,
-                run * width * sizeof(float));
-    std::memcpy(values + rows[count - 1] * v_row, v + n * v_stride + begin * value_width,
-                run * value_width * sizeof(float));
-    const float* query = q + n * q_stride + begin * h * width;
-    for (int64_t j = 0; j < count; j += 8) {
-      int64_t at[8];
-      for (int64_t r = 0; r < 8; ++r) {
-        at[r] = rows[std::min(j + r, count - 1)];
-        ask(keys + rows[std::min(j + r + 8, count - 1)] * k_row, run * width);
-        ask(values + at[r] * v_row, run * value_width);  // they are read next
-      }
-      for (int64_t g = 0; g < run; ++g) {
-        const float* held[8];
-        for (int r = 0; r < 8; ++r) held[r] = keys + at[r] * k_row + g * width;
-        int64_t c = g * h;
-        for (; c + 3 <= (g + 1) * h; c += 3)
-          scores<W, 3>(held, query + c * width, x + c * padded + j, padded);
-        for (; c < (g + 1) * h; ++c)
-          scores<W, 1>(held, query + c * width, x + c * padded + j, padded);
-      }
-    }
-    for (int64_t g = 0; g < run; ++g) {
-      float *own = x + g * h * padded, *to = out + (n * heads + (begin + g) * h) * value_width;
-      for (int64_t c = 0; c < h; ++c) {
-        const float sink = sinks ? sinks[(begin + g) * h + c] : -INFINITY;
-        shares[c] = weigh<W>(own + c * padded, count, padded, sink);
-      }
-      const float* value = values + g * value_width;
-      int64_t c = 0;
-      for (; c + 3 <= h; c += 3)
-        mix_all<W, 3>(rows, value, count, own + c * padded, padded, shares + c,
-                      to + c * value_width);
-      for (; c < h; ++c)
-        mix_all<W, 1>(rows, value, count, own + c * padded, padded, shares + c,
-                      to + c * value_width);
-    }
-  }
-
-  // Items are the groups of the first sequence, then those of the second, and so on.
   template <int W>
   WARPLOOM_INLINE void part(int64_t begin, int64_t end, std::vector<float>& scratch,
                             std::vector<int64_t>& places) const {
-    while (begin < end) {
-      const int64_t n = begin / groups, stop = std::min(end, (n + 1) * groups);
-      some<W>(n, begin - n * groups, stop - n * groups, scratch, places);
-      begin = stop;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / groups, g = item % groups, h = shared();
+      const int64_t first = left < 0 ? 0 : std::max<int64_t>(lengths[n] - 1 - left, 0);
+      const int64_t count = lengths[n] - first, padded = (count + 15) / 16 * 16;
+      float *keys = k_pages + g * width, *values = v_pages + g * value_width;
+      places.resize(count);
+      scratch.resize(h * padded + h);
+      int64_t* rows = places.data();
+      find(n, first, lengths[n], rows);
+      std::memcpy(keys + rows[count - 1] * groups * width, k + n * k_stride + g * width,
+                  width * sizeof(float));
+      std::memcpy(values + rows[count - 1] * groups * value_width,
+                  v + n * v_stride + g * value_width, value_width * sizeof(float));
+      float *x = scratch.data(), *shares = x + h * padded;
+      const float* query = q + n * q_stride + g * h * width;
+      for (int64_t j = 0; j < count; j += 8) {
+        const float* held[8];
+        for (int64_t r = 0; r < 8; ++r) {
+          const int64_t last = count - 1, at = rows[std::min(j + r, last)];
+          held[r] = keys + at * groups * width;
+          ask(values + at * groups * value_width, value_width);  // they are read next
+          ask(keys + rows[std::min(j + r + 8, last)] * groups * width, width);
+        }
+        int64_t c = 0;
+        for (; c + 3 <= h; c += 3) scores<W, 3>(held, query + c * width, x + c * padded + j, padded);
+        for (; c < h; ++c) scores<W, 1>(held, query + c * width, x + c * padded + j, padded);
+      }
+      for (int64_t c = 0; c < h; ++c)
+        shares[c] = weigh<W>(x + c * padded, count, padded, sinks ? sinks[g * h + c] : -INFINITY);
+      float* to = out + (n * heads + g * h) * value_width;
+      int64_t c = 0;
+      for (; c + 3 <= h; c += 3)
+        mix_all<W, 3>(rows, values, count, x + c * padded, padded, shares + c,
+                      to + c * value_width);
+      for (; c < h; ++c)
+        mix_all<W, 1>(rows, values, count, x + c * padded, padded, shares + c,
+                      to + c * value_width);
     }
   }
 };
