@@ -82,12 +82,9 @@ class Flops:
 
 
 def flops_per_token(
-    architecture: Architecture,
-    sequence: int,
-    *,
-    document_lengths: Sequence[int] | None = None,
+    architecture: Architecture, sequence: int, *, document_lengths: Sequence[int] | None = None,
     halve: bool = True,
-) -> Flops:
+) -> Flops:  # fmt: skip
     """Return the model's floating-point operations a token, averaged over the sequence.
 
     Args:

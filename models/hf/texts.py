@@ -65,13 +65,9 @@ def special_ids(tokenizer: Path) -> dict[str, int]:
         return {}
     added = {t["content"]: t["id"] for t in read_json(vocabulary).get("added_tokens", ())}
     named = read_json(config)
-    ids = {}
-    for key in ("bos_token", "eos_token"):
-        token = named.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
-        if text in added:
-            ids[f"{key}_id"] = added[text]
-    return ids
+    said = {f"{key}_id": named.get(key) for key in ("bos_token", "eos_token")}
+    texts = {key: t.get("content") if isinstance(t, dict) else t for key, t in said.items()}
+    return {key: added[text] for key, text in texts.items() if text in added}
 
 
 def copy_texts(source: Path, folder: Path) -> None:

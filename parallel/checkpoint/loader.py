@@ -92,12 +92,9 @@ def _newest_good(
 
 
 def load(
-    path: str | Path,
-    entries: Sequence[Entry],
-    mesh: Mesh | None = None,
-    *,
+    path: str | Path, entries: Sequence[Entry], mesh: Mesh | None = None, *,
     allow_unexpected: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Fill the local tensors of `entries` in place and return the state.
 
     With a mesh it is a collective call: all ranks return, or all raise. Where it raises because

@@ -98,12 +98,9 @@ class Bucket:
 
 
 def make_buckets(
-    tensors: Mapping[str, Tensor],
-    group: Callable[[str], Group],
-    kind: Callable[[str], Hashable] = lambda path: None,
-    *,
-    elements: int = BUCKET_ELEMENTS,
-) -> list[Bucket]:
+    tensors: Mapping[str, Tensor], group: Callable[[str], Group],
+    kind: Callable[[str], Hashable] = lambda path: None, *, elements: int = BUCKET_ELEMENTS,
+) -> list[Bucket]:  # fmt: skip
     """Put tensors of one group, dtype, device and kind into buckets, in the order they fill.
 
     Args:
