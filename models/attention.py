@@ -101,8 +101,7 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: If the group's size does not divide the heads, or neither divides the key/value
-            heads nor is a multiple of them; if that of `ulysses` does not divide a rank's heads; or
-            if a rank's widths do not fit `fp8`.
+            heads nor is a multiple of them, or a rank's widths do not fit `fp8`.
     """
 
     def __init__(
@@ -113,7 +112,6 @@ class Attention(nn.Module):
         super().__init__()
         _, size = place(group)
         check_degree("tp", size, {"heads": a.heads}, {"kv_heads": a.kv_heads})
-        check_degree("uly", place(ulysses)[1], {"heads of a tp rank": a.heads // size})
         self.head_dim, self.layer, self.kind = a.head_dim, layer, kind
         self.across: dict[str, Any] = {"ring": ring, "ulysses": ulysses, "context": context}
         self.rotates = a.positions == "rotary"

@@ -36,7 +36,7 @@ from warploom.parallel.context import unshard
 from warploom.parallel.expert import bias_entries, update_biases
 from warploom.parallel.initialise import normal_
 from warploom.parallel.memory import Recompute
-from warploom.parallel.mesh import Mesh
+from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.step import Term
 from warploom.parallel.tensor import VocabEmbedding, VocabHead, scale_entries, update_scales
 
@@ -44,6 +44,7 @@ from .architecture import Architecture, Experts
 from .batch import IGNORED, Batch
 from .block import Block, Sums
 from .embedding import LearnedPositions
+from .fits import check
 from .mup import initial_scale
 from .norm import RMSNorm, block_norm
 from .predict import Prediction, predict, targets_ahead
@@ -107,6 +108,7 @@ class Decoder(nn.Module):
         if z_loss < 0:
             raise ValueError(f"z_loss must be at least 0; got {z_loss}")
         a = architecture
+        check(a, Degrees() if mesh is None else mesh.degrees)
         pp = 1 if mesh is None else mesh.degree("pp")
         self.architecture, self.mesh, self.names = architecture, mesh, names
         self.recompute = Recompute.parse(recompute)

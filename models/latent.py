@@ -87,9 +87,8 @@ class LatentAttention(nn.Module):
             model's dtype; those down are in that dtype always.
 
     Raises:
-        ValueError: If the group's size does not divide the heads, or that of `ulysses` a rank's
-            heads; a rank's widths do not fit `fp8`; or the architecture has a choice that is not
-            for latent attention.
+        ValueError: If the group's size does not divide the heads, a rank's widths do not fit
+            `fp8`, or the architecture has a choice that is not for latent attention.
     """
 
     def __init__(
@@ -100,7 +99,6 @@ class LatentAttention(nn.Module):
         latent, (_, size) = a.latent, place(group)
         assert latent is not None
         check_degree("tp", size, {"heads": a.heads})
-        check_degree("uly", place(ulysses)[1], {"heads of a tp rank": a.heads // size})
         if unserved := [name for name in _UNSERVED if getattr(a, name)]:
             raise ValueError(f"latent attention has no {', '.join(unserved)}: leave them out")
         self.a, self.kind, self.layer, self.group = a, kind, layer, group

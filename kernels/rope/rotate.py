@@ -245,15 +245,9 @@ def _overlap(q_THK: Tensor, k_TGK: Tensor) -> bool:
 
 
 def rotary(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    cos_TJ: Tensor,
-    sin_TJ: Tensor,
-    *,
-    interleaved: bool = False,
-    inplace: bool = False,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+    q_THK: Tensor, k_TGK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor, *, interleaved: bool = False,
+    inplace: bool = False, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rotate queries and keys by the angles of their tokens.
 
     Args:

@@ -2,6 +2,7 @@
 
 from warploom.kernels.gemm import Fp8Recipe
 from warploom.models.architecture import Architecture
+from warploom.models.fits import check as check_split
 from warploom.models.stages import Stages
 from warploom.parallel.mesh import Degrees, check_degree
 from warploom.parallel.tensor import check_widths
@@ -19,17 +20,9 @@ def check(architecture: Architecture, degrees: Degrees, *, stages: int | None = 
         ValueError: In one sentence, with the degrees that fit.
     """
     a, d = architecture, degrees
-    whole, either = {"heads": a.heads}, {"kv_heads": a.kv_heads}
-    if any(a.routed(layer) is None for layer in range(a.layers)):
-        whole["hidden"] = a.hidden
-    if a.ssm is not None:
-        whole["ssm.heads"], either["ssm.groups"] = a.ssm.heads, a.ssm.groups
-    if a.experts is not None and a.experts.shared:
-        whole["experts.shared"] = a.experts.shared
-    check_degree("tp", d.tp, whole, either)
+    check_split(a, d)
     if a.ssm is not None:
         check_degree("cp", d.cp, {"ssm heads of a tp rank": a.ssm.heads // d.tp})
-    check_degree("uly", d.uly, {"cp": d.cp, "heads of a tp rank": a.heads // d.tp})
     if a.experts is None:
         for axis, degree in (("ep", d.ep), ("etp", d.etp)):
             if degree > 1:

@@ -78,8 +78,3 @@ def test_heads_that_fit_no_way_get_one_sentence():
         r"tp3 and tp6 do",
     ):
         Attention(replace(SIZES, heads=18, kv_heads=6), group=ProcessGroup(0, 4))
-    with pytest.raises(ValueError, match=r"divide heads of a tp rank \(3\): uly1 and"):
-        Attention(
-            replace(SIZES, heads=6, kv_heads=2), group=ProcessGroup(0, 2),
-            ulysses=ProcessGroup(0, 2),
-        )  # fmt: skip

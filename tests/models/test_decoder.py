@@ -302,11 +302,19 @@ def _two_ranks():
     _equals_one_rank(SMALL, 2, 24, None)
     _equals_one_rank(tied, 2, 24, [20, 4, 24])
     _equals_one_rank(tied, 1, 13, None)  # an odd number of tokens is padded
-    wrong = r"tp \(2\) must divide heads \(6\), .*multiple of kv_heads \(3\): tp1 and tp3 do"
+    wrong = r"tp \(2\) must divide heads \(6\), .*multiple of kv_heads \(3\): tp1 does"
     with pytest.raises(ValueError, match=wrong):
         Decoder(replace(SMALL, kv_heads=3), mesh=Mesh.build("tp2"))
-    with pytest.raises(ValueError, match=r"tp \(2\) must divide hidden \(81\): tp1 and tp3 do"):
-        Decoder(replace(SMALL, hidden=81), mesh=Mesh.build("tp2"))
+    wrong = r"tp \(2\) must divide heads \(6\), hidden \(81\), .*: tp1 and tp3 do"
+    with pytest.raises(ValueError, match=wrong):
+        Decoder(replace(SMALL, hidden=81, kv_heads=6), mesh=Mesh.build("tp2"))
+    wide = {"hidden": 80, "heads": 5, "kv_heads": 1}  # tp5 would divide the heads, not 82
+    for hidden, near in ((80, "tp1 and tp5 do"), (82, "tp1 does")):
+        with pytest.raises(ValueError, match=f": {near}$"):
+            Decoder(replace(SMALL, **wide | {"hidden": hidden}), mesh=Mesh.build("tp2"))
+    wrong = r"uly \(2\) must divide cp \(2\), heads of a tp rank \(5\): uly1 does"
+    with pytest.raises(ValueError, match=wrong):
+        Decoder(replace(SMALL, **wide), mesh=Mesh.build("cp2,uly2"))
 
 
 def test_two_tensor_parallel_ranks_equal_one(ranks):

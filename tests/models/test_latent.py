@@ -148,5 +148,3 @@ def test_the_gradient_of_the_rotated_key_is_summed_over_tensor_parallel_heads(po
 def test_heads_that_do_not_divide_get_one_sentence():
     with pytest.raises(ValueError, match=r"tp \(3\) must divide heads \(4\): tp2 and tp4 do"):
         LatentAttention(_architecture(), "full", 0, group=ProcessGroup(0, 3))
-    with pytest.raises(ValueError, match=r"uly \(3\) must divide heads of a tp rank \(4\): uly2"):
-        LatentAttention(_architecture(), "full", 0, group=None, ulysses=ProcessGroup(0, 3))
