@@ -362,6 +362,7 @@ def needed_bytes(run: Run, degrees: Degrees, *, host: bool = False) -> int:
         fp8=recipe(run.fp8),
         z_loss=run.z_loss > 0,
         context=options.context,
+        lengths=lengths,
         stages=stages(options, run.architecture.layers, table),
         schedule=table,
     )
