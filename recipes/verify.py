@@ -309,10 +309,8 @@ def tables(outcome: Outcome) -> list[Table]:
         shown = ("-" if math.isnan(n) else f"{n:,.0f}" for n in numbers)
         name = f"{line.axis}, {line.where}"
         sent.add_row(name, what, *shown, _verdict(line.agrees))
-    memory = Table("saved for the backward", "predicted", "", title="rank 0, bytes", **style)
-    held, wanted = outcome.peak
-    predicted = "no prediction for this case" if math.isnan(wanted) else f"{wanted:,.0f}"
-    memory.add_row(f"{held:,.0f}", predicted, _verdict(not _off(outcome.peak)))
+    memory = Table("saved for the backward", "predicted", "", title="a rank, bytes", **style)
+    memory.add_row(*(f"{n:,.0f}" for n in outcome.peak), _verdict(not _off(outcome.peak)))
     return [parity, sent, memory] if outcome.traffic else [parity]
 
 

@@ -18,7 +18,7 @@ from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.models.mup import is_hidden, learning_rates
 from warploom.parallel import optimizer as optimizers
-from warploom.parallel.collectives import all_reduce_, observed
+from warploom.parallel.collectives import all_reduce_, gather_json, observed
 from warploom.parallel.initialise import normal_
 from warploom.parallel.memory import offloaded
 from warploom.parallel.mesh import Mesh
@@ -210,8 +210,9 @@ class Outcome:
         flows: Sum of squares of what each part adds to the stream in the first step, in the order
             of the forward pass: found, and of one process. Padding counts.
         traffic: What all ranks send, and what they should.
-        peak: Bytes that rank 0 saves for the backward of one micro-batch: the most at a time, and
-            what recipes/plan/memory.py predicts; NaN without a prediction.
+        peak: Bytes that a rank saves for the backward of one micro-batch: the most at a time, and
+            what recipes/plan/memory.py predicts. Of the rank where these differ most, or that saves
+            most; NaN where they were not measured.
     """
 
     differences: dict[str, float]
@@ -279,7 +280,9 @@ def _measure(
         *traffic.compare("micro-batch", one, layers_wanted),
         *traffic.compare("step", beside, step_wanted),
     ]
-    return traffic.over_ranks(lines, mesh), peak(model, case, batch)
+    saved = gather_json(peak(model, case, batch), mesh.world)
+    found, wanted = max(saved, key=lambda pair: (abs(pair[0] - pair[1]), pair[0]))
+    return traffic.over_ranks(lines, mesh), (found, wanted)
 
 
 def _held(seen: Seen, mesh: Mesh) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

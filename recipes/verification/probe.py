@@ -1,13 +1,10 @@
 """One micro-batch through the stages of a rank, without its pipeline: what travels, what stays."""
 
-import math
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import MISSING, fields
 
 import torch
 from torch import Tensor
 
-from warploom.models.architecture import Architecture
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Call, observed
@@ -70,19 +67,11 @@ def _tokens(model: Decoder, batch: Batch) -> int:
     return shape[0] * (1 if model.mesh is None else model.mesh.degree("tp"))
 
 
-_COUNTED = {
-    *("rope_base", "rope_scaling", "sliding_rope_base", "norm_eps", "attention_scale", "tied"),
-    *("experts", "qk_norm", "predict_weight"),
-}
-
-
 def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
     """Return the bytes that a micro-batch saves for its backward, and what the cost model predicts.
 
-    A collective call. Rows that experts serve are the router's decision: they are counted here.
-
-    Returns:
-        Bytes on this rank; NaN for what is predicted for a plain decoder alone.
+    Of this rank; a collective call. Rows that experts serve are the router's decision: they are
+    counted here.
     """
     served: list[int] = []
     with ExitStack() as stack:
@@ -94,17 +83,15 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         chosen = stack.enter_context(record_routing())
         _run(model, batch, backward=False)
         held = seen.highest["activations"]
-    if not _plain(case.architecture):
-        return float(held), math.nan
     sent = [int((indices >= 0).sum()) for indices in chosen]
     d = case.degrees
     tokens, total = _tokens(model, batch), batch.tokens.numel()
-    lengths = batch.document_lengths
-    documents = 0 if lengths is None else len(lengths)
-    if lengths is None and d.cp == d.uly > 1:
-        documents = len(batch.tokens)
+    packed, rows = batch.document_lengths, [batch.tokens.shape[1]] * len(batch.tokens)
+    documents = 0 if packed is None else len(packed)
+    if packed is None and d.cp == d.uly > 1:
+        documents = len(rows)
     if d.cp == 1 and tokens > total:
-        documents = (documents or len(batch.tokens)) + 1
+        documents = (documents or len(rows)) + 1
     wanted = activations(
         case.architecture,
         tokens,
@@ -117,21 +104,7 @@ def peak(model: Decoder, case: Case, batch: Batch) -> tuple[float, float]:
         held=model.held,
         total=total,
         documents=documents,
+        lengths=rows if packed is None else packed.tolist(),
         rows=list(zip(sent, served, strict=True)),
     )
     return float(held), float(wanted)
-
-
-def _plain(a: Architecture) -> bool:
-    """Say whether the saved bytes of an architecture are counted exactly: those of a plain decoder.
-
-    A norm after a block, a bias, a window's edges, a soft-cap, sinks, a latent, a state or a
-    further prediction keeps more than is counted.
-    """
-    uncounted = (f for f in fields(a) if f.default is not MISSING and f.name not in _COUNTED)
-    experts = a.experts is None or not (
-        a.experts.bias or a.experts.router_bias or a.experts.shared_gate or a.experts.clamp
-    )
-    return (
-        all(getattr(a, f.name) == f.default for f in uncounted) and experts and a.qk_norm != "full"
-    )
