@@ -8,8 +8,13 @@ u = (R - 1) t / R x D elements; M members of a ring, each with e elements of key
     ring               M - 1 exchanges of e; backward twice as many
     all_gather         an all-gather of (M - 1) e; backward a reduce-scatter
     Ulysses            all-to-alls of q, k and v, and of the output; backward the same
+    latent attention   all-gathers as wide as the latents, and the key that rotates, instead of D
+    norm of all heads  all-reduces of t, for queries and for keys; backward the same
+    states             over cp all-to-alls of x with dt, and of y, and an all-gather of B and C;
+                       where R ranks share G groups, an all-reduce of G t; backward the adjoints
     experts            all-to-alls of counts, and of the rows that are routed to other ranks, there
                        and back; P etp ranks gather and scatter each row to the other P - 1
+    further tokens     each what the embedding, a block and the head send
     selective, full    the gathers, or all of a block's forward, again in the backward
 
 A step: each stage sends its micro-batches on and their gradients back; ZeRO-1 scatters each
@@ -23,11 +28,12 @@ Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 7.
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 from torch import Tensor
 
-from warploom.models.architecture import Architecture, Experts
+from warploom.models.architecture import Architecture, Experts, StateSpace
 from warploom.models.decoder import Decoder
 from warploom.parallel.collectives import Group, gather_json, place
 from warploom.parallel.mesh import Mesh
@@ -115,6 +121,11 @@ class _Theory:
             before = self.found[key]
             self.found[key] = (before[0] + calls, before[1] + sent)
 
+    def reduce(self, group: Group, phase: str, calls: float, elements: int) -> None:
+        """Count all-reduces of so many elements each."""
+        _, ranks = place(group)
+        self.add(group, REDUCE, phase, calls, calls * ring_bytes(REDUCE, ranks, elements * ITEM))
+
 
 def micro_batch(
     model: Decoder, mesh: Mesh, case: Case, seen: Seen, ledger: Ledger
@@ -131,56 +142,112 @@ def micro_batch(
     Returns:
         Calls and bytes by axis, collective and phase; `None` where there is no formula.
     """
-    if (recompute := case.recompute) not in RECOMPUTED or _irregular(model.architecture):
+    if (recompute := case.recompute) not in RECOMPUTED:
         return None
     a, theory, tokens = model.architecture, _Theory(ledger), seen.tokens
     ranks, routed = mesh.degree("tp"), iter(seen.routed)
-    unit = (ranks - 1) * tokens // ranks * a.width * ITEM
+    unit = (ranks - 1) * tokens // ranks * ITEM  # of one feature
 
-    def tensor(op: str, phase: str, calls: float) -> None:
-        theory.add(mesh.tp, op, phase, calls, calls * unit)
+    def tensor(op: str, phase: str, calls: float, width: int = a.width) -> None:
+        theory.add(mesh.tp, op, phase, calls, calls * unit * width)
 
     for number in map(int, model.blocks):
-        experts = a.routed(number)
-        pairs = 2 if experts is None or experts.shared else 1
-        for phase in ("forward", "backward"):
-            tensor(GATHER, phase, pairs)
-            tensor(SCATTER, phase, pairs)
-        _attention(theory, model, mesh, case, tokens)
-        if experts is not None:
-            _experts(
-                theory, experts, mesh, a.width, seen.documents, next(routed), recompute == "full"
-            )
-        if recompute == "selective":
-            tensor(GATHER, "backward", 2 if experts is None else 1)
-        elif recompute == "full":
-            tensor(GATHER, "backward", pairs)
-            tensor(SCATTER, "backward", 1 if experts is None else pairs)
-    if hasattr(model, "embedding"):
-        tensor(SCATTER, "forward", 1)
-        tensor(GATHER, "backward", 1)
+        _block(tensor, a, number, recompute)
+        _mixer(theory, model, mesh, case, number, tokens)
+        if (experts := a.routed(number)) is not None:
+            found, full = next(routed), recompute == "full"
+            _experts(theory, experts, mesh, a.width, seen.documents, found, full)
+            losses = (experts.balance > 0) + (experts.router_z > 0)
+            theory.reduce(mesh.tp, "forward", losses > 0, losses)
+            again = full and losses > 0 and _keeps_on(a, number)
+            theory.reduce(mesh.tp, "backward", again, losses)
+    further = a.predict * (model.stages.last in model.held)
+    embedded = (0 in model.held) + further
+    tensor(SCATTER, "forward", embedded)
+    tensor(GATHER, "backward", embedded)
     if hasattr(model, "head"):
-        tensor(GATHER, "forward", 1)
-        tensor(SCATTER, "backward", 1)
+        tensor(GATHER, "forward", 1 + further)
+        tensor(SCATTER, "backward", 1 + further)
         for parts in (1, 2):
-            theory.add(
-                mesh.tp, REDUCE, "forward", 1, ring_bytes(REDUCE, ranks, parts * tokens * ITEM)
-            )
+            theory.reduce(mesh.tp, "forward", 1 + further, parts * tokens)
     return dict(theory.found)
 
 
-def _irregular(a: Architecture) -> bool:
-    """Whether layers of an architecture send what there is no formula for here."""
-    states = a.latent is not None or a.ssm is not None or a.predict > 0
-    return states or a.qk_norm == "full" or a.window is not None or a.sinks
+def _block(tensor: Callable[..., None], a: Architecture, number: int, recompute: str) -> None:
+    """Count what the projections of a block gather and scatter of the tokens."""
+    again, full, experts = recompute != "none", recompute == "full", a.routed(number)
+    entered = _entered(a, number)
+    for width in entered:
+        tensor(GATHER, "forward", 1, width)
+        tensor(SCATTER, "backward", 1, width)
+    for width in entered[: None if full else 2]:  # what nothing keeps does not run again
+        tensor(GATHER, "backward", again, width)
+    fed = experts is None or experts.shared is not None
+    tensor(GATHER, "forward", fed)
+    tensor(SCATTER, "backward", fed)
+    tensor(GATHER, "backward", fed and (full or (again and experts is None)))
+    tensor(SCATTER, "forward", 1 + fed)
+    tensor(GATHER, "backward", 1 + fed)
+    left = experts is None and not _keeps_on(a, number)
+    tensor(SCATTER, "backward", full * (1 + fed - left))
 
 
-def _attention(theory: _Theory, model: Decoder, mesh: Mesh, case: Case, tokens: int) -> None:
-    a, again = model.architecture, case.recompute == "full"
+def _keeps_on(a: Architecture, number: int) -> bool:
+    """Whether a block keeps something after its feed-forward: a norm is there."""
+    return a.norm_at != "before" or number >= a.layers
+
+
+def _entered(a: Architecture, number: int) -> list[int]:
+    """Return the widths of what is gathered before what mixes the tokens of a block."""
+    if a.latent is None or a.kind(number) == "ssm":
+        return [a.width]
+    return [a.latent.queries or a.width, a.latent.keys, a.latent.rotated]
+
+
+def _mixer(
+    theory: _Theory, model: Decoder, mesh: Mesh, case: Case, number: int, tokens: int
+) -> None:
+    """Count what a block sends to mix tokens, between its projections."""
+    a, times = model.architecture, 2 if case.recompute == "full" else 1
+    if a.kind(number) == "ssm":
+        assert a.ssm is not None
+        _states(theory, a.ssm, mesh, tokens, times)
+        return
+    _attention(theory, a, mesh, case, tokens)
+    if a.qk_norm == "full":  # the sums of squares of queries, and of keys
+        theory.reduce(mesh.tp, "forward", 2, tokens)
+        theory.reduce(mesh.tp, "backward", 2 * times, tokens)
+
+
+def _states(theory: _Theory, ssm: StateSpace, mesh: Mesh, tokens: int, times: int) -> None:
+    """Count a state-space mixer, whose forward runs `times` times."""
+    ranks = mesh.degree("tp")
+    heads, groups = ssm.heads // ranks, max(ssm.groups // ranks, 1)
+    here = tokens
+    for group in (mesh.ulysses, mesh.ring):
+        _, size = place(group)
+        each = (ssm.head_dim + 1, ssm.head_dim)  # x with dt, and y on its way back
+        sent = sum(ring_bytes(SWAP, size, tokens * heads * n * ITEM) for n in each)
+        theory.add(group, SWAP, "forward", 2, sent)
+        theory.add(group, SWAP, "backward", 2 * times, times * sent)
+        sent = ring_bytes(GATHER, size, here * 2 * groups * ssm.state * ITEM)
+        theory.add(group, GATHER, "forward", 1, sent)
+        theory.add(group, GATHER, "backward", times - 1, (times - 1) * sent)
+        theory.add(group, SCATTER, "backward", 1, sent)
+        here *= size
+    if ssm.groups < ranks:  # whose norms have sums of squares over several ranks
+        theory.reduce(mesh.tp, "forward", 1, tokens * ssm.groups)
+        theory.reduce(mesh.tp, "backward", times, tokens * ssm.groups)
+
+
+def _attention(theory: _Theory, a: Architecture, mesh: Mesh, case: Case, tokens: int) -> None:
+    again = case.recompute == "full"
     tp, uly = mesh.degree("tp"), mesh.degree("uly")
-    heads, keys = a.heads // tp, max(a.kv_heads // tp, 1)
-    members = mesh.degree("cp") // uly
-    travels = max(keys // uly, 1) * tokens * uly * a.head_dim * 2 * ITEM * (members - 1)
+    heads, keys, values = a.heads // tp, max(a.kv_heads // tp, 1), a.head_dim
+    if a.latent is not None:
+        keys, values = heads, a.latent.values
+    members, both = mesh.degree("cp") // uly, a.head_dim + values
+    travels = max(keys // uly, 1) * tokens * uly * both * ITEM * (members - 1)
     times = 2 if again else 1
     if mesh.ring is not None and case.parallel.context == "ring":
         theory.add(mesh.ring, EXCHANGE, "forward", members - 1, travels)
@@ -192,8 +259,8 @@ def _attention(theory: _Theory, model: Decoder, mesh: Mesh, case: Case, tokens: 
         theory.add(mesh.ring, GATHER, "backward", again, again * travels)
     if mesh.ulysses is not None:
         spread = max(keys, uly)  # keys that are fewer than the ranks travel several times
-        brought = (heads + 2 * spread, heads)
-        sent = sum(ring_bytes(SWAP, uly, n * tokens * a.head_dim * ITEM) for n in brought)
+        brought = (heads * a.head_dim + spread * both, heads * values)
+        sent = sum(ring_bytes(SWAP, uly, n * tokens * ITEM) for n in brought)
         theory.add(mesh.ulysses, SWAP, "forward", 2, sent)
         theory.add(mesh.ulysses, SWAP, "backward", 2 * times, times * sent)
 
@@ -221,15 +288,9 @@ def _experts(
     theory.add(mesh.etp, SWAP, "forward", 2, shared)
     theory.add(mesh.etp, GATHER, "backward", again, again * lines)
     theory.add(mesh.etp, SWAP, "backward", 4 if again else 2, (1 + again) * shared)
-    losses = (experts.balance > 0) + (experts.router_z > 0)  # no backward needs them again
     if experts.balance > 0:
-        table = documents * (experts.count + 1) * ITEM
         for group in (mesh.cp, mesh.tp):
-            size = 1 if group is None else group.size()
-            theory.add(group, REDUCE, "forward", 1, ring_bytes(REDUCE, size, table))
-    if losses:
-        sent = ring_bytes(REDUCE, mesh.degree("tp"), losses * ITEM)
-        theory.add(mesh.tp, REDUCE, "forward", 1, sent)
+            theory.reduce(group, "forward", 1, documents * (experts.count + 1))
 
 
 def step(

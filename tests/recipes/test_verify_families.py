@@ -44,6 +44,14 @@ def test_every_axis_at_once(family, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("family", [*DENSE, *ROUTED], ids=_name)
+def test_what_runs_again_sends_and_saves_as_predicted(family, recompute, tmp_path, capsys):
+    words = [_folder(family, tmp_path), "--mesh", "tp2,cp2", "--recompute", recompute]
+    assert verify.main(words) == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_muon_asks_the_experts_ranks_who_owns_what(tmp_path, capsys):
     words = [_folder(llama, tmp_path), "--mesh", "tp2,dp2", "--optimizer", "muon"]
     assert verify.main(words) == 0, capsys.readouterr().out
