@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from warploom.kernels import backends
+from warploom.kernels.cpu import lanes, missing
 from warploom.recipes import compilers
 from warploom.recipes.runner.environment import OPTIONAL, apex_warning, environment
 
@@ -64,6 +65,9 @@ def _machine(found: dict[str, Any]) -> Table:
     table.add_row("CPU", f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads usable")
     table.add_row("memory", f"{cpu['memory_gib']} GiB")
     table.add_row("bf16 on the CPU", *_or(", ".join(bf16), "bf16 is emulated, slower than float32"))
+    lost = f"generation in float32 takes the operators that train: {missing()}"
+    vectors = None if missing() else f"warploom._cpu, vectors of {lanes()} floats"
+    table.add_row("generation on the CPU", *_or(vectors, lost))
     table.add_row(
         "CUDA in torch",
         *_or(
