@@ -9,8 +9,8 @@ operators that train. The caller checks shapes.
 
 import functools
 import importlib
-from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,10 +39,9 @@ def lanes() -> int:
     return 0 if isinstance(found, str) else max(found.lanes())
 
 
-def call(name: str, tensors: Iterable[Tensor | None], *sizes: float) -> None:
-    """Call an operator of csrc/cpu/operators.h with the addresses of tensors, and with sizes."""
-    pointers = (0 if x is None else x.data_ptr() for x in tensors)
-    getattr(_module(), name)(lanes(), *pointers, *sizes)
+def operators() -> Any:
+    """Return the module's operators; they take how many floats a vector has, and addresses."""
+    return _module()
 
 
 def serves_linear(x: Tensor, weight: Tensor) -> bool:
@@ -53,9 +52,10 @@ def serves_linear(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return `x weight^T + bias`: x `[..., D]`, weight `[F, D]` without gaps, bias `[F]`."""
-    x, columns, bias = x.contiguous(), len(weight), bias if bias is None else bias.contiguous()
-    y = x.new_empty(*x.shape[:-1], columns)
-    call("linear", (x, weight, bias, y), x.shape[:-1].numel(), columns, x.shape[-1])
+    x, columns, width = x.contiguous(), weight.shape[0], x.shape[-1]
+    y, added = x.new_empty(*x.shape[:-1], columns), 0 if bias is None else bias.data_ptr()
+    where = x.data_ptr(), weight.data_ptr(), added, y.data_ptr()
+    operators().linear(lanes(), *where, x.numel() // width, columns, width)
     return y
 
 
@@ -63,11 +63,13 @@ def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return `x + residual` normalised, and the sum (x without a residual): `[..., D]`."""
-    x = x.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    y, total = torch.empty_like(x), x if residual is None else torch.empty_like(x)
-    width = x.shape[-1]
-    call("rms_norm", (x, residual, weight.contiguous(), y, total), x.numel() // width, width, eps)
+    x, width = x.contiguous(), x.shape[-1]
+    y, total, more = torch.empty_like(x), x, 0
+    if residual is not None:
+        residual, total = residual.contiguous(), torch.empty_like(x)
+        more = residual.data_ptr()
+    where = x.data_ptr(), more, weight.data_ptr(), y.data_ptr(), total.data_ptr()
+    operators().rms_norm(lanes(), *where, x.numel() // width, width, eps)
     return y, total
 
 
@@ -75,7 +77,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Return `silu(gate) * up` `[..., F]` of `[..., 2 F]`."""
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], width)
-    call("swiglu", (gate_up, y), y.numel() // width, width)
+    rows = gate_up.numel() // (2 * width)
+    operators().swiglu(lanes(), gate_up.data_ptr(), y.data_ptr(), rows, width)
     return y
 
 
@@ -83,5 +86,6 @@ def rotate(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:
     """Rotate heads in halves, K = 2 J; the heads of a token lie side by side."""
     tokens, heads, width = x_THK.shape
     y = x_THK.new_empty(x_THK.shape)
-    call("rotate", (x_THK, cos_TJ, sin_TJ, y), tokens, heads, width // 2, x_THK.stride(0))
+    where = x_THK.data_ptr(), cos_TJ.data_ptr(), sin_TJ.data_ptr(), y.data_ptr()
+    operators().rotate(lanes(), *where, tokens, heads, width // 2, x_THK.stride(0))
     return y

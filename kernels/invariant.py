@@ -57,10 +57,12 @@ def invariant() -> bool:
 
 def plain(*tensors: Tensor) -> bool:
     """Tell whether the operators of `cpu` serve: no gradient can come, float32 on the CPU."""
-    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+    if not torch.is_inference_mode_enabled() or _ON.get() or not cpu.lanes():
         return False
-    wanted = all(x.is_cpu and x.dtype == torch.float32 for x in tensors) and cpu.lanes() > 0
-    return wanted and not (_ON.get() or torch.is_autocast_enabled("cpu"))
+    for x in tensors:
+        if not x.is_cpu or x.dtype != torch.float32:
+            return False
+    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
 
 
 def need_invariant(op: str, served: bool, found: object) -> None:

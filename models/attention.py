@@ -74,7 +74,7 @@ def attend(
     else:
         bounds, longest = sequences.cu_seqlens, sequences.max_seqlen
         mixed = flash_attention_varlen(q_THK, k_TGK, v_TGL, bounds, max_seqlen=longest, **options)
-    y: Tensor = mixed.reshape(len(q_THK), -1)
+    y: Tensor = mixed.reshape(q_THK.shape[0], -1)
     return y
 
 
@@ -161,8 +161,8 @@ class Attention(nn.Module):
         cos, sin = sequences.angles[self.kind] if self.rotates else (qkv, qkv)
         if 2 * cos.shape[1] == self.head_dim and self.q_norm is None and plain(qkv):
             *heads, last = (width // self.head_dim for width in self.widths)
-            x_THK = qkv.view(len(qkv), -1, self.head_dim)
-            q_THK, k_TGK = rotate(x_THK[:, :-last], cos, sin).split(heads, 1)
+            x_THK = qkv.view(qkv.shape[0], -1, self.head_dim)
+            q_THK, k_TGK = rotate(x_THK[:, :-last], cos, sin).split_with_sizes(heads, 1)
             return q_THK, k_TGK, x_THK[:, -last:]
         q, k, v = qkv.split(self.widths, dim=-1)
         if self.whole and self.q_norm is not None and self.k_norm is not None:

@@ -45,13 +45,15 @@ class Paged:
 
     def attend(self, layer: int, q_THK: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         """Keep new keys `[T, G, K]` and values, and attend to all of each sequence: `[T, H, L]`."""
-        (k_pages, v_pages), n = self.layers[layer], len(self.places)
+        (k_pages, v_pages), n, rows = self.layers[layer], self.places.shape[0], q_THK.shape[0]
+        if rows > n:  # padding, which tensor-parallel ranks share
+            q_THK, k, v = q_THK[:n], k[:n], v[:n]
         mixed: Any
         if self.decoding is not None and self.decoding.serves(q_THK, k_pages, v_pages):
-            mixed = self.decoding.attend(q_THK[:n], k[:n], v[:n], k_pages, v_pages, **options)
+            mixed = self.decoding.attend(q_THK, k, v, k_pages, v_pages, **options)
         else:
             self.write(k_pages, k)
             self.write(v_pages, v)
             where = self.tables, self.lengths, self.cu_seqlens
-            mixed = paged_attention(q_THK[:n], k_pages, v_pages, *where, **options)
-        return F.pad(mixed, (0, 0, 0, 0, 0, len(q_THK) - n)) if len(q_THK) > n else mixed
+            mixed = paged_attention(q_THK, k_pages, v_pages, *where, **options)
+        return F.pad(mixed, (0, 0, 0, 0, 0, rows - n)) if rows > n else mixed

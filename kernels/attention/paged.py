@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import choose
-from ..cpu import call, lanes
+from ..cpu import lanes, operators
 from ..invariant import invariant, plain
 from ..library import need_tensors, register, wide
 from . import tiled
@@ -106,14 +106,20 @@ class Decoding:
         Returns:
             `[N, H, L]`.
         """
-        new = [x if x[0].is_contiguous() else x.contiguous() for x in (q_NHK, k_NGK, v_NGL)]
-        (n, heads, width), (groups, value_width) = q_NHK.shape, v_NGL.shape[1:]
-        out = q_NHK.new_empty(n, heads, value_width)
-        strides = (self.tables.stride(0), *(x.stride(0) for x in new))
-        sizes = (n, self.keys, heads, groups, k_pages.shape[1], *strides, width, value_width)
-        tensors = (*new, sinks, k_pages, v_pages, out, self.tables, self.lengths)
-        scale = width**-0.5 if scale is None else scale
-        call("decode", tensors, *sizes, window[0], scale, softcap or 0.0)
+        q, k, v = (
+            x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+            for x in (q_NHK, k_NGK, v_NGL)
+        )
+        (n, heads, width), (groups, value_width) = q.shape, v.shape[1:]
+        out = q.new_empty(n, heads, value_width)
+        ours = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if sinks is None else sinks.data_ptr()
+        held = k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr()
+        strides = self.tables.stride(0), q.stride(0), k.stride(0), v.stride(0)
+        operators().decode(
+            lanes(), *ours, *held, self.tables.data_ptr(), self.lengths.data_ptr(), n, self.keys,
+            heads, groups, k_pages.shape[1], *strides, width, value_width, window[0],
+            width**-0.5 if scale is None else scale, softcap or 0.0,
+        )  # fmt: skip
         return out
 
 
