@@ -141,7 +141,8 @@ def _tensors(source: Source, folder: Path, command: Convert) -> None:
     stored, biases = tensors_of(source.architecture), biases_of(source.architecture)
     dtypes = {n: source.dtype(n) if n in biases else wanted or source.dtype(n) for n in stored}
     kinds = sorted({str(dtypes[name])[6:] for name in stored if name not in biases})
-    config = {name: value for name, value in source.config.items() if name != "dtype"}
+    apart = ("dtype", "quantization_config")  # said below; nothing is packed any more
+    config = {name: value for name, value in source.config.items() if name not in apart}
     config["torch_dtype"] = kinds[0] if len(kinds) == 1 else None
     write_json(folder / "config.json", config)
     shapes = {name: (dtypes[name], one.shape) for name, one in stored.items()}

@@ -35,7 +35,7 @@ def _codes(rows, columns):
     return codes, scales * 4.0 ** -torch.arange(scales.numel()).view(scales.shape)
 
 
-def _quantised(made, folder, scale=torch.float32):
+def quantised(made, folder, scale=torch.float32):
     """Write a folder whose projections are in FP8; return what they stand for, by name."""
     hf.save(Decoder.create(made, dtype=torch.bfloat16), folder)
     _configure(folder, quantization_config=CONFIG)
@@ -58,7 +58,7 @@ def _configure(folder, **changes):
 @pytest.mark.parametrize("scale", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_weights_in_fp8_are_read_as_what_they_stand_for(tmp_path, dtype, scale):
-    want = _quantised(SMALL, tmp_path / "model", scale)
+    want = quantised(SMALL, tmp_path / "model", scale)
     assert any(x.shape[0] % 128 and x.shape[1] > 128 for x in want.values())
     model = hf.load(tmp_path / "model", dtype=dtype)
     dtype = dtype or torch.bfloat16
@@ -90,7 +90,7 @@ def test_any_slice_has_its_own_scales(tmp_path, monkeypatch, block):
 
 def test_transformers_gives_the_same_logits(tmp_path, monkeypatch):
     made = replace(llama.tiny(), width=256, heads=4, kv_heads=2, head_dim=64, hidden=384)
-    want = _quantised(made, tmp_path / "model")
+    want = quantised(made, tmp_path / "model")
     assert all(n % 128 == 0 for x in want.values() for n in x.shape)  # others it cannot on a CPU
     monkeypatch.setattr(quantizer_finegrained_fp8, "is_accelerate_available", lambda: True)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").float()
@@ -114,7 +114,7 @@ def _sliced(folder):
 
 
 def test_ranks_read_their_slices(ranks, tmp_path):
-    _quantised(SMALL, tmp_path / "model")
+    quantised(SMALL, tmp_path / "model")
     ranks(2, _sliced, tmp_path / "model")
 
 
@@ -136,7 +136,7 @@ def test_scales_must_fit(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["code", "scale", "overflow"])
 def test_what_is_not_finite_is_refused(tmp_path, wrong):
-    _quantised(SMALL, tmp_path / "model")
+    quantised(SMALL, tmp_path / "model")
     file = tmp_path / "model/model.safetensors"
     stored = load_file(file)
     if wrong == "code":

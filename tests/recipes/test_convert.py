@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.models.test_hf_fp8 import quantised
 
 from warploom.models import hf
 from warploom.models.decoder import Decoder
@@ -256,6 +257,21 @@ def test_a_folder_is_converted_and_everything_comes_along(folder, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     with pytest.raises(UserError, match="link exists: weights are never overwritten"):
         _run(folder, tmp_path / "link")
+
+
+@pytest.mark.parametrize(("words", "dtype"), [((), "bf16"), (("--dtype", "float32"), "float32")])
+def test_a_folder_in_fp8_becomes_one_that_is_not(tmp_path, words, dtype):
+    from transformers import AutoModelForCausalLM
+
+    want = quantised(llama.tiny(), tmp_path / "in")
+    assert _run(tmp_path / "in", tmp_path / "out", *words) == 0
+    peer = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert not hasattr(peer.config, "quantization_config")
+    kind = {"bf16": torch.bfloat16, "float32": torch.float32}[dtype]
+    for name, p in peer.named_parameters():
+        assert p.dtype == kind
+        assert name not in want or torch.equal(p, want[name].to(kind))
+    assert hf.load(tmp_path / "out").norm.weight.dtype == kind
 
 
 def test_nothing_half_written_is_left(folder, tmp_path, monkeypatch):
