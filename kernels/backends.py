@@ -287,12 +287,9 @@ def fastest(op: str, capability: str, key: str, file: Path = _FASTEST) -> str | 
 
 
 def choose(
-    op: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str | None = None,
+    op: str, device: torch.device, dtype: torch.dtype, backend: str | None = None,
     case: str | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """Choose the backend that serves `op`.
 
     Args:

@@ -9,7 +9,6 @@ operators that train. The caller checks shapes.
 
 import functools
 import importlib
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,8 +18,11 @@ MOST_ROWS = 24  # of a product: beyond, PyTorch's is as fast
 
 
 @functools.cache
-def _module() -> ModuleType | str:
-    """Return the module, or what it lacks; an import that failed once is not tried again."""
+def operators() -> Any:
+    """Return the module, or in words what it lacks; an import that failed is not tried again.
+
+    Its operators take how many floats a vector has, addresses and sizes.
+    """
     try:
         return importlib.import_module("warploom._cpu")
     except ImportError as error:
@@ -29,19 +31,13 @@ def _module() -> ModuleType | str:
 
 def missing() -> str | None:
     """Say why the module does not serve; None when it does."""
-    return found if isinstance(found := _module(), str) else None
+    return found if isinstance(found := operators(), str) else None
 
 
 @functools.cache
 def lanes() -> int:
     """Return how many floats a vector of this machine has: 4, 8 or 16; 0 without the module."""
-    found = _module()
-    return 0 if isinstance(found, str) else max(found.lanes())
-
-
-def operators() -> Any:
-    """Return the module's operators; they take how many floats a vector has, and addresses."""
-    return _module()
+    return 0 if missing() else max(operators().lanes())
 
 
 def serves_linear(x: Tensor, weight: Tensor) -> bool:

@@ -112,12 +112,9 @@ def cap_slope(z: Tensor, softcap: float) -> Tensor:
 
 
 def cross_entropy_partials_reference(
-    logits_CV: Tensor,
-    targets_C: Tensor,
-    start: int = 0,
-    softcap: float | None = None,
+    logits_CV: Tensor, targets_C: Tensor, start: int = 0, softcap: float | None = None,
     moments: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Specify `cross_entropy_partials`; the tests hold the kernel to this.
 
     Args:

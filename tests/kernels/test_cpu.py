@@ -14,7 +14,7 @@ from warploom.kernels.norm import rms_norm
 from warploom.kernels.rope import rotary, rotary_tables
 
 built = pytest.mark.skipif(cpu.missing() is not None, reason="warploom._cpu is not built")
-LANES = [] if cpu.missing() else cpu._module().lanes()
+LANES = [] if cpu.missing() else cpu.operators().lanes()
 
 
 @pytest.fixture(params=LANES)
@@ -38,7 +38,7 @@ def test_the_module_is_built_where_a_compiler_is():
 
 
 def test_without_the_module_the_operators_that_train_serve(monkeypatch):
-    monkeypatch.setattr(cpu, "_module", lambda: "No module named 'warploom._cpu': install")
+    monkeypatch.setattr(cpu, "operators", lambda: "No module named 'warploom._cpu': install")
     cpu.lanes.cache_clear()
     try:
         assert "install" in cpu.missing()
