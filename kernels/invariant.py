@@ -57,12 +57,12 @@ def invariant() -> bool:
 
 def plain(*tensors: Tensor) -> bool:
     """Tell whether the operators of `cpu` serve: no gradient can come, float32 on the CPU."""
-    if not torch.is_inference_mode_enabled() or _ON.get() or not cpu.lanes():
+    if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return False
     for x in tensors:
         if not x.is_cpu or x.dtype != torch.float32:
             return False
-    return not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+    return cpu.lanes() > 0 and not (_ON.get() or torch.is_autocast_enabled("cpu"))
 
 
 def need_invariant(op: str, served: bool, found: object) -> None:

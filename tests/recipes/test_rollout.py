@@ -4,11 +4,15 @@ import copy
 import functools
 import importlib
 import pkgutil
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from warploom.kernels import cpu
+from warploom.kernels.attention import paged
 from warploom.kernels.invariant import batch_invariant
 from warploom.kernels.loss import cross_entropy_partials
 from warploom.models import families, hf
@@ -84,6 +88,36 @@ def test_log_probabilities_are_the_models(family):
         best = [[i for i, _ in token.top] for token in c.tokens]
         assert best == wanted.topk(2).indices.tolist()
     assert len({c.ids for c in sampled}) == len(sampled)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason="warploom._cpu is not built")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt_oss", "mixtral"])
+def test_the_operators_of_generation_give_what_those_that_train_give(family, monkeypatch):
+    """Heads of whole vectors, windows, soft-caps, sinks, biases; from 3 rows on products too."""
+    made = Decoder.create(replace(FAMILIES[family](), head_dim=32), seed=3)
+    how = Sampling(max_tokens=20, logprobs=3, temperature=0)
+    called = Counter()
+
+    class Counted:
+        def __getattr__(self, name):
+            called[name] += 1
+            return getattr(operators, name)
+
+    operators = cpu.operators()
+    for module in (cpu, paged):
+        monkeypatch.setattr(module, "operators", Counted)
+    found = Engine(made, pages=200).generate(prompts(), how)
+    assert set(called) >= {"decode", "linear", "rms_norm"}
+    assert called["decode"] >= 19 * made.architecture.layers
+    before = called.total()
+    for module in (cpu, paged):
+        monkeypatch.setattr(module, "lanes", lambda: 0)
+    wanted = Engine(made, pages=200).generate(prompts(), how)
+    assert called.total() == before
+    for one, other in zip(found, wanted, strict=True):
+        assert one.ids == other.ids
+        ours, theirs = torch.tensor(one.logprobs), torch.tensor(other.logprobs)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("how", ["written", "loaded", "replaced", "trained"])
