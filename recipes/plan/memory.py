@@ -33,7 +33,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -48,7 +48,7 @@ from warploom.parallel.mesh import Degrees
 from warploom.parallel.pipeline import Schedule, simulate
 from warploom.parallel.tensor import Fp8Product
 
-from .rehearsal import META, Rows, imagined, saved_bytes
+from .rehearsal import META, Rows, imagined, laps, saved_bytes
 
 ONE = Degrees(dp=1)
 
@@ -95,26 +95,63 @@ def activations(
     blocks += range(a.layers, a.layers + a.predict) if stages.last in held else ()
     count = tokens * d.cp if total is None else total
     batch = _batch(count, documents - (d.cp == 1 and tokens > count), lengths)
+    few = _shorten(a, stages, held, blocks, _routed(a, d, tokens, blocks, rows))
     longest = max(a.max_positions, batch.tokens.shape[1])
     model = _rehearsed(
-        replace(a, max_positions=longest), d, stages, held, dtype=dtype, recompute=recompute,
-        fp8=fp8 and replace(fp8, delayed=False),  # whose scales are as large
+        replace(few.architecture, max_positions=longest), d, few.stages, held, dtype=dtype,
+        recompute=recompute, fp8=fp8 and replace(fp8, delayed=False),  # whose scales are as large
         z_loss=float(z_loss), balance=_balance(d, tokens, count),
     )  # fmt: skip
-    kept = saved_bytes(model, held, batch, _routed(a, d, tokens, blocks, rows))
+    kept = saved_bytes(model, held, batch, few.times, few.routed)
     if context == "ring" and not model.recompute.operators & {"attention", "block"}:
         attending = sum(a.kind(n) != "ssm" for n in blocks)
         kept -= attending * _gathered(a, d, count) * dtype.itemsize
     return kept
 
 
+class _Few(NamedTuple):
+    """Stages with fewer blocks, and how often each of these is there in the whole ones."""
+
+    architecture: Architecture
+    stages: Stages
+    times: list[int]
+    routed: list[Rows]
+
+
+def _shorten(
+    a: Architecture, stages: Stages, held: Sequence[int], blocks: Sequence[int], rows: list[Rows]
+) -> _Few:
+    """Keep two of each lap of blocks: what the second one saves, every further one does."""
+    served = iter(rows)
+    sort = {n: (a.kind(n), next(served) if a.routed(n) else None) for n in blocks}
+    few, times, layers = list[int](), list[int](), [0] * (stages.last + 1)
+    for stage in held:
+        own = stages.blocks(stage)
+        for start, length, number in laps([sort[n] for n in own]):
+            kept = min(number, 2) * length
+            few += own[start : start + kept]
+            times += [max(number - 1, 1) if at >= length else 1 for at in range(kept)]
+            layers[stage] += kept
+    ahead = [n for n in blocks if n >= a.layers]
+    every, some = [*few, *ahead], few or [0]  # an architecture has a block, a stage may have none
+    kinds = tuple(a.kind(n) for n in (*some, *ahead)) if a.kinds else ()
+    dense = sum(a.routed(n) is None for n in some)
+    made = replace(
+        a, layers=len(some), kinds=kinds, window=a.window if "sliding" in kinds else None,
+        ssm=a.ssm if "ssm" in kinds else None,
+        experts=None if a.experts is None else replace(a.experts, dense_layers=dense),
+    )  # fmt: skip
+    routed = [found for n in every if (found := sort[n][1]) is not None]
+    return _Few(made, Stages(stages.placement, tuple(layers)), times + [1] * len(ahead), routed)
+
+
 def _routed(
     a: Architecture, d: Degrees, tokens: int, blocks: Sequence[int], rows: Sequence[Rows] | None
-) -> Sequence[Rows]:
+) -> list[Rows]:
     """Return the rows of each routed block, balanced where they are not given."""
     routed = [experts for n in blocks if (experts := a.routed(n)) is not None]
     sent = [tokens // d.tp * experts.top_k for experts in routed]
-    found = [(n, n * d.etp) for n in sent] if rows is None else rows
+    found = [(n, n * d.etp) for n in sent] if rows is None else list(rows)
     if len(found) != len(routed):
         raise ValueError(
             f"rows must be one pair for each routed block that is held ({len(routed)}), "

@@ -1,7 +1,7 @@
 """A rehearsal: a model's own forward pass at any size, on any mesh, in which nothing is computed.
 
     model = Decoder(architecture, mesh=imagined(degrees), device="meta", ...)
-    saved_bytes(model, model.held, batch)
+    saved_bytes(model, model.held, batch, [1] * len(model.blocks))
 
 The tensors are on the meta device, which has shapes and no memory; the groups have sizes and no
 ranks, and what a collective would bring is as large as it would be. So what a block keeps for its
@@ -16,7 +16,8 @@ rehearsed with `context="all_gather"`, which keeps all keys and values of the ba
 ring keeps (`parallel/context/gathered.py`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -123,8 +124,30 @@ class _Host(TorchFunctionMode):
         return HOST if x == META else x
 
 
+def laps(sorts: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
+    """Cut a sequence into laps, each of the same sorts as the one before it.
+
+    Returns:
+        Where the first of some laps starts, its length, and how many there are.
+    """
+    at = 0
+    while at < len(sorts):
+        best = (0, 1, 1)  # left out where two laps are kept, length, number
+        for length in range(1, (len(sorts) - at) // 3 + 1):
+            first, number = sorts[at : at + length], 1
+            while sorts[at + number * length : at + (number + 1) * length] == first:
+                number += 1
+            best = max(best, ((number - 2) * length, length, number))
+        yield at, best[1], best[2]
+        at += best[1] * best[2]
+
+
 def saved_bytes(
-    model: Decoder, held: Iterable[int], batch: Batch, routed: Sequence[Rows] = ()
+    model: Decoder,
+    held: Iterable[int],
+    batch: Batch,
+    times: Sequence[int],
+    routed: Sequence[Rows] = (),
 ) -> int:
     """Return the bytes that a micro-batch saves for its backward in stages of a model.
 
@@ -132,18 +155,23 @@ def saved_bytes(
         model: On the meta device, over an imagined mesh.
         held: The stages.
         batch: Its tokens on the meta device, the lengths of its documents on the host.
+        times: For each block, in the order in which they run, how often it is there.
         routed: For each routed block, with ep or etp, the rows that this rank sends and those that
             its experts serve.
     """
-    kept, nobody = [], watched(())
+    kept, ends, nobody = [], list[int](), watched(())
     with nobody, _Host(_plans(model, routed)), track(model=model, device="meta") as seen:
+        for block in model.blocks.values():
+            block.register_forward_hook(lambda *_: ends.append(seen.live["activations"]))
         for stage in held:
             x = None
             if stage:
                 shape, dtype = model.boundary(stage - 1, batch)
                 x = torch.empty(shape, dtype=dtype, device=META).requires_grad_()
             kept.append(model.stage(stage, x, batch))
-        return seen.live["activations"]
+        own = (end - before for before, end in pairwise([0, *ends]))
+        more = sum((n - 1) * saved for n, saved in zip(times, own, strict=True))
+        return seen.live["activations"] + more
 
 
 def _plans(model: Decoder, routed: Sequence[Rows]) -> Iterator[list[list[int]]]:

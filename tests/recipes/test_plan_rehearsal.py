@@ -28,10 +28,12 @@ from warploom.models.families import (
     qwen3,
     qwen3_moe,
 )
+from warploom.models.stages import Stages
 from warploom.parallel.collectives import gather_json
 from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.recipes.plan import memory
+from warploom.recipes.plan.rehearsal import laps
 from warploom.recipes.plan.tracker import track
 
 EVERY = "norm,attention,feed_forward,moe"
@@ -82,6 +84,39 @@ def test_what_no_machine_could_hold_is_rehearsed():
 def test_every_family_saves_what_was_predicted(family, recompute):
     for lengths, dtype in ((None, torch.float32), (PACKED, torch.bfloat16)):
         assert len({*_of_lengths(family.tiny(), lengths, None, dtype, recompute=recompute)}) == 1
+
+
+SSM = bamba.tiny()
+LONG = [
+    replace(llama.tiny(), layers=7),
+    replace(gemma3.tiny(), layers=11),
+    replace(SSM, layers=11, kinds=(*["ssm"] * 4, "full", *["ssm"] * 3)),
+    replace(deepseek_v3.tiny(), layers=6),
+    replace(mixtral.tiny(), layers=5),
+]
+
+
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", EVERY])
+@pytest.mark.parametrize("made", LONG, ids=lambda made: f"{made.layers}")
+def test_laps_that_are_left_out_save_what_the_second_does(made, recompute):
+    for dtype, lengths in ((torch.float32, None), (torch.bfloat16, PACKED)):
+        assert len({*_of_lengths(made, lengths, None, dtype, recompute=recompute)}) == 1
+
+
+def test_laps_are_the_longest_that_leave_most_out():
+    assert [*laps("")] == []
+    assert [*laps("aaaab")] == [(0, 1, 4), (4, 1, 1)]
+    assert [*laps("aabaabaabaa")] == [(0, 3, 3), (9, 1, 1), (10, 1, 1)]
+    assert sum(length * number for _, length, number in laps("abcabcabdabd")) == 12
+    for stages, held in (
+        (Stages((0, 1, 1, 0), (3, 4, 0, 4)), (0, 3)),
+        (Stages((0, 0), (11, 0)), (1,)),
+    ):
+        how = {"stages": stages, "held": held}
+        every = [memory.activations(LONG[2], 64, **how)]
+        with patch.object(memory, "laps", lambda sorts: [(n, 1, 1) for n in range(len(sorts))]):
+            every.append(memory.activations(LONG[2], 64, **how))
+        assert every[0] == every[1]
 
 
 def _of_lengths(made, lengths, mesh, dtype=torch.float32, length=26, **options):
