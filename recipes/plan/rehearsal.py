@@ -159,8 +159,8 @@ def saved_bytes(
         routed: For each routed block, with ep or etp, the rows that this rank sends and those that
             its experts serve.
     """
-    kept, ends, nobody = [], list[int](), watched(())
-    with nobody, _Host(_plans(model, routed)), track(model=model, device="meta") as seen:
+    kept, ends, host = [], list[int](), _Host(_plans(model, routed))
+    with torch.enable_grad(), watched(()), host, track(model=model, device="meta") as seen:
         for block in model.blocks.values():
             block.register_forward_hook(lambda *_: ends.append(seen.live["activations"]))
         for stage in held:

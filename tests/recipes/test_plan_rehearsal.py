@@ -11,6 +11,7 @@ from tests.models.test_fp8 import RECIPES
 from tests.recipes import closed_form
 from tests.recipes.test_plan_memory import DENSE, KV, MOE, NORMS, PACKED, PLAIN, _batch, _both
 
+from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
 from warploom.models.families import (
     bamba,
@@ -29,11 +30,11 @@ from warploom.models.families import (
     qwen3_moe,
 )
 from warploom.models.stages import Stages
-from warploom.parallel.collectives import gather_json
+from warploom.parallel.collectives import gather_json, observed
 from warploom.parallel.mesh import Degrees, Mesh
 from warploom.parallel.optimizer import AdamW
 from warploom.recipes.plan import memory
-from warploom.recipes.plan.rehearsal import laps
+from warploom.recipes.plan.rehearsal import imagined, laps, saved_bytes
 from warploom.recipes.plan.tracker import track
 
 EVERY = "norm,attention,feed_forward,moe"
@@ -77,6 +78,24 @@ def test_what_no_machine_could_hold_is_rehearsed():
     how = {"dtype": torch.bfloat16, "degrees": Degrees(tp=8, dp=64)}
     got = memory.activations(made, 2**17, **how)
     assert got == closed_form.activations(made, 2**17, **how) > 2**37
+
+
+def test_a_rehearsal_sends_nothing_and_needs_no_gradients_on():
+    def refuse(call):
+        pytest.fail(f"{call} is seen")
+
+    how = {"degrees": Degrees(tp=2, dp=2, ep=2), "rows": [(32, 40), (32, 20)]}
+    want = memory.activations(MOE, 64, **how)
+    with torch.no_grad(), observed(refuse):
+        assert memory.activations(MOE, 64, **how) == want
+
+
+def test_values_that_a_rehearsal_does_not_know_are_not_made_up():
+    d = Degrees(dp=2, ep=2)
+    model = Decoder(MOE, mesh=imagined(d), device="meta")
+    ids = torch.empty(1, 8, dtype=torch.int64, device="meta")
+    with pytest.raises(RuntimeError, match="one of 0 routed blocks: something else is read"):
+        saved_bytes(model, [0], Batch(ids, ids), [1, 1, 1])
 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective", EVERY])
