@@ -205,8 +205,8 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        parameters: In the model's dtype and in FP8, with the routers' biases; of ZeRO-3 own rows,
-            the root unit, and the two neighbouring blocks that are largest.
+        parameters: In the model's dtype and in FP8, with buffers such as the routers' biases; of
+            ZeRO-3 own rows, the root unit, and the two neighbouring blocks that are largest.
         gradients: In float32 at least, where they are accumulated and summed.
         optimizer: Moments, and float32 masters where the model's dtype is narrower.
         activations: Saved for the backward by the micro-batches in flight.
