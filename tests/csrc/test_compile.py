@@ -134,7 +134,7 @@ def test_the_runner_says_in_a_sentence_what_is_missing(compiler, tmp_path):
 
 def test_without_nvcc_the_build_says_so_in_a_line_and_goes_on(tmp_path):
     environment = {"PATH": "/nowhere"}
-    code = "import runpy; print(runpy.run_path('setup.py')['extensions']())"
+    code = "import runpy; print(*(e.name for e in runpy.run_path('setup.py')['extensions']()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -143,8 +143,24 @@ def test_without_nvcc_the_build_says_so_in_a_line_and_goes_on(tmp_path):
         cwd=ROOT,
         check=True,
     )
-    assert done.stdout == "[]\n"
+    assert done.stdout == "warploom._cpu\n"
     assert re.fullmatch(r"csrc: no nvcc .* is not built, everything else is\n", done.stderr)
+
+
+def test_without_a_compiler_the_build_goes_on_without_the_operators_of_the_cpu(tmp_path):
+    environment = {"PATH": "/nowhere", "CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    words = ["build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+    done = subprocess.run(
+        [sys.executable, "setup.py", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'building extension "warploom._cpu" failed' in done.stderr
+    assert not [*tmp_path.rglob("*.so")]
 
 
 def test_a_compiler_that_is_named_must_be_there(monkeypatch):
