@@ -40,10 +40,11 @@ def lanes() -> int:
     return 0 if missing() else max(operators().lanes())
 
 
-def serves_linear(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether `linear` serves these: 3 to `MOST_ROWS` rows, of whole vectors."""
-    rows, width = x.shape[:-1].numel(), x.shape[-1]
-    return 2 < rows <= MOST_ROWS and not width % lanes() and weight.is_contiguous()
+def serves_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Tell whether `linear` serves these: they fit, 3 to `MOST_ROWS` rows of whole vectors."""
+    added = bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+    whole = weight.shape[1:] == x.shape[-1:] and weight.numel() > 0 and not x.shape[-1] % lanes()
+    return added and whole and weight.is_contiguous() and 2 < x.shape[:-1].numel() <= MOST_ROWS
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,7 +60,7 @@ def rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return `x + residual` normalised, and the sum (x without a residual): `[..., D]`."""
-    x, width = x.contiguous(), x.shape[-1]
+    x, weight, width = x.contiguous(), weight.contiguous(), x.shape[-1]
     y, total, more = torch.empty_like(x), x, 0
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty_like(x)
@@ -73,8 +74,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """Return `silu(gate) * up` `[..., F]` of `[..., 2 F]`."""
     gate_up, width = gate_up.contiguous(), gate_up.shape[-1] // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], width)
-    rows = gate_up.numel() // (2 * width)
-    operators().swiglu(lanes(), gate_up.data_ptr(), y.data_ptr(), rows, width)
+    operators().swiglu(lanes(), gate_up.data_ptr(), y.data_ptr(), y.shape[:-1].numel(), width)
     return y
 
 

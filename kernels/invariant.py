@@ -56,11 +56,11 @@ def invariant() -> bool:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Tell whether the operators of `cpu` serve: no gradient can come, float32 on the CPU."""
+    """Tell whether the operators of `cpu` serve: no gradient can come, float32 in memory."""
     if not torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
         return False
     for x in tensors:
-        if not x.is_cpu or x.dtype != torch.float32:
+        if type(x) not in (Tensor, torch.nn.Parameter) or x.dtype != torch.float32 or not x.is_cpu:
             return False
     return cpu.lanes() > 0 and not (_ON.get() or torch.is_autocast_enabled("cpu"))
 
@@ -135,7 +135,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling() or not (_ON.get() or torch.is_inference_mode_enabled()):
         return F.linear(x, weight, bias)
     if not _ON.get():
-        few = plain(x, weight) and cpu.serves_linear(x, weight)
+        few = plain(x, weight, x if bias is None else bias) and cpu.serves_linear(x, weight, bias)
         y: Tensor = (cpu.linear if few else F.linear)(x, weight, bias)
         return y
     x, weight = autocast(x, weight)

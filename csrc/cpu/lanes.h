@@ -47,14 +47,14 @@ WARPLOOM_INLINE float sum(Vector<W> v) {
   return x[0];
 }
 
-// e^x, 0 below -87, at most e^88; NaN stays NaN. Within 2 units in the last place.
+// e^x, 0 below -87, infinite above 88; NaN stays NaN. Within 2 units in the last place.
 // Source: the coefficients of Cephes' expf, Moshier 1992.
 template <int W>
 WARPLOOM_INLINE Vector<W> exp(Vector<W> x) {
   const Vector<W> least = all<W>(-87.0f), most = all<W>(88.0f), whole = all<W>(12582912.0f);
-  const auto nothing = x < least;
+  const auto nothing = x < least, endless = x > most;
   x = nothing ? least : x;
-  x = x > most ? most : x;
+  x = endless ? most : x;
   const Vector<W> n = (x * 1.44269504088896341f + whole) - whole;  // the nearest integer
   const Vector<W> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   Vector<W> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -67,7 +67,8 @@ WARPLOOM_INLINE Vector<W> exp(Vector<W> x) {
   const Integers bits = (__builtin_convertvector(n, Integers) + 127) << 23;
   Vector<W> power;
   std::memcpy(&power, &bits, sizeof power);
-  return nothing ? Vector<W>{} : p * power;
+  p = endless ? all<W>(INFINITY) : p * power;
+  return nothing ? Vector<W>{} : p;
 }
 
 // The halves of groups of 2 G lanes added: those of `a`, then those of `b`.

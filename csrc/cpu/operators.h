@@ -209,7 +209,7 @@ struct Decode {
       store<W>(x + i, e);
       total += e;
     }
-    return 1.0f / (sum<W>(total) + std::exp(sink - most));
+    return 1.0f / (sum<W>(total) + (sink == most ? 1.0f : std::exp(sink - most)));
   }
 
   // Values of `B` vectors from `at` on, weighted, for `C` heads.

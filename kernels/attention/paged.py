@@ -112,12 +112,12 @@ class Decoding:
         )
         (n, heads, width), (groups, value_width) = q.shape, v.shape[1:]
         out = q.new_empty(n, heads, value_width)
-        ours = q.data_ptr(), k.data_ptr(), v.data_ptr(), 0 if sinks is None else sinks.data_ptr()
-        held = k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr()
+        sinks = None if sinks is None else sinks.float().contiguous()
+        given = q, k, v, sinks, k_pages, v_pages, out, self.tables, self.lengths
         strides = self.tables.stride(0), q.stride(0), k.stride(0), v.stride(0)
         operators().decode(
-            lanes(), *ours, *held, self.tables.data_ptr(), self.lengths.data_ptr(), n, self.keys,
-            heads, groups, k_pages.shape[1], *strides, width, value_width, window[0],
+            lanes(), *(0 if x is None else x.data_ptr() for x in given), n, self.keys, heads,
+            groups, k_pages.shape[1], *strides, width, value_width, window[0],
             width**-0.5 if scale is None else scale, softcap or 0.0,
         )  # fmt: skip
         return out

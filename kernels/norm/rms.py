@@ -281,11 +281,11 @@ def rms_norm(
             is negative or not finite.
         RuntimeError: If `backend` cannot serve these tensors here.
     """
+    check("rms_norm", x, weight, None, residual, eps)
     tensors = (x, weight) if residual is None else (x, weight, residual)
-    if backend is None and plain(*tensors) and x.shape[-1:] == weight.shape:
+    if backend is None and plain(*tensors):
         normal = cpu.rms_norm(x, weight, residual, eps)
         return normal[0] if residual is None else normal
-    check("rms_norm", x, weight, None, residual, eps)
     if backend in PEERS:
         found: Tensor | tuple[Tensor, Tensor] = serve(
             "rms_norm", backend, x, weight, residual=residual, eps=eps

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from warploom.kernels import cpu
 from warploom.kernels.activation import swiglu_linear
@@ -62,6 +63,9 @@ def test_they_serve_float32_on_the_cpu_without_gradient_or_mode():
             assert not plain(x)
         with torch.autocast("cpu"):
             assert not plain(x)
+        with FakeTensorMode():
+            assert not plain(torch.zeros(2))
+            assert linear(torch.ones(4, 16), torch.ones(2, 16)).shape == (4, 2)
 
 
 def test_products_of_few_rows(lanes):
@@ -70,7 +74,7 @@ def test_products_of_few_rows(lanes):
         w, b = torch.randn(columns, width, generator=g), torch.randn(columns, generator=g)
         for rows in (1, 2, 3, 8, 11, 16, 24, 25):
             x = torch.randn(rows, 2, width, generator=g)
-            assert cpu.serves_linear(x[:, 0], w) == (2 < rows < 25)
+            assert cpu.serves_linear(x[:, 0], w, b) == (2 < rows < 25)
             for bias in (b, None):
                 got = cpu.linear(x[:, 0], w, bias)
                 want = F.linear(x[:, 0].double(), w.double(), None if bias is None else b.double())
@@ -78,8 +82,8 @@ def test_products_of_few_rows(lanes):
             torch.testing.assert_close(
                 *_pair(lambda x=x, w=w: linear(x[:, 1], w)), atol=1e-4, rtol=1e-5
             )
-    assert not cpu.serves_linear(torch.zeros(4, 18), torch.zeros(2, 18))
-    assert not cpu.serves_linear(torch.zeros(4, 16), torch.zeros(16, 2).t())
+    assert not cpu.serves_linear(torch.zeros(4, 18), torch.zeros(2, 18), None)
+    assert not cpu.serves_linear(torch.zeros(4, 16), torch.zeros(16, 2).t(), None)
 
 
 def test_a_product_shares_its_columns_among_threads(lanes):
@@ -98,6 +102,37 @@ def test_a_row_has_the_same_bits_in_any_company(lanes):
     whole = cpu.linear(x, w, None)
     for first, count in ((0, 3), (5, 8), (11, 13)):
         assert torch.equal(cpu.linear(x[first:][:count], w, None), whole[first:][:count])
+
+
+def test_what_does_not_lie_row_by_row_is_served_as_in_training(lanes):
+    x, w, many = torch.randn(4, 16), torch.randn(6, 16), torch.arange(2.0, 34.0)
+    for bias in (many[:12:2], many[:1].expand(6), many[:1]):
+        torch.testing.assert_close(*_pair(lambda bias=bias: linear(x, w, bias)))
+    torch.testing.assert_close(*_pair(lambda: linear(x, w[0])))
+    torch.testing.assert_close(*_pair(lambda: linear(x[:, :0], w[:, :0], many[:6])))
+    torch.testing.assert_close(*_pair(lambda: swiglu_linear(x[:, :0], w[:, :0])))
+    for scale in (many[::2], many[:1].expand(16)):
+        torch.testing.assert_close(*_pair(lambda scale=scale: rms_norm(x, scale)))
+
+
+@built
+@pytest.mark.parametrize(
+    ("run", "error"),
+    [
+        (lambda x, w: linear(x[:, :8], w), RuntimeError),
+        (lambda x, w: linear(x, w, w[0, :5]), RuntimeError),
+        (lambda x, w: linear(x, w, w[:, 0].double()), RuntimeError),
+        (lambda x, w: rms_norm(x, w[0], residual=x[0]), ValueError),
+        (lambda x, w: rms_norm(x, w[0], residual=x[:2]), ValueError),
+        (lambda x, w: rms_norm(x, w[0], eps=-1.0), ValueError),
+        (lambda x, w: rms_norm(x[:, :0], w[0, :0]), ValueError),
+    ],
+)
+def test_what_does_not_fit_is_refused_as_in_training(run, error):
+    x, w = torch.randn(4, 16), torch.randn(6, 16)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), pytest.raises(error):
+            run(x, w)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
@@ -122,6 +157,7 @@ def test_activation_of_large_and_tiny_gates(lanes):
     got = cpu.swiglu(gate_up)[0]
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-30)
     assert cpu.swiglu(torch.full((2, 4), torch.nan)).isnan().all()
+    assert not cpu.swiglu(torch.tensor([[-3e38, 1.0]])).any()
     down = torch.randn(8, 24)
     x = torch.randn(3, 48)
     torch.testing.assert_close(*_pair(lambda: swiglu_linear(x, down)), atol=1e-5, rtol=1e-5)
@@ -149,6 +185,8 @@ def _cache(lengths, page, groups, widths, g):
         {"window": (0, 0)},
         {"window": (5, 0), "softcap": 2.0, "scale": 0.3},
         {"sinks": torch.linspace(-2, 3, 8)},
+        {"sinks": torch.linspace(-2, 3, 16, dtype=torch.float64)[::2]},
+        {"sinks": torch.tensor([0.0, torch.inf] * 4)},
     ],
 )
 @pytest.mark.parametrize("lengths", [[9], [7, 1, 16, 41], [4, 4]])
@@ -173,7 +211,7 @@ def test_decoding_is_attention_to_the_pages(lengths, options, heads, lanes):
     want = paged_attention(q, k_pages, v_pages, tables, counts, cu, **options)
     torch.testing.assert_close(got, want)
     q[0] = torch.nan
-    got = decoding.attend(q, k, v, k_pages, v_pages, **options)
+    got = decoding.attend(q, k, v, k_pages, v_pages, **options | {"sinks": None})
     assert got[0].isnan().all()
     assert got[1:].isfinite().all()
 
