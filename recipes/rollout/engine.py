@@ -171,7 +171,8 @@ class Engine:
         """Compute again whatever is asked for.
 
         A request that finds no other under way does this by itself where a parameter was written
-        to; what autograd cannot see (a write to `.data`) needs this call.
+        to; a change of little that autograd cannot see (a few elements of `.data`) or of more than
+        parameters and buffers (a hook) needs this call.
         """
         self._scheduler.reset()
 

@@ -52,6 +52,9 @@ class FakeModel:
     def parameters(self):
         return iter([self.weight])
 
+    def buffers(self):
+        return iter(())
+
     def advance(self, tokens, where):
         self.steps += 1
         self.most = max(self.most, len(tokens))
