@@ -56,6 +56,9 @@ class Codec:
             if role.endswith("_token") and isinstance(token, str | dict)
         }
         self.eos = self._ends()
+        lists = (x for role, x in named.items() if role.endswith("_tokens") and isinstance(x, list))
+        more = {str(t["content"] if isinstance(t, dict) else t) for tokens in lists for t in tokens}
+        self._named = {*self.special.values(), *map(self._backend.id_to_token, self.eos), *more}
 
     def _ends(self) -> frozenset[int]:
         for file in ("generation_config.json", "config.json"):
@@ -117,7 +120,7 @@ class Codec:
 
     @cached_property
     def _verbatim(self) -> Verbatim:
-        return Verbatim(self._backend)
+        return Verbatim(self._backend, self._named)
 
     def encode_chat(
         self,

@@ -9,7 +9,7 @@ reads as the tokenizer would: normalised, merged and cut in the same way.
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -21,24 +21,30 @@ class Verbatim:
 
     Args:
         backend: A tokenizer of the `tokenizers` library.
+        named: Added tokens that are special beside those which it calls so itself.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, named: Collection[str | None] = ()) -> None:
         self._backend, secret = backend, secrets.randbits(64)  # nobody can say it
         self._mark = f"|{secret}|"  # which neither JSON nor another case spells in another way
         added = backend.get_added_tokens_decoder().values()
-        special = sorted((t.content for t in added if t.special), key=len, reverse=True)
+        found = (t.content for t in added if t.special or t.content in named)
+        special = sorted(found, key=len, reverse=True)
         self._spelt = {name: f"|{secret}-{n}|" for n, name in enumerate(special)}
         names = "|".join(map(re.escape, special)) or "(?!)"
         self._begins = re.compile(f"(?=(?:{names}))(?s:.)")
+        self._starts = frozenset(name[:n] for name in special for n in range(1, len(name)))
+        self._longest = max(map(len, self._starts), default=0)
         self._whole = re.compile(f"(?:{names})(?!{re.escape(self._mark)})")
 
     def mark(self, given: Any) -> Any:
-        """Return JSON values in whose texts no special token is spelt without a mark."""
+        """Return JSON values that spell no special token without a mark, alone or joined."""
         if isinstance(given, str):
-            return self._begins.sub(lambda found: found[0] + self._mark, given)
+            begun = any(given[-n:] in self._starts for n in range(1, 1 + self._longest))
+            text = self._begins.sub(lambda found: found[0] + self._mark, given)
+            return text + self._mark if begun else text
         if isinstance(given, Mapping):
-            return {name: self.mark(value) for name, value in given.items()}
+            return {self.mark(name): self.mark(value) for name, value in given.items()}
         return [self.mark(value) for value in given] if isinstance(given, list) else given
 
     def unmark(self, text: str) -> str:

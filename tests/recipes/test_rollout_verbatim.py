@@ -20,6 +20,7 @@ TEMPLATE = """\
 {%- endfor %}
 {%- if switch is defined %}{{ switch }}{% endif %}
 {%- if tools %}{{ tools | tojson(ensure_ascii=True) }}{% endif %}
+{%- for part in parts %}{{ part }}{% endfor %}
 """
 PARTS = (
     "<s>",
@@ -132,6 +133,9 @@ def test_a_message_is_the_text_that_transformers_splits(tmp_path_factory, text):
         ("</s>", {}, "</s>:a"),
         ("user", {"switch": "</s>"}, "user:a</s>"),
         ("user", {"tools": [{"n": ["<s>", 1]}]}, 'user:a[{"n": ["<s>", 1]}]'),
+        ("user", {"tools": [{"</s>": 1}]}, 'user:a[{"</s>": 1}]'),
+        ("user", {"parts": ["a<", "/s>"]}, "user:aa</s>"),
+        ("user", {"parts": ["<", "/", "s", ">"]}, "user:a</s>"),
     ],
 )
 def test_roles_switches_and_tools_are_text_too(tmp_path, role, options, text):
@@ -156,3 +160,26 @@ def test_a_check_comes_before_ids_and_nests_are_refused(tmp_path):
         deep = [deep]
     with pytest.raises(UserError, match="messages must be plain JSON"):
         codec.encode_chat(_said("a"), documents=deep)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("tokenizer_config.json", {"sep_token": {"content": "<end>"}}),
+        ("special_tokens_map.json", {"additional_special_tokens": ["<end>"]}),
+        ("generation_config.json", {"eos_token_id": [1, 261]}),
+    ],
+)
+def test_what_the_folder_calls_special_is_text_too(tmp_path, file, said):
+    """Though tokenizer.json has it as a word like others."""
+    backend = _bytes()
+    backend.add_tokens(["<end>", "<tool>"])
+    _codec(tmp_path / "made", backend)
+    path = tmp_path / "made" / file
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(known | said))
+    codec = Codec(path.parent)
+    ids = codec.encode_chat(_said("<end><tool>"))
+    assert 261 not in ids
+    assert 262 in ids
+    assert codec.decode(ids) == "user:<end><tool>"
