@@ -127,7 +127,7 @@ def check_degree(
         return not any((*crossed, *(size % n for size in whole.values())))
 
     if not fits(degree):
-        ways = (range(degree, 0, -1), range(degree, min(whole.values()) + 1))
+        ways = (range(min(degree, most := min(whole.values())), 0, -1), range(degree, most + 1))
         good = [f"{axis}{n}" for way in ways for n in [*filter(fits, way)][:1]]
         lists = (", ".join(f"{name} ({size})" for name, size in x.items()) for x in (whole, either))
         what = ", and divide or be a multiple of ".join(filter(None, lists))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from warploom.parallel.mesh import DENSE, Degrees, Mesh, _build, _new_group
+from warploom.parallel.mesh import DENSE, Degrees, Mesh, _build, _new_group, check_degree
 
 
 def _rank_lists(text, world):
@@ -118,3 +118,11 @@ def test_a_mesh_of_4096_ranks_is_built_in_no_time():
     mesh = _build(degrees, 4095, lambda ranks: ranks)
     assert len(mesh.shard) == 32
     assert mesh.pp[-1] == 4095
+
+
+def test_of_any_degree_the_nearest_is_found_at_once():
+    sentence = r"tp \(1000000000000\) must divide heads \(6\): tp6 does"
+    with pytest.raises(ValueError, match=sentence):
+        check_degree("tp", 10**12, {"heads": 6})
+    with pytest.raises(ValueError, match="tp3 and tp6 do"):
+        check_degree("tp", 4, {"heads": 6})
