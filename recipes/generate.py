@@ -38,7 +38,8 @@ class Generate(Command):
     """Text to continue; may be given several times. Without one, standard input is read, without
     the end of its last line."""
     chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Talk: prompts are messages of a user, put into the folder's chat template."""
+    """Talk: prompts are messages of a user, put into the folder's chat template. Line by line where
+    a terminal is read; what a pipe or file holds is one message."""
     system: str = ""
     """With --chat: what the system says first."""
     sampling: Annotated[Sampling, tyro.conf.OmitArgPrefixes] = field(
