@@ -19,9 +19,8 @@ def architecture(folder: str | Path) -> Architecture:
             cannot be honoured; all of them are named, with what they would change.
     """
     config = read_json(Path(folder) / "config.json")
-    family = of_model_type(str(config.get("model_type", "")))
     try:
-        return family.architecture(config)
+        return of_model_type(str(config.get("model_type", ""))).architecture(config)
     except KeyError as error:
         raise ValueError(f"{folder}/config.json must have {error.args[0]!r}") from None
     except (AttributeError, TypeError, ValueError) as error:
