@@ -94,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"warning: whoever reaches {asked.host} may use the model: set {KEY}",
                 file=sys.stderr,
             )
-        Server(service, lambda: _tell(name, listener)).run([listener])
+        Server(
+            service, lambda: _tell(name, listener), lambda running: _tell_end(running, asked.stop_s)
+        ).run([listener])
     if worker.error is not None:
         raise worker.error
     return 0
@@ -141,6 +143,14 @@ def _tell(name: str, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(f"serving {name} at http://{host}:{port}/v1 (Ctrl-C stops)", flush=True)
+
+
+def _tell_end(running: int, stop_s: float) -> None:
+    print(
+        f"stopping: requests that run ({running}) have {stop_s:g} s to end; a second Ctrl-C ends them",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

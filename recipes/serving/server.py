@@ -119,9 +119,15 @@ class Server(uvicorn.Server):
     Args:
         service: What is served.
         ready: Called once connections are taken.
+        ending: Called when it is first told to stop while requests run, with their number.
     """
 
-    def __init__(self, service: Service, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        ready: Callable[[], None] = lambda: None,
+        ending: Callable[[int], None] = lambda running: None,
+    ) -> None:
         limits = service.limits
         http: Any = functools.partial(Connection, limits=limits)
         super().__init__(
@@ -140,7 +146,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_CLOSING_S,
             )
         )
-        self.service, self.ready = service, ready
+        self.service, self.ready, self.ending = service, ready, ending
         self._until: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -153,6 +159,8 @@ class Server(uvicorn.Server):
         again = self._until is not None
         self._until = time.monotonic() + (0 if again else self.service.limits.stop_s)
         self.service.stopping = True
+        if not again and (running := self.service.metrics.in_progress):
+            self.ending(running)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop at a signal."""

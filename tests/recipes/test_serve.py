@@ -20,6 +20,8 @@ from warploom.recipes import serve
 from warploom.recipes.errors import UserError
 from warploom.recipes.rollout import Engine
 
+STOPPING = "stopping: requests that run (1) have 60 s to end; a second Ctrl-C ends them\n"
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -59,12 +61,13 @@ def use(url, stop):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_command_serves_until_it_is_told_to_stop(folder, monkeypatch, number):
+def test_the_command_serves_until_it_is_told_to_stop(folder, monkeypatch, capsys, number):
     handler = signal.getsignal(number)
     code, got = commanded(
         folder, monkeypatch, lambda url: use(url, lambda: os.kill(os.getpid(), number))
     )
     assert (code, got) == (0, [100])
+    assert capsys.readouterr().err == STOPPING
     assert signal.getsignal(number) is handler
 
 
@@ -101,7 +104,7 @@ def test_the_process_ends_with_code_0(folder):
         url = Told(process.stdout.readline()).url()
         assert use(url, lambda: process.send_signal(signal.SIGTERM)) == 100
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (0, "", "")
+    assert (process.returncode, out, err) == (0, "", STOPPING)
 
 
 def test_the_commands_mistakes_are_told(folder, tmp_path, capsys):
