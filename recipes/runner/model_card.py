@@ -25,8 +25,8 @@ tags: [warploom]
 
 A decoder-only language model of {facts["parameters"]["total"]:,} parameters: {sizes["layers"]}
 layers, width {sizes["width"]}, {sizes["heads"]} heads over {sizes["kv_heads"]} key/value heads,
-a vocabulary of {sizes["vocabulary"]:,}. Trained from random weights by warploom; not aligned, not
-filtered, not tested for any use.
+a vocabulary of {sizes["vocabulary"]:,}. Trained from {_start(run)} by warploom; not
+aligned, not filtered, not tested for any use.
 
 ## Data
 
@@ -54,6 +54,11 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder)
 ```
 """
+
+
+def _start(run: Mapping[str, Any]) -> str:
+    folder = str(run.get("weights") or "").rstrip("/")
+    return f"the weights of {folder.rpartition('/')[2]}" if folder else "random weights"
 
 
 def _precision(run: Mapping[str, Any]) -> str:

@@ -187,6 +187,7 @@ def test_a_run_begins_with_the_weights_of_a_folder(tiny_run, tmp_path):
     assert run.architecture == made
     train(run)
     trained = hf.load(tmp_path / "run" / "model")
+    assert "from the weights of model by" in (tmp_path / "run" / "model" / "README.md").read_text()
     for (name, p), q in zip(model.named_parameters(), trained.parameters(), strict=True):
         torch.testing.assert_close(q, p, atol=1e-7, rtol=0, msg=name)
     with pytest.raises(UserError, match=r"architecture\.layers \(3\) must be that of the weights"):

@@ -88,7 +88,9 @@ def test_the_weights_are_transformers_weights(trained):
         expected = theirs(ids).logits
         torch.testing.assert_close(ours(ids), expected, rtol=0, atol=1e-5)
     assert ids[0, 0] == tokenizer.bos_token_id
-    assert "held-out tokens" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "held-out tokens" in card
+    assert "Trained from random weights by" in card
 
 
 def test_the_weights_are_the_ones_of_the_last_step(trained, text):
