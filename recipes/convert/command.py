@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         UserError: If the source is missing, damaged or of an unknown kind, or the target exists.
     """
     with unboxed():
-        command = tyro.cli(Convert, prog="warploom convert", args=argv)
+        command = tyro.cli(Convert, prog="warploom convert", description=__doc__, args=argv)
     try:
         convert(command)
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
