@@ -50,7 +50,7 @@ setup: ## build .venv, where it is not there yet or its inputs have changed
 	$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools pybind11 ninja; \
 	$(PIP) --no-build-isolation --editable '.[dev,plot]' tensorboard build; \
 	ls src/warploom/_csrc*.so >/dev/null 2>&1 || echo "no nvcc: the CUDA C++ kernels (csrc/) are not built, everything else is"; \
-	ls src/warploom/_cpu*.so >/dev/null 2>&1 || echo "no C++ compiler: generation on a CPU takes PyTorch's operators, everything else is as it was"; \
+	ls src/warploom/_cpu*.so >/dev/null 2>&1 || echo "no C++ compiler with the headers of Python: generation on a CPU takes PyTorch's operators, everything else is as it was"; \
 	printf '%s\n' "$$place" "$$sum" > .venv/stamp
 
 # The package holds a GGUF file beside code that is not wanted: nothing of it is installed.
