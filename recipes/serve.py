@@ -147,7 +147,8 @@ def _tell(name: str, listener: socket.socket) -> None:
 
 def _tell_end(running: int, stop_s: float) -> None:
     print(
-        f"stopping: requests that run ({running}) have {stop_s:g} s to end; a second Ctrl-C ends them",
+        f"stopping: requests that run ({running}) have {stop_s:g} s to end; "
+        "a second Ctrl-C ends them",
         file=sys.stderr,
         flush=True,
     )
