@@ -34,6 +34,7 @@ DTYPES = MappingProxyType(
 )
 _READ = MappingProxyType({**DTYPES, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn})
 _BLOCK = 8 << 20  # bytes read at once: fewer would cost calls, more the processor's cache
+_AHEAD = 1 << 20  # bytes of neighbours that are worth reading ahead of
 _LONGEST = 100_000_000  # bytes of a header, as the format's own library has it
 
 
@@ -225,12 +226,14 @@ class Reader:
             handle = os.open(entry.file, os.O_RDONLY)  # of threads, several may: all are closed
             self._stack.callback(os.close, handle)
             self._open[entry.file] = handle
-        raw = space.view(torch.uint8).numpy().data
+        file, raw = self._open[entry.file], space.view(torch.uint8).numpy().data
         size, done = space.element_size(), 0
         for start, length in _stretches(entry.shape or (1,), hull):
             part, at = raw[done : done + length * size], entry.begin + start * size
+            if length * size >= _AHEAD:  # the disk goes on while these are converted
+                os.posix_fadvise(file, at, 2 * length * size, os.POSIX_FADV_WILLNEED)
             while part:
-                if not (got := os.preadv(self._open[entry.file], [part], at)):
+                if not (got := os.preadv(file, [part], at)):
                     raise OSError(f"{entry.file} ended while it was read: it has been changed")
                 part, at = part[got:], at + got
             done += length * size
