@@ -19,6 +19,8 @@ tokens that were asked for: those behind a text's own length, and padding, count
 are of the whole call, prompts included. `cpu_s` is processor time, which says with one thread what
 the machine would do without others' work.
 
+`--peer batch-invariant` is our own engine in that mode: what the mode costs.
+
 Measured: see results/cpu.md.
 """
 
@@ -34,6 +36,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -98,11 +101,12 @@ def works(vocabulary: int, scale: float = 1.0, seed: int = 0) -> Mapping[str, Wo
 Texts = list[list[int]]
 
 
-def ours(folder: Path) -> Callable[[Work], Texts]:
+def ours(folder: Path, *, invariant: bool = False) -> Callable[[Work], Texts]:
     """Build warploom's side: from a workload to the ids of its texts."""
     from warploom.recipes.rollout import Engine, Sampling
 
-    engine = Engine(hf.load(folder, dtype=torch.float32), max_sequences=_BATCH)
+    model = hf.load(folder, dtype=torch.float32)
+    engine = Engine(model, max_sequences=_BATCH, batch_invariant=invariant)
 
     def run(work: Work) -> Texts:
         engine.forget()  # what an earlier round has left is not found
@@ -135,7 +139,10 @@ def theirs(folder: Path) -> Callable[[Work], Texts]:
     return run
 
 
-SIDES = MappingProxyType({"warploom": ours, "transformers": theirs})
+OURS = "warploom"
+SIDES: Mapping[str, Callable[[Path], Callable[[Work], Texts]]] = MappingProxyType(
+    {OURS: ours, "transformers": theirs, "batch-invariant": partial(ours, invariant=True)}
+)
 
 
 def _memory(name: str) -> float:
@@ -166,13 +173,15 @@ def measure(
     *,
     threads: int,
     rounds: int,
+    peer: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run each workload `rounds` times on both sides, in turns, behind one that is not counted."""
+    sides = (OURS, peer)
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     workers = []
-    for side in SIDES:
+    for side in sides:
         pipes[side], end = context.Pipe()
         worker = context.Process(target=_serve, args=(side, folder, threads, end), daemon=True)
         worker.start()
@@ -182,27 +191,29 @@ def measure(
     same: dict[str, int] = {}
     first = next(iter(chosen.values()))
     for name, work in {"warm-up": first, **chosen}.items():
-        found[name] = {side: [] for side in SIDES}
+        found[name] = {side: [] for side in sides}
         for number in range(1 if name == "warm-up" else rounds):
             texts = {}
-            for side in sorted(SIDES, reverse=not number % 2):
-                if side == "transformers" and name in ("shared", "alone"):
+            for side in sides if number % 2 else sides[::-1]:
+                if side == peer and name in ("shared", "alone"):
                     continue
                 pipes[side].send(work)
                 texts[side], took = pipes[side].recv()
                 found[name][side].append(took)
-                say(f"{name:8} {number}  {side:12}  {took['s']:.2f} s  cpu {took['cpu_s']:.2f} s")
-            if len(texts) == len(SIDES):
+                say(f"{name:8} {number}  {side:15}  {took['s']:.2f} s  cpu {took['cpu_s']:.2f} s")
+            if len(texts) == len(sides):
                 same[name] = sum(a == b for a, b in zip(*texts.values(), strict=True))
     for pipe in pipes.values():
         pipe.send(None)
     for worker in workers:
         worker.join()
     del found["warm-up"]
-    return {"threads": threads, **summarise(chosen, found, same)}
+    return {"threads": threads, "peer": peer, **summarise(chosen, found, same, peer)}
 
 
-def summarise(chosen: Mapping[str, Work], found: Found, same: Mapping[str, int]) -> dict[str, Any]:
+def summarise(
+    chosen: Mapping[str, Work], found: Found, same: Mapping[str, int], peer: str
+) -> dict[str, Any]:
     """Reduce the rounds to medians and their ratios."""
     result: dict[str, Any] = {}
     for name, sides in found.items():
@@ -212,14 +223,14 @@ def summarise(chosen: Mapping[str, Work], found: Found, same: Mapping[str, int])
             if rounds:
                 row[side] = {k: statistics.median(r[k] for r in rounds) for k in rounds[0]}
                 row[side] |= {"tokens_per_s": work.tokens / row[side]["s"], "rounds": rounds}
-        if sides["transformers"]:
-            pairs = list(zip(sides["warploom"], sides["transformers"], strict=True))
+        if sides[peer]:
+            pairs = list(zip(sides[OURS], sides[peer], strict=True))
             for k in ("s", "cpu_s"):
                 row[f"times_as_fast_{k}"] = statistics.median(b[k] / a[k] for a, b in pairs)
             row["texts_equal"] = same[name]
         result[name] = row
     if {"shared", "alone"} <= found.keys():
-        both = zip(found["shared"]["warploom"], found["alone"]["warploom"], strict=True)
+        both = zip(found["shared"][OURS], found["alone"][OURS], strict=True)
         ratios = [{k: a[k] / b[k] for k in ("s", "cpu_s")} for a, b in both]
         result["prefills_of_8"] = {k: statistics.median(r[k] for r in ratios) for k in ratios[0]}
     return {"works": result}
@@ -233,6 +244,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--works", nargs="+", choices=names, default=names)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=3, help="counted runs of each side")
+    peers = [side for side in SIDES if side != OURS]
+    parser.add_argument("--peer", choices=peers, default=peers[0], help="who takes the other turn")
     parser.add_argument("--scale", type=float, default=1.0, help="of the lengths")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser.parse_args(argv)
@@ -241,9 +254,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _table(result: Mapping[str, Any]) -> list[str]:
     lines = [f"threads {result['threads']}: tokens/s (GiB at most), times as fast, by cpu time"]
     for name, row in result["works"].items():
-        sides = [row[s] for s in SIDES if s in row]
+        sides = [row[s] for s in (OURS, result["peer"]) if s in row]
         shown = "  ".join(f"{s['tokens_per_s']:8.1f} ({s['peak_gib']:.2f})" for s in sides)
-        if len(sides) == len(SIDES):
+        if len(sides) == 2:
             shown += f"  {row['times_as_fast_s']:.2f}x  {row['times_as_fast_cpu_s']:.2f}x"
             shown += f"  {row['texts_equal']} of {row['texts']} texts equal"
         elif not sides:
@@ -267,7 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hf.save(Decoder.create(architecture, seed=0, names=llama.FAMILY.rename), folder)
         result["weights"] = "random" if folder.parent == Path(scratch) else folder.name
         for threads in asked.threads:
-            run = measure(folder, chosen, threads=threads, rounds=asked.rounds, say=print)
+            how = {"threads": threads, "rounds": asked.rounds, "peer": asked.peer}
+            run = measure(folder, chosen, **how, say=print)
             result["runs"].append(run | {"load": os.getloadavg()})
             print(*_table(run), sep="\n", flush=True)
             if asked.json:

@@ -27,3 +27,16 @@ def test_both_sides_write_the_same(tmp_path, capsys):
     assert rows["one"]["warploom"]["tokens_per_s"] > 0
     assert rows["prefills_of_8"]["cpu_s"] > 0
     assert "of 64 texts equal" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_batch_invariant_mode_takes_turns_too(tmp_path, capsys):
+    file = tmp_path / "found.json"
+    words = ["--model", "tiny", "--scale", "0.1", "--rounds", "2", "--works", "one", "unequal"]
+    words += ["--threads", "1", "--peer", "batch-invariant", "--json", str(file)]
+    assert generate.main(words) == 0
+    (run,) = json.loads(file.read_text())["runs"]
+    assert run["peer"] == "batch-invariant"
+    assert run["works"]["unequal"]["texts_equal"] == 16
+    assert run["works"]["one"]["times_as_fast_s"] > 0
+    assert "batch-invariant" in capsys.readouterr().out
