@@ -1,6 +1,6 @@
 // The Python module warploom._cpu: pointers as integers. Each operator is compiled for vectors of
-// 4, 8 and 16 floats; the caller names one that `lanes` lists. Sizes, types and pointers are checked
-// in Python (kernels/cpu.py).
+// 4, 8 and 16 floats; the caller names one that `lanes` lists. Sizes, types and pointers are
+// checked in Python (kernels/cpu.py).
 #include <omp.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -93,7 +93,7 @@ void linear(int lanes, Address x, Address weight, Address bias, Address y, int64
   share(columns, rows * columns * width, [&](int64_t begin, int64_t end) {
     static thread_local std::vector<float> own;
     part(lanes, op, begin, end,
-         reinterpret_cast<float(*)[kStrip][8]>(scratch(own, groups * kStrip * 8)));
+         reinterpret_cast<float (*)[kStrip][8]>(scratch(own, groups * kStrip * 8)));
   });
 }
 

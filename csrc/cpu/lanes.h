@@ -52,7 +52,7 @@ WARPLOOM_INLINE float sum(Vector<W> v) {
 template <int W>
 WARPLOOM_INLINE Vector<W> exp(Vector<W> x) {
   const Vector<W> least = all<W>(-87.0f), most = all<W>(88.0f), whole = all<W>(12582912.0f);
-  const auto nothing = x < least, endless = x > most;
+  const auto nothing = x<least, endless = x> most;
   x = nothing ? least : x;
   x = endless ? most : x;
   const Vector<W> n = (x * 1.44269504088896341f + whole) - whole;  // the nearest integer

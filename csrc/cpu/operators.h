@@ -1,6 +1,7 @@
 // The operators of a step of generation, float32, for vectors of W floats.
 //
-// Shapes are said where Python meets them: kernels/cpu.py. Each `_part` is what one thread does.
+// Shapes are said where Python meets them: kernels/cpu.py and kernels/attention/paged.py. Each
+// `part` is what one thread does.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -45,9 +46,8 @@ struct Linear {
     const float* w = weight + column * width + from * W;
     for (int64_t g = 0; g < groups(); ++g) {
       const float* first = packed + (g * (width / W) + from) * 8 * W;
-      const auto row = [first](int r, int64_t i) __attribute__((always_inline)) {
-        return first + (i * 8 + r) * W;
-      };
+      const auto row = [first](int r, int64_t i)
+                           __attribute__((always_inline)) { return first + (i * 8 + r) * W; };
       float sums[C][8];
       dots<W, C>(row, w, width, steps, g ? 0 : C * width, sums);
       for (int c = 0; c < C; ++c)
@@ -68,8 +68,7 @@ struct Linear {
         int64_t column = start;
         for (; column + C <= stop; column += C)
           columns_of<W, C>(column, from, now, strip, column - start);
-        for (; column < stop; ++column)
-          columns_of<W, 1>(column, from, now, strip, column - start);
+        for (; column < stop; ++column) columns_of<W, 1>(column, from, now, strip, column - start);
       }
       for (int64_t row = 0; row < rows; ++row)
         for (int64_t n = start; n < stop; ++n)
@@ -93,7 +92,8 @@ struct RmsNorm {
       if (residual) {
         const float* more = residual + row * width;
         float* total = h + row * width;
-        for (int64_t i = 0; i < whole; i += W) store<W>(total + i, load<W>(in + i) + load<W>(more + i));
+        for (int64_t i = 0; i < whole; i += W)
+          store<W>(total + i, load<W>(in + i) + load<W>(more + i));
         for (int64_t i = whole; i < width; ++i) total[i] = in[i] + more[i];
         in = total;
       }
@@ -109,7 +109,8 @@ struct RmsNorm {
       square += sum<W>(squares[0] + squares[1]);
       const float scale = 1.0f / std::sqrt(square / width + eps);
       float* out = y + row * width;
-      for (i = 0; i < whole; i += W) store<W>(out + i, load<W>(in + i) * scale * load<W>(weight + i));
+      for (i = 0; i < whole; i += W)
+        store<W>(out + i, load<W>(in + i) * scale * load<W>(weight + i));
       for (; i < width; ++i) out[i] = in[i] * scale * weight[i];
     }
   }
@@ -188,7 +189,7 @@ struct Decode {
   WARPLOOM_INLINE void scores(const float* const (&keys)[8], const float* query, float* to,
                               int64_t stride) const {
     const auto key = [&keys](int r, int64_t i)
-        __attribute__((always_inline)) { return keys[r] + i * W; };
+                         __attribute__((always_inline)) { return keys[r] + i * W; };
     float sums[C][8];
     dots<W, C>(key, query, width, width / W, 0, sums);
     for (int c = 0; c < C; ++c)
@@ -214,8 +215,9 @@ struct Decode {
 
   // Values of `B` vectors from `at` on, weighted, for `C` heads.
   template <int W, int C, int B>
-  WARPLOOM_INLINE void mix(const int64_t* rows, const float* values, int64_t count, const float* weights,
-                           int64_t stride, const float* shares, float* to) const {
+  WARPLOOM_INLINE void mix(const int64_t* rows, const float* values, int64_t count,
+                           const float* weights, int64_t stride, const float* shares,
+                           float* to) const {
     Vector<W> total[C][B] = {};
     for (int64_t j = 0; j < count; ++j) {
       const float* value = values + rows[j] * groups * value_width;
@@ -268,7 +270,8 @@ struct Decode {
           ask(keys + rows[std::min(j + r + 8, last)] * groups * width, width);
         }
         int64_t c = 0;
-        for (; c + 3 <= h; c += 3) scores<W, 3>(held, query + c * width, x + c * padded + j, padded);
+        for (; c + 3 <= h; c += 3)
+          scores<W, 3>(held, query + c * width, x + c * padded + j, padded);
         for (; c < h; ++c) scores<W, 1>(held, query + c * width, x + c * padded + j, padded);
       }
       for (int64_t c = 0; c < h; ++c)
