@@ -159,7 +159,7 @@ class Attention(nn.Module):
     def _turned(self, qkv: Tensor, sequences: Sequences) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries and keys, normalised and rotated, and values: `[T, heads, K]`."""
         cos, sin = sequences.angles[self.kind] if self.rotates else (qkv, qkv)
-        if 2 * cos.shape[1] == self.head_dim and self.q_norm is None and plain(qkv):
+        if 2 * cos.shape[1] == self.head_dim and self.q_norm is None and plain(qkv, cos, sin):
             *heads, last = (width // self.head_dim for width in self.widths)
             x_THK = qkv.view(qkv.shape[0], -1, self.head_dim)
             q_THK, k_TGK = rotate(x_THK[:, :-last], cos, sin).split_with_sizes(heads, 1)

@@ -25,3 +25,22 @@ def tiny_run(text, tmp_path):
         return tiny.tiny_run(changes.pop("corpus", text), folder, **changes)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    """A server of the module's `folder`, on a port of its own."""
+    from tests.recipes.serving import live  # needs what GPU machines lack
+
+    with live(folder) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """An engine that nobody else uses."""
+    from tests.recipes.serving import engine_of
+
+    from warploom.recipes.rollout.codec import Codec
+
+    return engine_of(folder, Codec(folder), running=64)

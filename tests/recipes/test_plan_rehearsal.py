@@ -10,25 +10,12 @@ import torch
 from tests.models.test_fp8 import RECIPES
 from tests.recipes import closed_form
 from tests.recipes.test_plan_memory import DENSE, KV, MOE, NORMS, PACKED, PLAIN, _batch, _both
+from tests.recipes.test_verify_families import DENSE as FAMILIES
+from tests.recipes.test_verify_families import ROUTED
 
 from warploom.models.batch import Batch
 from warploom.models.decoder import Decoder
-from warploom.models.families import (
-    bamba,
-    deepseek_v2,
-    deepseek_v3,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_oss,
-    llama,
-    mixtral,
-    olmo2,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-)
+from warploom.models.families import bamba, deepseek_v3, gemma3, llama, mixtral
 from warploom.models.stages import Stages
 from warploom.parallel.collectives import gather_json, observed
 from warploom.parallel.mesh import Degrees, Mesh
@@ -38,8 +25,6 @@ from warploom.recipes.plan.rehearsal import imagined, laps, saved_bytes
 from warploom.recipes.plan.tracker import track
 
 EVERY = "norm,attention,feed_forward,moe"
-FAMILIES = (gpt2, gemma2, gemma3, qwen2, qwen3, olmo2, bamba, llama)
-ROUTED = (mixtral, qwen2_moe, qwen3_moe, gpt_oss, deepseek_v2, deepseek_v3)
 AHEAD = replace(deepseek_v3.tiny(), predict=2)
 
 

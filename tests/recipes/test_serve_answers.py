@@ -5,7 +5,7 @@ import re
 
 import openai
 import pytest
-from tests.recipes.serving import client_of, engine_of, live, make_folder
+from tests.recipes.serving import client_of, make_folder
 
 from warploom.recipes.rollout import Sampling
 from warploom.recipes.rollout.codec import Codec
@@ -17,18 +17,6 @@ CHAT = [{"role": "user", "content": "abc äöü"}]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with live(folder) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """An engine that nobody else uses."""
-    return engine_of(folder, Codec(folder), running=64)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 import httpx2
 import openai
 import pytest
-from tests.recipes.serving import CREATE, client_of, engine_of, live, make_folder, wait_for
+from tests.recipes.serving import CREATE, client_of, live, make_folder, wait_for
 
 from warploom.recipes.rollout import Sampling
 from warploom.recipes.rollout.codec import Codec
@@ -22,18 +22,6 @@ LONG = {"max_tokens": 100, "ignore_eos": True, "prompt": "abc"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("serve"))
-
-
-@pytest.fixture(scope="module")
-def server(folder):
-    with live(folder) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def alone(folder):
-    """An engine that nobody else uses."""
-    return engine_of(folder, Codec(folder), running=64)
 
 
 def hold(server):
